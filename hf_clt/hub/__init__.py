@@ -1,0 +1,14 @@
+"""Publishing a CLT on the Hugging Face Hub: the generated model card, and the push."""
+
+from .model_card import build_model_card, is_human_edited, save_model_card
+from .push import check_push_access, push_folder, push_to_hub
+
+
+__all__ = [
+    "build_model_card",
+    "check_push_access",
+    "is_human_edited",
+    "push_folder",
+    "push_to_hub",
+    "save_model_card",
+]

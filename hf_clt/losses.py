@@ -1,0 +1,77 @@
+"""
+The loss terms of a cross-layer transcoder, one pure function each. Every term is a mean over tokens, so doubling the
+batch changes nothing. Sources: Ameisen et al. 2025, "Circuit Tracing" (reconstruction, tanh sparsity, pre-activation
+loss); Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary loss).
+"""
+
+import torch
+from torch import Tensor
+
+from .sparsity import LayerFeatures
+
+
+def safe_sqrt(squares: Tensor) -> Tensor:
+    """Square root whose gradient at 0 is 0 rather than infinite: a decoder row of zeros must not produce NaN."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+
+
+def reconstruction_loss(targets: Tensor, reconstruction: Tensor) -> Tensor:
+    """Σ_t mean_N ‖ỹ_t - ỹ̂_t‖², from normalised (N, L, D) tensors; the norm sums over D."""
+    return (targets - reconstruction).square().sum() / targets.shape[0]
+
+
+def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c: float) -> Tensor:
+    """
+    mean_N Σ_s Σ_f tanh(c · ‖W_dec[s][f]‖ · a_sf); λ and its schedule are applied by the caller.
+
+    Args:
+        features: The features of each source layer.
+        decoder_norms: One (F,) tensor per source layer, the norm over all targets and dimensions.
+        c: Scale inside the tanh.
+    """
+    terms = [torch.tanh(c * norms[f.indices] * f.values).sum() for f, norms in zip(features, decoder_norms, strict=True)]
+    return torch.stack(terms).sum() / max(1, features[0].num_tokens)
+
+
+def preactivation_loss(
+    pre_activations: list[Tensor], thresholds: list[Tensor], decoder_norms: list[Tensor], dead: Tensor
+) -> Tensor:
+    """
+    mean_N Σ over dead (s, f) of max(θ - h, 0) · ‖W_dec[s][f]‖: pulls dead features up to their threshold.
+
+    Args:
+        pre_activations: One (N, F) tensor per source layer.
+        thresholds: One (F,) tensor of θ per source layer (0 for relu).
+        decoder_norms: One (F,) tensor per source layer.
+        dead: (L, F) bool.
+    """
+    total = pre_activations[0].new_zeros((), dtype=decoder_norms[0].dtype)
+    for h, threshold, norms, dead_here in zip(pre_activations, thresholds, decoder_norms, dead, strict=True):
+        f = dead_here.nonzero().squeeze(1)
+        total = total + (torch.relu(threshold[f] - h[:, f]) * norms[f]).sum()
+    return total / pre_activations[0].shape[0]
+
+
+def dead_features(pre_activation: Tensor, dead: Tensor, aux_k: int) -> LayerFeatures:
+    """
+    The `aux_k` largest pre-activations among the dead features of one layer (all of them when fewer), then ReLU.
+
+    Args:
+        pre_activation: (N, F).
+        dead: (F,) bool.
+        aux_k: Features per token.
+    """
+    dead_indices = dead.nonzero().squeeze(1)
+    num_tokens, num_features = pre_activation.shape
+    top = pre_activation[:, dead_indices].topk(min(aux_k, dead_indices.numel()), dim=1)
+    per_token = top.indices.shape[1]
+    return LayerFeatures(
+        values=torch.relu(top.values).flatten(),
+        indices=dead_indices[top.indices].flatten(),
+        offsets=torch.arange(num_tokens + 1, device=pre_activation.device) * per_token,
+        num_features=num_features,
+    )
+
+
+__all__ = ["dead_features", "preactivation_loss", "reconstruction_loss", "safe_sqrt", "sparsity_loss"]

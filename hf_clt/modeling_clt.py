@@ -1,0 +1,580 @@
+"""
+The cross-layer transcoder of Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
+
+Notation: L layers, F features per layer, D the width of the model, N tokens; s a source layer, t a target layer, R the
+reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a reconstruction.
+"""
+
+# No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from . import checkpoint_format as files
+from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
+from .kernels.decode import add_decoded
+from .losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
+from .sparsity import (
+    JumpReLU,
+    LayerFeatures,
+    SparseFeatures,
+    batchtopk_support,
+    features_at,
+    sparse_from_dense,
+    topk_support,
+)
+
+
+THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
+MIN_STD = 1e-6  # standard deviations of the normalisation are floored here
+STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
+
+
+@dataclass
+class CLTOutput(ModelOutput):
+    """
+    Output of [`CrossLayerTranscoder`].
+
+    Args:
+        loss (scalar): Sum of the four terms below.
+        reconstruction_loss (scalar): Σ_t mean_N ‖ỹ_t - ỹ̂_t‖².
+        sparsity_loss (scalar): The tanh penalty, with λ and `sparsity_scale`.
+        preactivation_loss (scalar): With its coefficient; 0 where nothing is dead.
+        aux_loss (scalar): With its coefficient; 0 where nothing is dead.
+        reconstruction (`Tensor` of shape `(..., L, D)`): Raw reconstruction of the MLP outputs.
+        features ([`SparseFeatures`]): The feature activations.
+
+    The five losses are None when no labels were given. Each can be back-propagated on its own.
+    """
+
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    sparsity_loss: Tensor | None = None
+    preactivation_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    features: SparseFeatures | None = None
+
+
+class Encoder(nn.Module):
+    """h_s = W_enc[s] x̃_s + b_enc[s]: (N, D) to pre-activations (N, F)."""
+
+    def __init__(self, num_features: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_features, d_model))
+        self.bias = nn.Parameter(torch.empty(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Threshold(nn.Module):
+    """
+    θ of one layer, always in float32. For jumprelu `value` is log θ per feature, a parameter (F,); for batchtopk it is
+    the running threshold, a buffer (1,), infinite before the first training batch.
+    """
+
+    def __init__(self, config: CLTConfig):
+        super().__init__()
+        if config.activation_fn == "jumprelu":
+            self.value = nn.Parameter(torch.empty(config.num_features, dtype=torch.float32))
+        else:
+            self.register_buffer("value", torch.empty(1, dtype=torch.float32))
+        self.is_log = config.activation_fn == "jumprelu"
+
+    def forward(self) -> Tensor:
+        return self.value.exp() if self.is_log else self.value
+
+    @torch.no_grad()
+    def update(self, smallest_selected: Tensor) -> None:
+        """Moves the running threshold towards the smallest selected pre-activation of a batch."""
+        average = THRESHOLD_DECAY * self.value + (1 - THRESHOLD_DECAY) * smallest_selected
+        self.value.copy_(torch.where(self.value.isinf(), smallest_selected, average))
+
+
+class Decoder(nn.Module):
+    """
+    W_dec[s], shape (F, J, D), and the output bias b_dec of the layer.
+
+    J is the number of target layers of source layer s. With `per_source` tying J = 1 and the row is written to all of
+    them; with `per_target` tying J = 1 and module t holds what every source layer writes to target layer t.
+    """
+
+    def __init__(self, num_features: int, num_targets: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_features, num_targets, d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+
+    def forward(self, reconstruction: Tensor, features: LayerFeatures, target: int, num_targets: int) -> Tensor:
+        """Adds a_s W_dec[s] to target layers `target` to `target + num_targets` of (N, L, D), in place."""
+        return add_decoded(reconstruction, features, self.weight, target, num_targets)
+
+    def squared_norms(self) -> Tensor:
+        """Σ over targets and dimensions of W_dec², (F,), as stored (a tied decoder counts once)."""
+        return self.weight.to(promoted(self.weight.dtype)).square().sum(dim=(1, 2))
+
+
+class Skip(nn.Module):
+    """x̃_t W_skip[t]: (N, D) to (N, D)."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.weight.dtype) @ self.weight
+
+
+class CrossLayerTranscoder(PreTrainedModel):
+    """
+    A cross-layer transcoder: features read the residual stream at one layer and write to the MLP outputs of that layer
+    and all later ones.
+
+    Inputs and outputs are always raw activations. Normalisation statistics, where set, are applied inside; they live in
+    the model only while it trains, and `save_pretrained` folds them into the weights that it writes.
+
+    Args:
+        config ([`CLTConfig`]): The configuration.
+    """
+
+    config_class = CLTConfig
+    base_model_prefix = ""
+    main_input_name = "inputs"
+    _keep_in_fp32_modules_strict = ["thresholds"]
+
+    def __init__(self, config: CLTConfig):
+        super().__init__(config)
+        layers, f, d = range(config.num_layers), config.num_features, config.d_model
+        tied = config.decoder_tying != "none"
+        self.encoders = nn.ModuleList(Encoder(f, d) for _ in layers)
+        self.decoders = nn.ModuleList(Decoder(f, 1 if tied else config.num_targets(s), d) for s in layers)
+        if config.activation_fn in ("jumprelu", "batchtopk"):
+            self.thresholds = nn.ModuleList(Threshold(config) for _ in layers)
+        if config.skip_connection:
+            self.skips = nn.ModuleList(Skip(d) for _ in layers)
+        for name in STATISTICS:
+            self.register_buffer(name, None)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config
+        if isinstance(module, Encoder):
+            init.uniform_(module.weight, -(config.num_features**-0.5), config.num_features**-0.5)
+            init.zeros_(module.bias)
+        elif isinstance(module, Decoder):
+            bound = (config.num_layers * config.d_model) ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, Threshold):
+            init.constant_(module.value, torch.tensor(config.jumprelu_threshold).log() if module.is_log else torch.inf)
+        elif isinstance(module, Skip):
+            init.zeros_(module.weight)
+
+    # -- the equations ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        sparsity_scale: float = 1.0,
+        dead: Tensor | None = None,
+    ) -> CLTOutput:
+        """
+        Args:
+            inputs (`Tensor` of shape `(..., L, D)`): What features read at each layer, raw.
+            labels (`Tensor` of shape `(..., L, D)`, *optional*): The MLP outputs to reconstruct, raw.
+            sparsity_scale (`float`, defaults to 1): Multiplies λ; the trainer raises it from 0 to 1.
+            dead (`Tensor` of shape `(L, F)`, bool, *optional*): Features that the pre-activation and the auxiliary
+                loss shall revive; None = none.
+
+        Returns:
+            [`CLTOutput`]
+
+        Raises:
+            ValueError: If a shape does not fit, or for a batchtopk model in eval mode that was never trained.
+        """
+        config = self.config
+        x = self._normalized_inputs(inputs)
+        pre_activations = self._pre_activations(x)
+        features = self._activate(pre_activations, training=self.training, update=self.training)
+        normalized = self._decode(features, x)
+        output = CLTOutput(
+            reconstruction=self._denormalize(normalized, inputs), features=SparseFeatures(features, inputs.shape[:-2])
+        )
+        if labels is None:
+            return output
+        if labels.shape != inputs.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, inputs {tuple(inputs.shape)}; they must agree")
+
+        targets = self._normalized_targets(labels)
+        output.reconstruction_loss = reconstruction_loss(targets, normalized)
+        output.sparsity_loss, output.preactivation_loss, output.aux_loss = normalized.new_zeros(3).unbind()
+        any_dead = dead is not None and bool(dead.any())
+        revive = any_dead and config.activation_fn not in TOPK_FAMILY and config.preactivation_coef > 0
+        if config.sparsity_lambda > 0 or revive:
+            norms = self.decoder_norms()
+        if config.sparsity_lambda > 0:
+            penalty = sparsity_loss(features, norms, config.sparsity_c)
+            output.sparsity_loss = config.sparsity_lambda * sparsity_scale * penalty
+        if revive:
+            output.preactivation_loss = config.preactivation_coef * preactivation_loss(
+                pre_activations, self._thresholds_or_zero(), norms, dead
+            )
+        if any_dead and config.activation_fn in TOPK_FAMILY and config.aux_coef > 0 and config.aux_k > 0:
+            residual = (targets - normalized).detach()
+            revived = [dead_features(h, d, config.aux_k) for h, d in zip(pre_activations, dead, strict=True)]
+            explained = self._add_features(torch.zeros_like(residual), revived)
+            output.aux_loss = config.aux_coef * reconstruction_loss(residual, explained)
+        output.loss = output.reconstruction_loss + output.sparsity_loss + output.preactivation_loss + output.aux_loss
+        return output
+
+    def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
+        """Feature activations of raw inputs (..., L, D), listing only active features."""
+        pre_activations = self._pre_activations(self._normalized_inputs(inputs))
+        return SparseFeatures(self._activate(pre_activations, training=self.training), inputs.shape[:-2])
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Feature activations (..., L, F) of raw inputs (..., L, D)."""
+        return self.encode_sparse(inputs).to_dense()
+
+    def decode(self, acts: Tensor | SparseFeatures, inputs: Tensor | None = None) -> Tensor:
+        """
+        Raw reconstruction (..., L, D) from feature activations.
+
+        Args:
+            acts (`Tensor` of shape `(..., L, F)`, or [`SparseFeatures`]): Feature activations.
+            inputs (`Tensor` of shape `(..., L, D)`): Raw inputs, needed with a skip connection only.
+        """
+        if isinstance(acts, Tensor):
+            if acts.shape[-2:] != (self.config.num_layers, self.config.num_features):
+                raise ValueError(
+                    f"acts have shape {tuple(acts.shape)}; expected (..., num_layers={self.config.num_layers}, "
+                    f"num_features={self.config.num_features})"
+                )
+            acts = sparse_from_dense(acts)
+        x = None
+        if self.config.skip_connection:
+            if inputs is None:
+                raise ValueError("this CLT has a skip connection: call decode(acts, inputs) with the raw inputs")
+            x = self._normalized_inputs(inputs)
+        normalized = self._decode(acts.layers, x)
+        shape = (*acts.batch_shape, self.config.num_layers, self.config.d_model)
+        if self.mean_out is not None:
+            normalized = normalized * self.std_out + self.mean_out
+        return normalized.view(shape)
+
+    def _normalized_inputs(self, inputs: Tensor) -> Tensor:
+        """x̃_s = (x_s - mean_in[s]) / std_in[s], flattened to (N, L, D)."""
+        expected = (self.config.num_layers, self.config.d_model)
+        if inputs.shape[-2:] != expected:
+            raise ValueError(
+                f"inputs have shape {tuple(inputs.shape)}; expected (..., num_layers={expected[0]}, d_model={expected[1]})"
+            )
+        x = inputs.reshape(-1, *expected)
+        return x if self.mean_in is None else (x - self.mean_in) / self.std_in
+
+    def _normalized_targets(self, labels: Tensor) -> Tensor:
+        """ỹ_t = (y_t - mean_out[t]) / std_out[t], flattened to (N, L, D)."""
+        y = labels.reshape(-1, *labels.shape[-2:])
+        y = y.to(promoted(y.dtype))
+        return y if self.mean_out is None else (y - self.mean_out) / self.std_out
+
+    def _denormalize(self, normalized: Tensor, like: Tensor) -> Tensor:
+        """ŷ_t = ỹ̂_t · std_out[t] + mean_out[t], in the shape of `like`."""
+        raw = normalized if self.mean_out is None else normalized * self.std_out + self.mean_out
+        return raw.view(like.shape)
+
+    def _pre_activations(self, x: Tensor) -> list[Tensor]:
+        """h_s = W_enc[s] x̃_s + b_enc[s], one (N, F) tensor per source layer."""
+        return [encoder(x[:, s]) for s, encoder in enumerate(self.encoders)]
+
+    def _activate(self, pre_activations: list[Tensor], training: bool, update: bool = False) -> list[LayerFeatures]:
+        """The activation function: one (N, F) tensor of pre-activations per layer to features."""
+        config = self.config
+        if config.activation_fn == "relu":
+            return [features_at(h, h > 0) for h in pre_activations]
+        if config.activation_fn == "jumprelu":
+            return [self._jumprelu(h, t(), training) for h, t in zip(pre_activations, self.thresholds, strict=True)]
+        if config.activation_fn == "topk":
+            supports = topk_support([h.detach() for h in pre_activations], config.k, config.k_scope)
+            return [features_at(h, s & (h > 0)) for h, s in zip(pre_activations, supports, strict=True)]
+        if training:
+            supports = batchtopk_support([h.detach() for h in pre_activations], config.k, config.k_scope)
+            features = [features_at(h, s & (h > 0)) for h, s in zip(pre_activations, supports, strict=True)]
+            if update:
+                self._update_running_thresholds(features)
+            return features
+        thetas = [threshold() for threshold in self.thresholds]
+        if any(theta.isinf().any() for theta in thetas):
+            raise ValueError(
+                "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode before eval mode"
+            )
+        return [features_at(h, h > theta) for h, theta in zip(pre_activations, thetas, strict=True)]
+
+    def _jumprelu(self, h: Tensor, theta: Tensor, training: bool) -> LayerFeatures:
+        support = h > theta
+        if training and torch.is_grad_enabled():
+            # Inactive features inside the straight-through window receive gradient for their threshold.
+            support = support | ((h - theta).abs() < self.config.jumprelu_bandwidth / 2)
+        features = features_at(h, support)
+        features.values = JumpReLU.apply(features.values, theta[features.indices], self.config.jumprelu_bandwidth)
+        return features
+
+    @torch.no_grad()
+    def _update_running_thresholds(self, features: list[LayerFeatures]) -> None:
+        """EMA of the smallest selected positive pre-activation; a batch without one leaves it."""
+        smallest = [f.values.min() if f.values.numel() else None for f in features]
+        if self.config.k_scope == "token":  # one budget over all layers has one threshold
+            found = [value for value in smallest if value is not None]
+            smallest = [torch.stack(found).min() if found else None] * len(features)
+        for threshold, value in zip(self.thresholds, smallest, strict=True):
+            if value is not None:
+                threshold.update(value)
+
+    def _decode(self, features: list[LayerFeatures], x: Tensor | None) -> Tensor:
+        """ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D)."""
+        bias = torch.stack([decoder.bias for decoder in self.decoders])
+        start = bias.to(promoted(bias.dtype)).expand(features[0].num_tokens, -1, -1)
+        if self.config.skip_connection:
+            start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
+        return self._add_features(start.clone(), features)
+
+    def _add_features(self, reconstruction: Tensor, features: list[LayerFeatures]) -> Tensor:
+        for s, layer_features in enumerate(features):
+            num_targets = self.config.num_targets(s)
+            if self.config.decoder_tying == "per_target":
+                for t in range(s, s + num_targets):
+                    reconstruction = self.decoders[t](reconstruction, layer_features, t, 1)
+            else:
+                reconstruction = self.decoders[s](reconstruction, layer_features, s, num_targets)
+        return reconstruction
+
+    def decoder_norms(self) -> list[Tensor]:
+        """‖W_dec[s][f]‖ over all targets and dimensions, one (F,) tensor per source layer; finite gradient at 0."""
+        squares = [decoder.squared_norms() for decoder in self.decoders]
+        targets = [range(s, s + self.config.num_targets(s)) for s in range(self.config.num_layers)]
+        if self.config.decoder_tying == "per_source":
+            squares = [square * len(t) for square, t in zip(squares, targets, strict=True)]
+        elif self.config.decoder_tying == "per_target":
+            squares = [torch.stack([squares[t] for t in reached]).sum(dim=0) for reached in targets]
+        return [safe_sqrt(square) for square in squares]
+
+    def _thresholds_or_zero(self) -> list[Tensor]:
+        if self.config.activation_fn == "jumprelu":
+            return [threshold() for threshold in self.thresholds]
+        return [encoder.bias.new_zeros(encoder.bias.shape) for encoder in self.encoders]
+
+    # -- normalisation ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_normalization(
+        self, mean_in: Tensor, std_in: Tensor, mean_out: Tensor, std_out: Tensor, reparametrize: bool = False
+    ) -> None:
+        """
+        Sets the statistics with which inputs and targets are normalised inside the model.
+
+        Args:
+            mean_in, std_in, mean_out, std_out (`Tensor` of shape `(L, D)`): Per layer and dimension, raw units. Standard
+                deviations are floored at 1e-6.
+            reparametrize (`bool`): Changes the weights so that the function from raw inputs to raw reconstructions stays
+                what it is; for going on with a published CLT. Otherwise the same weights now act on normalised values.
+
+        Raises:
+            ValueError: For a wrong shape, a value that is not finite, or `reparametrize` on a `per_source` CLT whose
+                `std_out` differs between layers (one row cannot carry several output scales).
+        """
+        given = dict(zip(STATISTICS, (mean_in, std_in, mean_out, std_out), strict=True))
+        shape = (self.config.num_layers, self.config.d_model)
+        for name, value in given.items():
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected (num_layers, d_model) = {shape}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite; estimate it again from finite activations")
+            if name.startswith("std"):
+                given[name] = value.clamp_min(MIN_STD)
+        if reparametrize:
+            if self._scales_untie(given["std_out"]):
+                raise ValueError(
+                    "decoder_tying='per_source' with a std_out that differs between layers cannot be reparametrized: "
+                    "load the CLT with decoder_tying='none'"
+                )
+            self.fold_normalization()
+            statistics = [given[name].double() for name in STATISTICS]
+            self._fold_weights(dict(zip(STATISTICS, files.unfold_statistics(*statistics), strict=True)))
+        dtype = promoted(self.dtype)
+        for name, value in given.items():
+            setattr(self, name, value.detach().to(self.device, dtype).clone())
+
+    @torch.no_grad()
+    def fold_normalization(self) -> None:
+        """
+        Folds the statistics into the weights, in place: the same function, without statistics.
+
+        A `per_source` CLT whose `std_out` differs between layers becomes untied, since one row cannot carry several output
+        scales; its parameters are replaced (rebuild the optimizer) and `config.trained_decoder_tying` remembers the tie.
+        """
+        if self.mean_in is None:
+            return
+        self._fold_weights({name: getattr(self, name).double() for name in STATISTICS})
+        for name in STATISTICS:
+            setattr(self, name, None)
+
+    def _scales_untie(self, std_out: Tensor) -> bool:
+        return self.config.decoder_tying == "per_source" and not (std_out == std_out[0]).all()
+
+    def _fold_weights(self, statistics: dict[str, Tensor]) -> None:
+        if self._scales_untie(statistics["std_out"]):
+            for s, decoder in enumerate(self.decoders):
+                untied = decoder.weight.expand(-1, self.config.num_targets(s), -1).clone()
+                decoder.weight = nn.Parameter(untied, requires_grad=decoder.weight.requires_grad)
+            self.config.decoder_tying, self.config.trained_decoder_tying = "none", "per_source"
+        for layer in range(self.config.num_layers):
+            folded = self._folded_layer(layer, statistics)
+            self.encoders[layer].weight.copy_(folded["W_enc"])
+            self.encoders[layer].bias.copy_(folded["b_enc"])
+            self.decoders[layer].bias.copy_(folded["b_dec"])
+            self.decoders[layer].weight.copy_(folded["W_dec"][:, : self.decoders[layer].weight.shape[1]])
+            if self.config.skip_connection:
+                self.skips[layer].weight.copy_(folded["W_skip"])
+
+    def _folded_layer(self, layer: int, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one layer with the statistics folded in, computed in float64; W_dec with ties written out."""
+        mean_in, std_in, mean_out, std_out = (statistics[name][layer] for name in STATISTICS)
+        encoder = self.encoders[layer]
+        w_enc, b_enc = files.fold_encoder(encoder.weight.double(), encoder.bias.double(), mean_in, std_in)
+        skip = self.skips[layer].weight.double() if self.config.skip_connection else None
+        b_dec, w_skip = files.fold_output(
+            self.decoders[layer].bias.double(), skip, mean_in, std_in, mean_out, std_out
+        )
+        std_targets = statistics["std_out"][layer : layer + self.config.num_targets(layer)]
+        w_dec = files.fold_decoder(self._written_out_decoder(layer).double(), std_targets)
+        return {"W_enc": w_enc, "b_enc": b_enc, "b_dec": b_dec, "W_dec": w_dec, "W_skip": w_skip}
+
+    def _written_out_decoder(self, source: int) -> Tensor:
+        """W_dec[source] (F, J, D) with ties written out."""
+        num_targets = self.config.num_targets(source)
+        if self.config.decoder_tying == "per_target":
+            return torch.cat([self.decoders[t].weight for t in range(source, source + num_targets)], dim=1)
+        return self.decoders[source].weight.expand(-1, num_targets, -1)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def released_layer(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of one layer as they are released: named as on disk, on the CPU, statistics folded in."""
+        if self.mean_in is not None:
+            tensors = self._folded_layer(layer, {name: getattr(self, name).double() for name in STATISTICS})
+        else:
+            tensors = {
+                "W_enc": self.encoders[layer].weight,
+                "b_enc": self.encoders[layer].bias,
+                "b_dec": self.decoders[layer].bias,
+                "W_dec": self._written_out_decoder(layer),
+                "W_skip": self.skips[layer].weight if self.config.skip_connection else None,
+            }
+        released = {
+            f"{name}_{layer}": tensor.detach().to("cpu", self.encoders[layer].weight.dtype)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        if hasattr(self, "thresholds"):
+            theta = self.thresholds[layer]().detach().expand(self.config.num_features)
+            released[f"threshold_{layer}"] = theta.to("cpu", torch.float32)
+        return released
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        Writes the released CLT: the files of `hf_clt.checkpoint_format`, with statistics folded into the weights, and a
+        model card. The live model is left as it is. Every file is replaced as a whole or not at all.
+
+        Args:
+            save_directory (`str` or `Path`): Folder to write to; created if missing.
+            is_main_process (`bool`): Whether this process writes.
+            push_to_hub (`bool`): Whether to push as well, to `kwargs["repo_id"]`, by default the folder's name.
+            kwargs: Passed to `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
+        if is_main_process:
+            from .hub.model_card import save_model_card
+
+            config = CLTConfig.from_dict(self.config.to_dict())
+            if self.mean_in is not None and self._scales_untie(self.std_out):
+                config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
+            config.dtype = str(self.encoders[0].weight.dtype).removeprefix("torch.")
+            config.architectures = [type(self).__name__]
+            files.write_release(folder, config, (self.released_layer(s) for s in range(config.num_layers)))
+            save_model_card(folder, config)
+            if push_to_hub:
+                self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config: CLTConfig | None = None, **kwargs):
+        """
+        Loads a CLT from a folder or from the Hub, or a folder that has circuit-tracer's files alone.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository name on the Hub.
+            config ([`CLTConfig`], *optional*): Used instead of the one in the folder.
+            kwargs: Fields of `CLTConfig` to override, and what `PreTrainedModel.from_pretrained` takes (`revision`,
+                `subfolder`, `dtype`, `device_map`, `token`, `cache_dir`, `output_loading_info`, ...).
+
+        Raises:
+            FileNotFoundError: If a weight file is missing.
+            ValueError: If a file is truncated or does not fit the configuration; the message names it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        subfolder = kwargs.pop("subfolder", "") or ""
+        if not folder.is_dir():
+            patterns = ["config.json", files.CIRCUIT_TRACER_FILE, files.INDEX_FILE, "W_*.safetensors"]
+            hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+            folder = Path(
+                snapshot_download(
+                    str(pretrained_model_name_or_path),
+                    allow_patterns=[f"{subfolder}/{p}" if subfolder else p for p in patterns],
+                    library_name="hf_clt",
+                    **hub,
+                )
+            )
+        folder = folder / subfolder
+        overrides = {name: kwargs.pop(name) for name in CLT_CONFIG_HELP if name in kwargs}
+        if config is None:
+            if (folder / "config.json").is_file():
+                config = CLTConfig.from_pretrained(folder, **overrides)
+            else:
+                config = files.config_from_weights(folder, overrides)
+        files.check_files(folder, config)
+        with files.as_transformers_folder(folder, config) as source:
+            loaded = super().from_pretrained(source, *args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""
+        from .hub.push import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+def promoted(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: reconstructions are sums over many source layers, and losses over many dimensions."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+files.register_weight_names()
+
+__all__ = ["CLTOutput", "CrossLayerTranscoder"]

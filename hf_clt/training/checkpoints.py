@@ -1,0 +1,166 @@
+"""
+Checkpoints: what resuming needs, in safetensors and JSON, never half written.
+
+`checkpoint-<step>/` holds `model.safetensors` (weights and statistics as they live in the model, not folded),
+`optimizer.safetensors`, `trainer.safetensors` (feature counters), `state.json`, and per process the position in the text,
+the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. One that is being written has another name."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
+    """
+    The checkpoint that `--resume-from-checkpoint` means: a folder, or "latest" for the newest in `output_dir`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if resume_from == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        if not checkpoints:
+            raise ValueError(
+                f"resume_from_checkpoint='latest', but output_dir={str(output_dir)!r} holds no checkpoint; leave the option out"
+            )
+        return checkpoints[-1]
+    folder = Path(resume_from)
+    if not (folder / "state.json").is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={resume_from!r} is no checkpoint folder (it has no state.json); give one named "
+            'checkpoint-<step>, or "latest"'
+        )
+    return folder
+
+
+def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accelerator, keep: int | None) -> Path:
+    """
+    Writes `checkpoint-<step>` under a temporary name, flushes it to the disk, and renames it; then deletes old ones.
+
+    Args:
+        output_dir: The run's folder.
+        step: Updates done.
+        shared: What all processes agree on: name -> dict of tensors, written as `<name>.safetensors`, and "state", a
+            JSON-able dict. Written by the main process.
+        own: "values" (JSON-able) and "tensors" of this process.
+        accelerator: For the rank and the barriers.
+        keep: Number of checkpoints to keep; None for all.
+
+    Returns:
+        The folder.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    temporary = Path(output_dir) / f".checkpoint-{step}.tmp"
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    rank = accelerator.process_index
+    _write_tensors(temporary / f"rank-{rank}.safetensors", own["tensors"])
+    _write_json(temporary / f"rank-{rank}.json", own["values"])
+    if accelerator.is_main_process:
+        for name, tensors in shared.items():
+            if name != "state":
+                _write_tensors(temporary / f"{name}.safetensors", tensors)
+        _write_json(temporary / "state.json", shared["state"])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        _sync_folder(final.parent)
+        if keep is not None:
+            for old in list_checkpoints(output_dir)[:-keep]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def load_checkpoint(folder: Path, rank: int, num_processes: int) -> tuple[dict, dict]:
+    """
+    Reads what `save_checkpoint` wrote.
+
+    Returns:
+        `shared` and `own`, as given to `save_checkpoint`.
+
+    Raises:
+        ValueError: If the checkpoint was written by another number of processes.
+    """
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if state["num_processes"] != num_processes:
+        raise ValueError(
+            f"{folder.name} was written by {state['num_processes']} processes, and this run has {num_processes}; start as "
+            "many as before"
+        )
+    shared = {path.stem: load_file(path) for path in folder.glob("*.safetensors") if not path.stem.startswith("rank-")}
+    own = {
+        "values": json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")),
+        "tensors": load_file(folder / f"rank-{rank}.safetensors"),
+    }
+    return {**shared, "state": state}, own
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by parameter name: `<parameter>:<entry>`."""
+    return {
+        f"{name}:{entry}": value.cpu()
+        for name, parameter in model.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(model, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Restores what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(":")
+        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device).clone()
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    _sync_file(path)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    _sync_file(path)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = [
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_optimizer_tensors",
+    "optimizer_tensors",
+    "save_checkpoint",
+]

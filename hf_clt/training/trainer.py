@@ -1,0 +1,673 @@
+"""The training loop: text in, a released cross-layer transcoder out."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from tqdm.auto import tqdm
+
+from ..checkpoint_format import remove_release, write_text
+from ..configuration_clt import CLTConfig
+from ..evaluation.metrics import MetricSums
+from ..harvest.buffer import ActivationBuffer
+from ..harvest.harvester import Harvester, check_context_size, load_language_model
+from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
+from ..harvest.tokens import TokenStream, load_text_dataset
+from ..hub.model_card import save_model_card
+from ..modeling_clt import CrossLayerTranscoder
+from .arguments import CLTTrainingArguments
+from .checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from .schedules import learning_rate_scale, sparsity_scale
+
+
+logger = logging.getLogger(__name__)
+
+LOSSES = ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
+RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
+
+
+class CLTTrainer:
+    """
+    Trains a cross-layer transcoder on a language model.
+
+    Everything that can be wrong with the arguments is found in the constructor, before any long work.
+
+    Args:
+        args ([`CLTTrainingArguments`]): The run.
+        config ([`CLTConfig`], *optional*): Shape and losses of a new CLT.
+        model ([`CrossLayerTranscoder`], *optional*): A CLT to go on training, instead of `config`. Statistics are put into
+            it so that the function it computes does not change at first.
+
+    Raises:
+        ValueError: For arguments that do not fit each other, the language model, the text or the output folder.
+    """
+
+    def __init__(
+        self,
+        args: CLTTrainingArguments,
+        config: CLTConfig | None = None,
+        model: CrossLayerTranscoder | None = None,
+    ):
+        if (config is None) == (model is None):
+            raise ValueError("CLTTrainer needs either config (a new CLT) or model (one to go on training), not both")
+        self.args = args
+        self.config = model.config if config is None else config
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = make_accelerator(args)
+        self.resume_from = None
+        if args.resume_from_checkpoint is not None:
+            self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
+        check_output_dir(self.output_dir, args.overwrite_output_dir, resuming=self.resume_from is not None)
+        if args.dataset is None:
+            raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
+
+        name = args.model or self.config.base_model_name_or_path
+        if name is None:
+            raise ValueError("model=None: give the Hub name or folder of the language model to train on")
+        language_model, tokenizer = load_language_model(
+            name,
+            revision=args.model_revision,
+            dtype=args.model_dtype,
+            trust_remote_code=args.trust_remote_code,
+            device=self.accelerator.device,
+        )
+        check_context_size(language_model.config, args.context_size)
+        self.harvester = Harvester(
+            language_model, self.config.feature_input_hook, self.config.feature_output_hook, self.accelerator.device
+        )
+        check_fit(self.config, self.harvester, name)
+        self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
+        self.config.base_model_revision = self.config.base_model_revision or args.model_revision
+
+        self.tokens = self._token_stream(tokenizer)
+        self.heldout = self._token_stream(tokenizer, heldout=True) if args.eval_tokens else None
+        clt_dtype = getattr(torch, args.clt_dtype or "float32")
+        set_seed(args.seed)
+        self.model = CrossLayerTranscoder(self.config) if model is None else model
+        self.is_new = model is None
+        for part in (self.model.encoders, self.model.decoders, getattr(self.model, "skips", None)):
+            if part is not None:
+                part.to(clt_dtype)  # thresholds stay in float32
+        self.model.to(self.accelerator.device)
+        self.buffer = ActivationBuffer(
+            self.tokens,
+            self.harvester,
+            n_batches=args.n_batches_in_buffer,
+            batch_size=args.batch_size,
+            dtype=getattr(torch, args.buffer_dtype) if args.buffer_dtype else clt_dtype,
+            device=args.buffer_device or self.accelerator.device,
+            seed=args.seed + self.accelerator.process_index,
+            progress=self._progress,
+        )
+        self.step = 0
+        self.tokens_seen = 0
+        self.steps_since_fired = torch.zeros(
+            self.config.num_layers, self.config.num_features, dtype=torch.int64, device=self.accelerator.device
+        )
+        self.seconds = {"harvest": 0.0, "clt": 0.0, "evaluation": 0.0, "total": 0.0}
+        self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
+        self._interrupted = False
+
+    # -- preparation --------------------------------------------------------------------------------------------------
+
+    @property
+    def _progress(self) -> bool:
+        return self.accelerator.is_local_main_process and not self.args.disable_progress_bar
+
+    def _token_stream(self, tokenizer, heldout: bool = False) -> TokenStream:
+        args = self.args
+        dataset = load_text_dataset(
+            args.dataset,
+            split=args.dataset_split,
+            config_name=args.dataset_config,
+            text_column=args.dataset_text_column,
+            streaming=args.streaming,
+            trust_remote_code=args.trust_remote_code,
+            max_samples=args.max_samples,
+        )
+        return TokenStream(
+            dataset,
+            tokenizer,
+            text_column=args.dataset_text_column,
+            context_size=args.context_size,
+            prepend_bos=args.prepend_bos,
+            exclude_special_tokens=args.exclude_special_tokens,
+            prompts_per_batch=args.store_batch_size_prompts,
+            heldout_tokens=args.eval_tokens,
+            heldout=heldout,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def _prepare_model(self) -> None:
+        """Statistics, and the initial values that come from data."""
+        args = self.args
+        if args.normalization_method == "none":
+            statistics = None
+        elif args.normalization_file is not None:
+            statistics = load_statistics(args.normalization_file)
+        else:
+            batches = args.normalization_estimation_batches if args.normalization_method == "estimated_mean_std" else None
+            statistics = estimate_statistics(self.tokens, self.harvester, batches, self.accelerator, self._progress)
+        if statistics is not None:
+            self.model.set_normalization(**statistics, reparametrize=not self.is_new)
+        if not self.is_new:
+            return
+        self.buffer.fill()
+        sample = slice(0, min(RATE_SAMPLE, self.buffer.num_unread))  # the slots fill from the first on
+        if statistics is None:
+            set_output_bias(self.model, self.buffer.labels[sample].to(self.accelerator.device))
+        rate = args.initial_feature_rate
+        if rate is None:
+            is_topk = self.config.activation_fn in ("topk", "batchtopk")
+            rate = 0.0 if is_topk else min(0.02, 64 / self.config.num_features)
+        if rate > 0:
+            set_firing_rate(self.model, self.buffer.inputs[sample].to(self.accelerator.device), rate)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> CrossLayerTranscoder:
+        """
+        Trains, evaluates, and writes the released CLT, its card and `metrics.jsonl` to `output_dir`.
+
+        Returns:
+            The trained [`CrossLayerTranscoder`], in eval mode, its statistics still inside.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C or SIGTERM, once a checkpoint is written.
+            FloatingPointError: If the loss is not finite.
+        """
+        args, accelerator = self.args, self.accelerator
+        started = time.perf_counter()
+        if accelerator.is_main_process:
+            if args.overwrite_output_dir and self.resume_from is None:
+                remove_run(self.output_dir)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        shared = own = None
+        if self.resume_from is None:
+            self._prepare_model()
+        else:
+            shared, own = load_checkpoint(self.resume_from, accelerator.process_index, accelerator.num_processes)
+            self._restore_model(shared)
+        optimizer = make_optimizer(self.model, args)
+        if shared is not None:
+            self._restore_run(shared, own, optimizer)
+        model, optimizer = accelerator.prepare(self.model, optimizer)
+        start_trackers(accelerator, args)
+        model.train()
+
+        batches = self.buffer.endless()
+        totals = torch.zeros(len(LOSSES), device=accelerator.device)
+        since_log = {"updates": 0, "tokens": 0, "time": time.perf_counter()}
+        warned = False
+        bar = tqdm(total=args.training_steps, initial=self.step, desc="Training", unit="step", disable=not self._progress)
+        harvest_before = self.buffer.harvest_seconds
+        with bar, self._catching_signals():
+            while self.step < args.training_steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.learning_rate * learning_rate_scale(
+                        self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler
+                    )
+                scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule)
+                dead = self._dead()
+                fired = torch.zeros_like(self.steps_since_fired)
+                clt_seconds = 0.0
+                for micro_step in range(args.gradient_accumulation_steps):
+                    batch = {name: rows.to(accelerator.device) for name, rows in next(batches).items()}
+                    clt_start = time.perf_counter()
+                    last = micro_step == args.gradient_accumulation_steps - 1
+                    with nullcontext() if last else accelerator.no_sync(model):
+                        output = model(**batch, sparsity_scale=scale, dead=dead)
+                        accelerator.backward(output.loss / args.gradient_accumulation_steps)
+                    fired += output.features.active_counts()
+                    terms = [getattr(output, name).detach().float() for name in LOSSES]
+                    totals += torch.stack(terms) / args.gradient_accumulation_steps
+                    since_log["tokens"] += len(batch["inputs"])
+                    clt_seconds += time.perf_counter() - clt_start
+                clt_start = time.perf_counter()
+                if args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                fired = accelerator.reduce(fired, "sum")
+                self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
+                self.step += 1
+                since_log["updates"] += 1
+                self.seconds["clt"] += clt_seconds + time.perf_counter() - clt_start
+
+                is_last = self.step == args.training_steps
+                if self.step % args.log_interval == 0 or is_last or self.step == 1:
+                    row = self._log_row(batch, output, totals, since_log, optimizer, scale)
+                    self._write_row(row)
+                    bar.set_postfix(progress_figures(row))
+                    if not warned and self.step >= args.training_steps / 4:
+                        warned = warn_if_dense(row, self.config)
+                    totals.zero_()
+                    since_log = {"updates": 0, "tokens": 0, "time": time.perf_counter()}
+                bar.update()
+                if self.heldout is not None and (is_last or is_due(self.step, args.eval_interval)):
+                    metrics = self.evaluate()
+                    self._write_row({"step": self.step, **{f"eval_{k}": v for k, v in metrics.items()}})
+                    model.train()
+                    since_log["time"] = time.perf_counter()
+                if not is_last and (interrupted := self._agree_on_interrupt()):
+                    self._save(optimizer)
+                    raise KeyboardInterrupt(f"stopped at step {self.step}")
+                if not is_last and is_due(self.step, args.checkpoint_interval):
+                    self._save(optimizer)
+        self.seconds["harvest"] += self.buffer.harvest_seconds - harvest_before
+        self.seconds["total"] += time.perf_counter() - started
+        self.model.eval()
+        self._release()
+        accelerator.wait_for_everyone()
+        if args.report_to:
+            accelerator.end_training()
+        return self.model
+
+    def _dead(self) -> torch.Tensor | None:
+        """Features that did not fire for a whole window, (L, F) bool; None before the first window is over."""
+        if self.step < self.args.dead_feature_window:
+            return None
+        return self.steps_since_fired >= self.args.dead_feature_window
+
+    @torch.no_grad()
+    def _log_row(self, batch, output, totals, since_log, optimizer, scale) -> dict:
+        """The line of `metrics.jsonl` for this step: means since the last line; NMSE and L0 of the last batch."""
+        accelerator = self.accelerator
+        losses = accelerator.reduce(totals / since_log["updates"], "mean").tolist()
+        if not all(map(torch.isfinite, torch.tensor(losses))):
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower learning_rate, "
+                "or use clt_dtype=float32"
+            )
+        sums = MetricSums(self.config.num_layers, self.config.d_model, self.config.num_features)
+        sums.update(batch["labels"], output.reconstruction.detach(), output.features)
+        metrics = self._gathered(sums).compute()
+        dead = self._dead()
+        tokens = int(accelerator.reduce(torch.tensor(since_log["tokens"], device=accelerator.device), "sum"))
+        self.tokens_seen += tokens
+        row = {"step": self.step, **dict(zip(LOSSES, losses, strict=True))}
+        for name in ("nmse", "explained_variance", "l0"):
+            row[name] = metrics[name]
+            row[f"{name}_per_layer"] = metrics[f"{name}_per_layer"]
+        row["dead_fraction"] = None if dead is None else dead.float().mean().item()
+        row["dead_fraction_per_layer"] = None if dead is None else dead.float().mean(dim=1).tolist()
+        row["learning_rate"] = optimizer.param_groups[0]["lr"]
+        row["sparsity_scale"] = scale
+        row["epoch"] = self.buffer.epoch
+        row["tokens"] = self.tokens_seen
+        row["tokens_per_second"] = tokens / (time.perf_counter() - since_log["time"])
+        return row
+
+    def _write_row(self, row: dict) -> None:
+        """Appends a line to `metrics.jsonl` and sends its scalars to the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.args.report_to:
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """
+        The metrics of DESIGN section 2 on the held-out text, in raw space, over all processes.
+
+        Returns:
+            `dict`: `nmse`, `explained_variance`, `l0`, `dead_fraction`, each also `<name>_per_layer`, `num_tokens` and
+            `feature_density`.
+
+        Raises:
+            ValueError: If `eval_tokens` is 0.
+        """
+        if self.heldout is None:
+            raise ValueError("eval_tokens=0: there is no held-out text; give eval_tokens, for example 8192")
+        if self.last_evaluation is not None and self.last_evaluation[0] == self.step:
+            return self.last_evaluation[1]
+        started = time.perf_counter()
+        self.model.eval()
+        sums = MetricSums(
+            self.config.num_layers, self.config.d_model, self.config.num_features, self.accelerator.device
+        )
+        bar = tqdm(
+            total=self.args.eval_tokens, desc="Evaluating", unit="token", disable=not self._progress, leave=False
+        )
+        with bar:
+            for batch in self.heldout:
+                inputs, labels = self.harvester.harvest(batch, dtype=self.buffer.dtype)
+                for start in range(0, len(inputs), self.args.batch_size):
+                    chunk = slice(start, start + self.args.batch_size)
+                    with self.accelerator.autocast():
+                        output = self.model(inputs[chunk].to(self.accelerator.device))
+                    sums.update(labels[chunk], output.reconstruction.float(), output.features)
+                bar.update(len(inputs))
+        metrics = self._gathered(sums).compute()
+        self.last_evaluation = (self.step, metrics)
+        self.seconds["evaluation"] += time.perf_counter() - started
+        return metrics
+
+    def _gathered(self, sums: MetricSums) -> MetricSums:
+        if self.accelerator.num_processes == 1:
+            return sums
+        return MetricSums.from_gathered(gather_object([{k: v.cpu() for k, v in sums.tensors().items()}]))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, optimizer) -> Path:
+        values, tensors = self.buffer.state_dict()
+        shared = {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer_tensors(self.model, optimizer),
+            "trainer": {"steps_since_fired": self.steps_since_fired},
+            "state": {
+                "step": self.step,
+                "tokens_seen": self.tokens_seen,
+                "seconds": self.seconds,
+                "num_processes": self.accelerator.num_processes,
+                "config": self.config.to_dict(),
+                "args": self.args.to_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            },
+        }
+        own = {"values": values, "tensors": {**tensors, "torch_rng": torch.get_rng_state()}}
+        folder = save_checkpoint(
+            self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit
+        )
+        if self.accelerator.is_main_process and self._progress:
+            tqdm.write(f"checkpoint written: {folder}")
+        return folder
+
+    def _restore_model(self, shared: dict) -> None:
+        """Weights and statistics of a checkpoint; the configuration must be the one it was written with."""
+        saved, now = shared["state"]["config"], self.config.to_dict()
+        differing = [name for name in now if name in saved and saved[name] != now[name] and name not in UNCHECKED]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{name}={now[name]!r}, but {self.resume_from.name} was trained with {name}={saved[name]!r}; resume with the "
+                "same configuration"
+            )
+        tensors = shared["model"]
+        if "mean_in" in tensors:
+            self.model.set_normalization(*(tensors[n] for n in ("mean_in", "std_in", "mean_out", "std_out")))
+        self.model.load_state_dict(tensors)
+
+    def _restore_run(self, shared: dict, own: dict, optimizer) -> None:
+        state = shared["state"]
+        load_optimizer_tensors(self.model, optimizer, shared["optimizer"])
+        self.steps_since_fired = shared["trainer"]["steps_since_fired"].to(self.accelerator.device)
+        self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.buffer.load_state_dict(own["values"], own["tensors"])
+        torch.set_rng_state(own["tensors"]["torch_rng"])
+        if self.accelerator.is_main_process:
+            truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
+
+    @contextmanager
+    def _catching_signals(self):
+        """Ctrl-C and SIGTERM let the step end and a checkpoint be written; a second Ctrl-C stops at once."""
+
+        def request_stop(signum, frame):
+            self._interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self.accelerator.is_main_process:
+                tqdm.write("stopping: this step is finished, then a checkpoint is written (Ctrl-C again: stop at once)")
+
+        try:
+            before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where no handler can be set: Python stops it as usual
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _agree_on_interrupt(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self._interrupted
+        flag = torch.tensor(int(self._interrupted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    # -- release ------------------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        """Writes the released CLT with its card, and pushes it if asked."""
+        if not self.accelerator.is_main_process:
+            return
+        metrics = self.last_evaluation[1] if self.last_evaluation is not None else None
+        self.model.save_pretrained(self.output_dir)
+        training = self.training_facts()
+        save_model_card(self.output_dir, self.model.config, metrics, training, command_line())
+        if metrics is not None:
+            write_text(self.output_dir / "eval_results.json", json.dumps(metrics, indent=1) + "\n")
+        if self.args.push_to_hub:
+            self.model.push_to_hub(
+                self.args.hub_model_id,
+                private=self.args.hub_private or None,
+                metrics=metrics,
+                training=training,
+                command=command_line(),
+            )
+
+    def training_facts(self) -> dict:
+        """What the model card says about the run; only what is known."""
+        args = self.args
+        settings = {**args.non_default(), **non_default_config(self.config)}
+        for name in ("output_dir", "resume_from_checkpoint", "overwrite_output_dir"):
+            settings.pop(name, None)
+        return {
+            "dataset": args.dataset,
+            "steps": self.step,
+            "tokens": self.tokens_seen,
+            "duration_seconds": self.seconds["total"],
+            "hardware": hardware(self.accelerator),
+            "settings": settings,
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        }
+
+    def time_shares(self) -> dict[str, float]:
+        """Share of the training time spent in the language model, in the CLT, in evaluation and elsewhere."""
+        total = max(self.seconds["total"], 1e-9)
+        shares = {name: self.seconds[name] / total for name in ("harvest", "clt", "evaluation")}
+        return {**shares, "other": 1 - sum(shares.values())}
+
+
+# Fields of the configuration that may differ between a checkpoint and the run that resumes it.
+UNCHECKED = {"transformers_version", "dtype", "architectures", "base_model_name_or_path", "base_model_revision", "_name_or_path"}
+VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsight")
+RUN_FILES = ("config.json", "metrics.jsonl")
+
+
+def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
+    """
+    The Accelerator of the run.
+
+    Raises:
+        ValueError: If the processes that were launched do not know of each other, as with `--cpu --num_processes 2`.
+    """
+    wanted = torch.device(args.device) if args.device is not None else None
+    if wanted is not None and wanted.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={args.device!r}, but no GPU is available; leave device out or give 'cpu'")
+        torch.cuda.set_device(wanted)
+    use_cpu = wanted.type == "cpu" if wanted is not None else not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=list(args.report_to) or None,
+        project_dir=args.output_dir,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each train "
+            "alone and overwrite each other; on CPU launch with `accelerate launch --multi_gpu --num_processes N "
+            "--num_machines 1 --mixed_precision no --dynamo_backend no`"
+        )
+    return accelerator
+
+
+def check_output_dir(output_dir: Path, overwrite: bool, resuming: bool) -> None:
+    """Refuses a folder that holds another run, unless resuming or told to overwrite."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
+    if overwrite or resuming:
+        return
+    found = [name for name in RUN_FILES if (output_dir / name).exists()]
+    found += [path.name for path in list_checkpoints(output_dir)]
+    if found:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} already holds a run ({found[0]}); give another folder, or "
+            "--resume-from-checkpoint latest, or --overwrite-output-dir"
+        )
+
+
+def remove_run(output_dir: Path) -> None:
+    """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
+    import shutil
+
+    if not output_dir.is_dir():
+        return
+    for path in list_checkpoints(output_dir):
+        shutil.rmtree(path)
+    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    remove_release(output_dir)
+
+
+def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:
+    """Checks that a CLT has the layers and the width of the language model."""
+    for name, found in (("num_layers", harvester.num_layers), ("d_model", harvester.d_model)):
+        if getattr(config, name) != found:
+            raise ValueError(
+                f"{name}={getattr(config, name)} does not fit {model_name}, which has {found}; give {name}={found}"
+            )
+
+
+def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
+    """Adam or AdamW, fused; weight decay only on matrices, never on biases and thresholds."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+
+
+def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None:
+    """Starts TensorBoard, wandb or trackio with the settings of the run."""
+    if not args.report_to:
+        return
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.to_dict().items()}
+    wandb = {"entity": args.wandb_entity, "name": args.wandb_run_name, "dir": args.output_dir}
+    trackio = {"name": args.wandb_run_name}
+    accelerator.init_trackers(
+        args.wandb_project or "clt-training",
+        config=settings,
+        init_kwargs={"wandb": wandb, "trackio": {k: v for k, v in trackio.items() if v is not None}},
+    )
+
+
+def is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def progress_figures(row: dict) -> dict:
+    """The figures of a log line that the progress bar shows."""
+    dead = "-" if row["dead_fraction"] is None else f"{row['dead_fraction']:.1%}"
+    return {
+        "loss": f"{row['loss']:.4g}",
+        "nmse": f"{row['nmse']:.3f}",
+        "l0": f"{row['l0']:.0f}",
+        "dead": dead,
+        "tok/s": f"{row['tokens_per_second']:.0f}",
+    }
+
+
+def warn_if_dense(row: dict, config: CLTConfig) -> bool:
+    """Warns when after a quarter of training more than a tenth of the features are active; says whether it did."""
+    per_layer = row["l0"] / config.num_layers
+    if per_layer <= config.num_features / 10:
+        return False
+    logger.warning(
+        "step %d: %.0f of %d features per layer are active on a token, more than a tenth; such a CLT is neither sparse nor "
+        "fast: raise sparsity_lambda, or use batchtopk",
+        row["step"],
+        per_layer,
+        config.num_features,
+    )
+    return True
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines after `step` that a run wrote between its last checkpoint and its end."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            break
+        if row["step"] > step:
+            break
+        kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def non_default_config(config: CLTConfig) -> dict:
+    """Fields of the configuration that were chosen, for the model card."""
+    plain = CLTConfig(
+        num_layers=config.num_layers,
+        d_model=config.d_model,
+        num_features=config.num_features,
+        activation_fn=config.activation_fn,
+        k=min(CLTConfig.k, config.num_features),
+    )
+    names = ("k", "k_scope", "jumprelu_threshold", "jumprelu_bandwidth", "decoder_reach", "decoder_tying")
+    names += ("skip_connection", "sparsity_lambda", "sparsity_c", "preactivation_coef", "aux_coef", "aux_k")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(plain, name)}
+    return {"num_features": config.num_features, "activation_fn": config.activation_fn, **chosen}
+
+
+def hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def command_line() -> str:
+    """The command of this process, as one would type it, the program by its short name."""
+    program = Path(sys.argv[0])
+    shown = f"{program.parent.name}/{program.name}" if program.parent.name == "scripts" else program.name
+    return shlex.join(["python", shown, *sys.argv[1:]])
+
+
+__all__ = ["CLTTrainer"]

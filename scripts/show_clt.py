@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Prints what a finished training run gave: the shape of the CLT and its last evaluation, per layer."""
+
+import argparse
+import json
+from pathlib import Path
+
+from hf_clt import CLTConfig
+from hf_clt.evaluation import format_metrics_table
+
+
+def last_evaluation(folder: Path) -> dict:
+    """
+    Reads the last evaluation on held-out tokens of a training run.
+
+    Args:
+        folder: The run's output folder.
+
+    Returns:
+        The last line of its `metrics.jsonl` that holds metrics per layer.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    evaluations = []
+    path = folder / "metrics.jsonl"
+    if path.is_file():
+        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        evaluations = [row for row in rows if "nmse_per_layer" in row]
+    if not evaluations:
+        raise ValueError(f"no evaluation in {path}; give the output folder of a run of scripts/train_clt.py")
+    return evaluations[-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the output folder of a run of scripts/train_clt.py")
+    folder = parser.parse_args(argv).folder
+    metrics = last_evaluation(folder)
+    config = CLTConfig.from_pretrained(folder)
+    print(
+        f"{config.activation_fn} CLT of {config.base_model_name_or_path}: {config.num_layers} layers, "
+        f"width {config.d_model}, {config.num_features:,} features per layer; evaluated after step {metrics['step']:,}"
+    )
+    print(format_metrics_table(metrics))
+    print(f"The CLT is in {folder.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
