@@ -50,4 +50,4 @@ lint: $(INSTALLED)
 
 clean:
 	rm -rf quickstart build dist *.egg-info .pytest_cache .ruff_cache
-	find hf_clt scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

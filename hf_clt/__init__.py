@@ -1,5 +1,7 @@
 """Cross-layer transcoders, the Hugging Face way: a `PreTrainedModel`, an Accelerate loop, safetensors on the Hub."""
 
+import importlib.metadata
+
 from transformers import AutoConfig, AutoModel
 
 from .configuration_clt import CLTConfig
@@ -12,7 +14,10 @@ from .training.trainer import CLTTrainer
 AutoConfig.register(CLTConfig.model_type, CLTConfig)
 AutoModel.register(CLTConfig, CrossLayerTranscoder)
 
+__version__ = importlib.metadata.version("hf_clt")
+
 __all__ = [
+    "__version__",
     "ActivationBuffer",
     "CLTConfig",
     "CLTOutput",

@@ -100,7 +100,9 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file so that at no time a part of it stands under its name."""
     with replacing(Path(path)) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
+        )
 
 
 def write_release(folder: Path, config: CLTConfig, layers) -> None:

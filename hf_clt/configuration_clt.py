@@ -8,6 +8,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+
 # Defaults that depend on the activation function; each applies where the field is left at None.
 # lambda weighs one feature's activity against the summed squared error of normalised targets (see losses.py).
 ACTIVATION_DEFAULTS = {
@@ -89,9 +90,7 @@ class CLTConfig(PreTrainedConfig):
         known = {field.name for field in fields(self)} | set(self.attribute_map) | TRANSFORMERS_KEYS
         for name in kwargs:
             if name not in known and not name.startswith("_"):
-                raise TypeError(
-                    f"CLTConfig has no field {name!r}; did you mean one of {', '.join(_nearest(name))}?"
-                )
+                raise TypeError(f"CLTConfig has no field {name!r}; did you mean one of {', '.join(_nearest(name))}?")
         for name, value in ACTIVATION_DEFAULTS.get(self.activation_fn, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

@@ -30,7 +30,9 @@ def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c:
         decoder_norms: One (F,) tensor per source layer, the norm over all targets and dimensions.
         c: Scale inside the tanh.
     """
-    terms = [torch.tanh(c * norms[f.indices] * f.values).sum() for f, norms in zip(features, decoder_norms, strict=True)]
+    terms = [
+        torch.tanh(c * norms[f.indices] * f.values).sum() for f, norms in zip(features, decoder_norms, strict=True)
+    ]
     return torch.stack(terms).sum() / max(1, features[0].num_tokens)
 
 

@@ -340,6 +340,12 @@ class CrossLayerTranscoder(PreTrainedModel):
             if value is not None:
                 threshold.update(value)
 
+    @torch.no_grad()
+    def restart_running_thresholds(self) -> None:
+        """Makes the next training batch start batchtopk's running thresholds, as the first one did."""
+        for threshold in self.thresholds:
+            threshold.value.fill_(torch.inf)
+
     def _decode(self, features: list[LayerFeatures], x: Tensor | None) -> Tensor:
         """ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D)."""
         bias = torch.stack([decoder.bias for decoder in self.decoders])
@@ -452,9 +458,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         encoder = self.encoders[layer]
         w_enc, b_enc = files.fold_encoder(encoder.weight.double(), encoder.bias.double(), mean_in, std_in)
         skip = self.skips[layer].weight.double() if self.config.skip_connection else None
-        b_dec, w_skip = files.fold_output(
-            self.decoders[layer].bias.double(), skip, mean_in, std_in, mean_out, std_out
-        )
+        b_dec, w_skip = files.fold_output(self.decoders[layer].bias.double(), skip, mean_in, std_in, mean_out, std_out)
         std_targets = statistics["std_out"][layer : layer + self.config.num_targets(layer)]
         w_dec = files.fold_decoder(self._written_out_decoder(layer).double(), std_targets)
         return {"W_enc": w_enc, "b_enc": b_enc, "b_dec": b_dec, "W_dec": w_dec, "W_skip": w_skip}
@@ -491,7 +495,9 @@ class CrossLayerTranscoder(PreTrainedModel):
             released[f"threshold_{layer}"] = theta.to("cpu", torch.float32)
         return released
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """
         Writes the released CLT: the files of `hf_clt.checkpoint_format`, with statistics folded into the weights, and a
         model card. The live model is left as it is. Every file is replaced as a whole or not at all.

@@ -10,11 +10,11 @@ What is already there is left alone, so a second call takes a second.
 
 import argparse
 import collections
+import hashlib
 import importlib.util
 import inspect
 import json
 import os
-import random
 import re
 import shutil
 import sysconfig
@@ -31,11 +31,14 @@ MIN_CHARACTERS = 400  # shorter docstrings are mostly one-line summaries and lis
 MIN_PROSE_SHARE = 0.85  # of the characters: letters, spaces and sentence punctuation
 SHINGLE_WORDS = 8  # two documents that share a run of this many words share a passage
 MAX_REPEATED_SHARE = 0.5  # a document with more of its passages seen before is a near copy
-SEED = 0
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
-TRIPLE_QUOTED = re.compile(r"(\"\"\"|''')(.*?)\1", re.DOTALL)
-BEFORE_DOCSTRING = re.compile(r"(?:\A|:)\s*(?:#[^\n]*\n\s*)*[rRuU]?\Z")  # comments end at the newline: no backtracking
+# The first two alternatives are ordinary strings that hold the quotes themselves.
+TRIPLE_QUOTED = re.compile(r"""'\"{3}'|"'{3}"|(\"{3}|'{3})(.*?)\1""", re.DOTALL)
+BEFORE_DOCSTRING = re.compile(
+    r"(?:\A|:)\s*(?:#[^\n]*\n\s*)*[rRuU]?\Z"
+)  # a comment ends at the newline: no backtracking
+LOOK_BACK = 2000  # characters; a licence may stand before a module's docstring
 WORD = re.compile(r"[a-z]+")
 NOT_PROSE = re.compile(r"[^A-Za-z\s.,;:'\"!?()-]")
 
@@ -140,8 +143,28 @@ def docstrings(source: str) -> list[str]:
     return [
         inspect.cleandoc(match[2])
         for match in TRIPLE_QUOTED.finditer(source)
-        if BEFORE_DOCSTRING.search(source, max(0, match.start() - 200), match.start())
+        if match[1] and opens_block(source[max(0, match.start() - LOOK_BACK) : match.start()])
     ]
+
+
+def opens_block(before: str) -> bool:
+    """
+    Tells whether a string is a docstring by what stands before it.
+
+    Args:
+        before: The source up to the string's opening quotes.
+
+    Returns:
+        Whether the string starts its line and is the first statement of a block or of the file.
+    """
+    *lines, indentation = before.split("\n")
+    if indentation.strip() not in ("", "r", "R", "u", "U"):
+        return False
+    for line in reversed(lines):
+        code = line.partition("#")[0].rstrip()
+        if code:
+            return code.endswith(":")
+    return True
 
 
 def is_prose(text: str) -> bool:
@@ -167,7 +190,7 @@ def python_files(root: Path) -> list[tuple[str, Path]]:
         root: A folder of packages and modules.
 
     Returns:
-        Pairs (name of the top-level package or module, path), sorted by path.
+        Pairs (name of the top-level package or module, path), in an order that is always the same.
     """
     found = []
     for folder, subfolders, names in os.walk(root):
@@ -234,14 +257,15 @@ def without_near_copies(documents: list[tuple[str, str]]) -> list[tuple[str, str
 
 def prepare_text(roots: list[Path], path: Path) -> None:
     """
-    Writes the English text of the machine to a JSON-lines file, mixed over packages in an order that is always the same.
+    Writes the English text of the machine to a JSON-lines file, mixed over packages.
 
     Args:
         roots: Folders of packages.
         path: The file; it appears under its name only when it is complete.
     """
     documents = language_reference() + collect_documents(roots)
-    random.Random(SEED).shuffle(documents)
+    # Random to the eye, and nearly the same on a machine with other packages: what is held out stays held out.
+    documents.sort(key=lambda document: hashlib.sha256(document[1].encode()).digest())
     documents = without_near_copies(documents)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

@@ -17,19 +17,18 @@ def last_evaluation(folder: Path) -> dict:
         folder: The run's output folder.
 
     Returns:
-        The last line of its `metrics.jsonl` that holds metrics per layer.
+        The last line of its `metrics.jsonl` that states a number of held-out tokens, by the names of the metrics.
 
     Raises:
         ValueError: If there is none.
     """
-    evaluations = []
     path = folder / "metrics.jsonl"
-    if path.is_file():
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        evaluations = [row for row in rows if "nmse_per_layer" in row]
-    if not evaluations:
-        raise ValueError(f"no evaluation in {path}; give the output folder of a run of scripts/train_clt.py")
-    return evaluations[-1]
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        row = {name.removeprefix("eval_"): value for name, value in json.loads(line).items()}
+        if "num_tokens" in row:
+            return row
+    raise ValueError(f"no evaluation in {path}; give the output folder of a run of scripts/train_clt.py")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,42 +6,46 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_clt import CLTTrainer, CrossLayerTranscoder
+from hf_clt.evaluation.report import format_metrics_table
 from hf_clt.training.arguments import build_config, parse_train_args
 
 
 # What a user can mend. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, StrictDataclassError)
+USER_ERRORS = (ValueError, OSError, StrictDataclassError, FloatingPointError)
 
 
 def main(argv=None) -> int:
+    # Each process may fail for a reason of its own (its text, its memory), so the others speak too, by rank.
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"[rank {rank}] "
     try:
         return train(argv)
+    except KeyboardInterrupt as stop:
+        # The trainer says at which step it stopped once its checkpoint is written; earlier there is nothing to keep.
+        written = f" ({stop}); continue with --resume-from-checkpoint latest" if str(stop) else ""
+        print(f"{who}interrupted{written}", file=sys.stderr)
+        return 130
     except USER_ERRORS as error:
         if os.environ.get("HF_CLT_DEBUG") == "1":
             raise
-        # Each process may fail for a reason of its own (its text, its memory), so the others speak too, by rank.
-        rank = os.environ.get("RANK", "0")
-        who = "" if rank == "0" else f"[rank {rank}] "
         print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 def train(argv=None) -> int:
     args, config_kwargs = parse_train_args(argv)
-
-    # After the parsing, so that --help and a mistyped option are answered without waiting for these imports.
-    from hf_clt import CLTTrainer, CrossLayerTranscoder
-    from hf_clt.evaluation.report import format_metrics_table
-
     if args.init_from is not None:
         clt = CrossLayerTranscoder.from_pretrained(args.init_from, **config_kwargs)
         trainer = CLTTrainer(args, model=clt)
     else:
         trainer = CLTTrainer(args, build_config(args, config_kwargs))
     trainer.train()
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() if args.eval_tokens else None
     if trainer.accelerator.is_main_process:
-        print(format_metrics_table(metrics))
+        if metrics is not None:
+            print(format_metrics_table(metrics))
+        print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
         print(f"The CLT is in {args.output_dir}")
     return 0
 

@@ -1,10 +1,11 @@
-"""Metrics of a cross-layer transcoder on held-out tokens, as sums that can be fed batch by batch and merged over processes.
+"""
+Metrics of a cross-layer transcoder on held-out tokens, as sums that are fed batch by batch and merged over processes.
 
-The sums are the count, mean and sum of squared deviations of the targets (Chan, Golub & LeVeque 1979, "Updating formulae
-and a pairwise algorithm for computing sample variances"), the squared error of the reconstruction, and the number of tokens
-on which each feature is active. Σy² - N·ȳ² is never formed: residual streams have dimensions whose mean is thousands of times
-their spread, where it would cancel. Chan's form merges exactly, but its parts do not simply add up: gather the tensors of all
-processes and give them to [`MetricSums.from_gathered`].
+The sums are the count, mean and sum of squared deviations of the targets (Chan, Golub & LeVeque 1979, "Updating
+formulae and a pairwise algorithm for computing sample variances"), the squared error of the reconstruction, and the
+number of tokens on which each feature is active. Σy² - N·ȳ² is never formed: residual streams have dimensions whose
+mean is thousands of times their spread, where it would cancel. Chan's form merges exactly, but its parts do not simply
+add up: gather the tensors of all processes and give them to [`MetricSums.from_gathered`].
 """
 
 import math
@@ -12,7 +13,7 @@ import math
 import torch
 
 
-# log10 of the share of tokens on which a feature is active: four bins per decade, floored at -10 (a feature that is never active)
+# log10 of the share of tokens on which a feature is active: four bins per decade; -10 stands for never
 DENSITY_FLOOR = -10.0
 DENSITY_BINS = 40
 
@@ -26,7 +27,7 @@ def density_histogram(active_counts: torch.Tensor, num_tokens: int) -> dict[str,
         num_tokens (`int`): Tokens seen.
 
     Returns:
-        `dict` with `bin_edges` (41 floats from -10 to 0) and `counts` (40 integers, one per bin; the last bin includes 0).
+        `dict` with `bin_edges` (41 floats from -10 to 0) and `counts` (40 integers, the last bin including 0).
     """
     density = active_counts.double().flatten().cpu() / num_tokens
     log_density = density.log10().clamp(min=DENSITY_FLOOR)
@@ -37,8 +38,8 @@ def density_histogram(active_counts: torch.Tensor, num_tokens: int) -> dict[str,
 
 class MetricSums:
     """
-    Streamed sums from which the metrics are computed. The result does not depend on how the tokens were cut into batches or
-    spread over processes.
+    Streamed sums from which the metrics are computed. The result does not depend on how the tokens were cut into
+    batches or spread over processes.
 
     Args:
         num_layers (`int`): L.
@@ -67,8 +68,9 @@ class MetricSums:
         Args:
             labels (`torch.Tensor` of shape `(N, L, D)`): Raw targets y.
             reconstruction (`torch.Tensor` of shape `(N, L, D)`): Raw reconstruction ŷ.
-            acts: Activations of the same tokens: dense, of shape `(N, L, F)`, or anything whose `active_counts()` gives the
-                number of these tokens on which each feature is above zero, of shape `(L, F)`.
+            acts (`torch.Tensor` of shape `(N, L, F)`, or sparse):
+                Activations of the same tokens. Sparse is anything whose `active_counts()` gives the number of these
+                tokens on which each feature is above zero, of shape `(L, F)`.
 
         Raises:
             `ValueError`: A shape does not fit.
@@ -76,19 +78,19 @@ class MetricSums:
         expected = (self.num_layers, self.d_model)
         if labels.dim() != 3 or tuple(labels.shape[1:]) != expected:
             raise ValueError(
-                f"labels must have shape (N, {expected[0]}, {expected[1]}), got {tuple(labels.shape)}; give the raw targets of"
-                " all layers, one row per token"
+                f"labels must have shape (N, {expected[0]}, {expected[1]}), got {tuple(labels.shape)}; give the raw"
+                " targets of all layers, one row per token"
             )
         if reconstruction.shape != labels.shape:
             raise ValueError(
-                f"reconstruction has shape {tuple(reconstruction.shape)} and labels {tuple(labels.shape)}; both must cover the"
-                " same tokens"
+                f"reconstruction has shape {tuple(reconstruction.shape)} and labels {tuple(labels.shape)}; both must"
+                " cover the same tokens"
             )
         if isinstance(acts, torch.Tensor):
             if tuple(acts.shape) != (len(labels), self.num_layers, self.num_features):
                 raise ValueError(
-                    f"acts must have shape ({len(labels)}, {self.num_layers}, {self.num_features}), got {tuple(acts.shape)};"
-                    " give the activations of the tokens in labels"
+                    f"acts must have shape ({len(labels)}, {self.num_layers}, {self.num_features}), got"
+                    f" {tuple(acts.shape)}; give the activations of the tokens in labels"
                 )
             active = (acts > 0).sum(0)
         else:
@@ -115,7 +117,8 @@ class MetricSums:
         """Add the tokens of `other`, which may have seen any number of them (none included)."""
         if self.active_counts.shape != other.active_counts.shape or self.mean.shape != other.mean.shape:
             raise ValueError(
-                f"cannot merge sums over (layers, d_model, features) {self.shape} with {other.shape}; both must come from the same CLT"
+                f"cannot merge sums over (layers, d_model, features) {self.shape} with {other.shape}; both must"
+                " come from the same CLT"
             )
         count = self.count + other.count
         share = other.count.to(self.device) / count.clamp(min=1).double()  # of the tokens, those that come from other
@@ -133,8 +136,9 @@ class MetricSums:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """
-        The whole state, to be gathered over processes: `count` (), int64; `mean` (L, D), `squared_deviation` (L, D) and
-        `squared_error` (L,), float64; `active_counts` (L, F), int64. The mean makes them no plain sums: do not all-reduce, gather.
+        The whole state, to be gathered over processes: `count` (), int64; `mean` and `squared_deviation` (L, D) and
+        `squared_error` (L,), float64; `active_counts` (L, F), int64. The mean makes them no plain sums: do not
+        all-reduce them, gather them.
         """
         return {
             "count": self.count,
@@ -154,8 +158,8 @@ class MetricSums:
         for name, value in own.items():
             if tensors[name].shape != value.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}; the sums come from a CLT of"
-                    " another size"
+                    f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}; the sums come"
+                    " from a CLT of another size"
                 )
             setattr(self, name, tensors[name].to(device=self.device, dtype=value.dtype, copy=True))
 
@@ -183,13 +187,15 @@ class MetricSums:
 
     def compute(self) -> dict:
         """
-        The metrics over all tokens seen. `nmse` of a layer is its squared error over its squared deviation from the mean, both
-        summed over tokens and dimensions; a layer whose targets do not vary at all has 0 when reconstructed exactly, else inf.
+        The metrics over all tokens seen. `nmse` of a layer is its squared error over its squared deviation from the
+        mean, both summed over tokens and dimensions; a layer whose targets do not vary at all has 0 when
+        reconstructed exactly, else inf.
 
         Returns:
-            `dict`: `nmse` and `explained_variance` (means over layers), `l0` (active features per token, summed over layers),
-            `dead_fraction` (share of the features that are active on none of the tokens), `num_tokens`, each but the last also
-            as a list `<name>_per_layer`, and `feature_density`, the histogram of [`density_histogram`] over all layers.
+            `dict`: `nmse` and `explained_variance` (means over layers), `l0` (active features per token, summed over
+            layers) and `dead_fraction` (share of the features that are active on none of the tokens), each also as a
+            list `<name>_per_layer`; `num_tokens`; and `feature_density`, the histogram of [`density_histogram`] over
+            all layers.
 
         Raises:
             `ValueError`: No token was seen.

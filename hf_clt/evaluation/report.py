@@ -37,11 +37,13 @@ def format_metrics_table(metrics: dict) -> str:
     The metrics per target layer as aligned plain text.
 
     Args:
-        metrics (`dict`): What [`MetricSums.compute`] gives. A metric that is absent or None (`dead_fraction` before one full
-            window of training) has no column.
+        metrics (`dict`):
+            What [`MetricSums.compute`] gives. A metric that is absent or None (`dead_fraction` before one full window
+            of training) has no column.
 
     Returns:
-        `str`: One row per layer, then a row `all`: means over the layers, L0 summed; then a line with the number of tokens.
+        `str`: One row per layer, then a row `all`: means over the layers, L0 summed; then a line with the number of
+        tokens.
     """
     columns = [column for column in TABLE_COLUMNS if metrics.get(f"{column[1]}_per_layer") is not None]
     if not columns:
@@ -66,12 +68,14 @@ def format_metrics_table(metrics: dict) -> str:
 
 def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) -> list[Path]:
     """
-    Draw PNG figures: `training_curves.png` (loss, NMSE, L0 and dead features over the steps), `metrics_per_layer.png` and
-    `feature_density.png`. A figure without data is not drawn.
+    Draw PNG figures: `training_curves.png` (loss, NMSE, L0 and dead features over the steps),
+    `metrics_per_layer.png` and `feature_density.png`. A figure without data is not drawn.
 
     Args:
         metrics (`dict` or None): What an evaluation returned.
-        history (`list[dict]`): The lines of `metrics.jsonl`. Those with `nmse_per_layer` are evaluations on held-out tokens.
+        history (`list[dict]`):
+            The lines of `metrics.jsonl`. Those that state the number of held-out tokens are evaluations, of which the
+            names may have the prefix `eval_`.
         folder (`str` or `Path`): Where to write; made if absent.
 
     Returns:
@@ -120,8 +124,9 @@ def _training_curves(history):
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    held_out = [row for row in history if row.get("nmse_per_layer") is not None]
-    training = [row for row in history if row.get("nmse_per_layer") is None]
+    history = [{name.removeprefix("eval_"): value for name, value in row.items()} for row in history]
+    held_out = [row for row in history if "num_tokens" in row]
+    training = [row for row in history if "num_tokens" not in row]
     # title, metric name, log scale
     panels = (
         ("training loss", "loss", True),
@@ -220,7 +225,7 @@ def _feature_density(metrics):
     )
     axis.set_xlabel("share of held-out tokens on which a feature is active")
     axis.set_ylabel("share of features")
-    ticks = [tick for tick in range(math.ceil(edges[shown[0]]) if shown else -4, 1)]
+    ticks = list(range(math.ceil(edges[shown[0]]) if shown else -4, 1))
     axis.set_xticks(ticks, [f"$10^{{{tick}}}$" if tick else "1" for tick in ticks])
     axis.yaxis.set_major_formatter(_percent)
     return figure

@@ -1,7 +1,5 @@
 """The activation buffer: harvested activations of many documents, mixed, each handed out exactly once."""
 
-import time
-
 import torch
 from tqdm.auto import tqdm
 
@@ -43,7 +41,9 @@ class ActivationBuffer:
         seed: int = 0,
         progress: bool = False,
     ):
-        self.rows_per_harvest = tokens.prompts_per_batch * (tokens.context_size - 1)  # at most: position 0 never counts
+        self.rows_per_harvest = tokens.prompts_per_batch * (
+            tokens.context_size - 1
+        )  # at most: position 0 never counts
         self.capacity = n_batches * self.rows_per_harvest
         if batch_size > self.capacity:
             raise ValueError(
@@ -66,8 +66,8 @@ class ActivationBuffer:
         self.live_batches: dict[int, dict] = {}
         self.num_harvested = 0
         self.epoch = 0
-        self.harvest_seconds = 0.0
         self._text = None  # iterator over the rest of this epoch's text; None: not started
+        self._text_ended = False  # the text of this epoch has been read, though perhaps not yet all of the buffer
 
     @property
     def num_unread(self) -> int:
@@ -79,7 +79,7 @@ class ActivationBuffer:
             if self.num_unread == 0:
                 break
             yield self._next_batch()
-        self._text = None
+        self._text, self._text_ended = None, False
         self.epoch += 1
 
     def endless(self):
@@ -108,6 +108,7 @@ class ActivationBuffer:
             while len(free) - filled >= self.rows_per_harvest:
                 batch = next(self._text, None)
                 if batch is None:
+                    self._text_ended = True  # and the stream stands at its beginning again
                     break
                 added = self._store(batch, free[filled:])
                 filled += added
@@ -119,7 +120,6 @@ class ActivationBuffer:
 
     def _store(self, batch: dict, slots: torch.Tensor) -> int:
         """Harvests an extraction batch into the first of the given slots; returns the number of tokens."""
-        start = time.perf_counter()
         inputs, labels = self.harvester.harvest(batch, dtype=self.dtype)
         slots = slots[: len(inputs)]
         self.inputs[slots.to(self.inputs.device)] = inputs.to(self.inputs.device)
@@ -129,7 +129,6 @@ class ActivationBuffer:
         if len(slots):
             self.live_batches[self.num_harvested] = {"tokens": batch, "unread": len(slots)}
         self.num_harvested += 1
-        self.harvest_seconds += time.perf_counter() - start
         return len(slots)
 
     def _next_batch(self) -> dict:
@@ -164,6 +163,7 @@ class ActivationBuffer:
                 tensors[f"tokens.{number}.{name}"] = value
         values = {
             "text": self.tokens.state_dict() if self._text is not None else None,
+            "text_ended": self._text_ended,
             "num_harvested": self.num_harvested,
             "epoch": self.epoch,
             "capacity": self.capacity,
@@ -199,10 +199,10 @@ class ActivationBuffer:
             self.live_batches[number] = {"tokens": batch, "unread": count}
         self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]
         self.generator.set_state(tensors["generator"])
-        self._text = None
+        self._text, self._text_ended = None, values["text_ended"]
         if values["text"] is not None:
             self.tokens.load_state_dict(values["text"])
-            self._text = iter(self.tokens)
+            self._text = iter(()) if self._text_ended else iter(self.tokens)
 
 
 __all__ = ["ActivationBuffer"]

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -103,13 +104,16 @@ def load_statistics(path: str | Path) -> dict:
     Reads `mean_in`, `std_in`, `mean_out`, `std_out` from a safetensors file.
 
     Raises:
-        ValueError: If one of them is missing; the message names it.
+        ValueError: If the file is damaged, or one of them is missing; the message names it.
     """
-    with safe_open(path, "pt") as tensors:
-        missing = [name for name in STATISTICS if name not in tensors.keys()]
-        if missing:
-            raise ValueError(f"normalization_file={str(path)!r} has no tensor {missing[0]}; it needs {STATISTICS}")
-        return {name: tensors.get_tensor(name) for name in STATISTICS}
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"normalization_file={str(path)!r} is no whole safetensors file ({error})") from error
+    missing = [name for name in STATISTICS if name not in tensors]
+    if missing:
+        raise ValueError(f"normalization_file={str(path)!r} has no tensor {missing[0]}; it needs {STATISTICS}")
+    return {name: tensors[name] for name in STATISTICS}
 
 
 @torch.no_grad()

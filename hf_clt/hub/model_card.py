@@ -1,7 +1,8 @@
-"""The generated model card: the README.md beside a released CLT.
+"""
+The generated model card: the README.md beside a released CLT.
 
-Everything in it comes from the configuration, a measurement or the run itself; what is not known is left out. The card ends
-with a hash of its own text, by which a card that a human edited is recognised and never replaced.
+Everything in it comes from the configuration, a measurement or the run itself; what is not known is left out. The card
+ends with a hash of its own text, by which a card that a human edited is recognised and never replaced.
 """
 
 import functools
@@ -74,7 +75,7 @@ def is_human_edited(card: str) -> bool:
 
 
 def set_loading_name(card: str, name: str) -> str:
-    """The generated `card` with `name` (a Hub name or folder) in its loading snippet. A human-edited card comes back as it is."""
+    """The generated `card` with `name` (a Hub name or folder) in its loading snippet; a human's card as it is."""
     if is_human_edited(card):
         return card
     card = card.replace("\r\n", "\n")
@@ -119,7 +120,7 @@ def count_parameters(config) -> int:
 
 
 def circuit_tracer_gaps(config) -> list[str]:
-    """What circuit-tracer's form of a CLT cannot express of this one, in words; empty when it reads the files as they are."""
+    """What circuit-tracer cannot express of this CLT, in words; empty when it reads the files as they are."""
     gaps = []
     if config.activation_fn == "topk":
         gaps.append("the top-k activation function")
@@ -146,11 +147,11 @@ def build_model_card(
     Args:
         config ([`CLTConfig`]): Configuration of the released CLT.
         metrics (`dict`, *optional*): What an evaluation on held-out tokens returned.
-        training (`dict`, *optional*): What is known of the run; any of the keys in `TRAINING_KEYS`, None where unknown.
+        training (`dict`, *optional*): What is known of the run: any of `TRAINING_KEYS`, None where unknown.
         command (`str`, *optional*): The command line that made the CLT.
-        existing (`str`, *optional*): A card that is there already. If a human edited it, it is returned as it is.
+        existing (`str`, *optional*): A card that is there already; one that a human edited is returned as it is.
         name (`str`, *optional*): Hub name or folder for the loading snippet.
-        license (`str`, *optional*): Licence identifier as the Hub spells it, for example `"mit"`.
+        license (`str`, *optional*): Licence as the Hub spells it, for example `"mit"`.
 
     Returns:
         `str`: Markdown with a YAML header and the hash comment as its last line.
@@ -167,13 +168,11 @@ def build_model_card(
     base = config.base_model_name_or_path
     hub_base = base if is_hub_name(base) else None
     hub_dataset = training.get("dataset") if is_hub_name(training.get("dataset")) else None
-    shown_base = (
-        f"[{base}](https://huggingface.co/{base})"
-        if hub_base
-        else f"a local copy of `{Path(base).name}`"
-        if base
-        else ""
-    )
+    if hub_base:
+        shown_base = f"[{base}](https://huggingface.co/{base})"
+    else:
+        shown_base = f"a local copy of `{Path(base).name}`" if base else ""
+    results = _eval_results(metrics, training, hub_dataset)
     kind = "Per-layer" if config.reach == 1 else "Cross-layer"
     data = ModelCardData(
         library_name="hf_clt",
@@ -183,17 +182,14 @@ def build_model_card(
         datasets=[hub_dataset] if hub_dataset else None,
         pipeline_tag=TASK,
         tags=TAGS,
-        model_name=f"clt-{Path(base).name}" if base else "clt",
-        eval_results=_eval_results(metrics, training, hub_dataset) or None,
+        model_name=(f"clt-{Path(base).name}" if base else "clt") if results else None,
+        eval_results=results or None,
     )
-    if data.eval_results is None:
-        data.model_name = None
     num_tokens = metrics.get("num_tokens")
+    template = importlib.resources.files("hf_clt.model_cards").joinpath("clt_card.md")
     card = ModelCard.from_template(
         data,
-        template_str=importlib.resources.files("hf_clt.model_cards")
-        .joinpath("clt_card.md")
-        .read_text(encoding="utf-8"),
+        template_str=template.read_text(encoding="utf-8"),
         title=f"{kind} transcoder for {Path(base).name}" if base else f"{kind} transcoder",
         summary=_summary(config, shown_base),
         architecture=_architecture(config, shown_base),
@@ -201,7 +197,7 @@ def build_model_card(
         num_tokens=f"{num_tokens:,}" if num_tokens is not None else None,
         evaluation_text=_dataset_text(training, hub_dataset),
         scalars=[
-            (key, format(metrics[key], spec), text) for key, spec, text in SCALARS if metrics.get(key) is not None
+            (key, format(metrics[key], spec), says) for key, spec, says in SCALARS if metrics.get(key) is not None
         ],
         **_layer_table(metrics),
         training_rows=_training_rows(config, training, hub_dataset),
@@ -225,10 +221,10 @@ def save_model_card(
     license: str | None = None,
 ) -> Path:
     """
-    Write the model card to `folder/README.md`, whole or not at all. A README.md that a human edited, or wrote, stays as it is.
+    Write the model card to `folder/README.md`, whole or not at all. A README.md that a human edited or wrote stays.
 
     Args:
-        folder (`str` or `Path`): Folder of the released CLT; a relative one is what the loading snippet names by default.
+        folder (`str` or `Path`): Folder of the released CLT; if relative, the loading snippet names it by default.
         config, metrics, training, command, name, license: See [`build_model_card`].
 
     Returns:
@@ -240,9 +236,7 @@ def save_model_card(
     if existing is not None and is_human_edited(existing):
         _warn_kept(path.absolute())
         return path
-    if (
-        name is None and not folder.is_absolute()
-    ):  # an absolute path says nothing elsewhere, and names a user's folders
+    if name is None and not folder.is_absolute():  # an absolute path would publish the names of a user's folders
         name = folder.as_posix()
     card = build_model_card(config, metrics, training, command, name=name, license=license)
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,9 +272,8 @@ def _eval_results(metrics, training, hub_dataset):
     text = training.get("dataset")
     results = []
     for name, _, meaning in SCALARS:
-        if metrics.get(name) is None or not math.isfinite(
-            metrics[name]
-        ):  # the Hub's model-index takes finite numbers only
+        # the Hub's model-index takes finite numbers only
+        if metrics.get(name) is None or not math.isfinite(metrics[name]):
             continue
         results.append(
             EvalResult(
@@ -303,11 +296,10 @@ def _dataset_text(training, hub_dataset):
     dataset = training.get("dataset")
     if dataset is None:
         return None
-    shown = (
-        f"[{dataset}](https://huggingface.co/datasets/{dataset})"
-        if hub_dataset
-        else f"the local text `{Path(dataset).name}`"
-    )
+    if hub_dataset:
+        shown = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+    else:
+        shown = f"the local text `{Path(dataset).name}`"
     if training.get("dataset_config"):
         shown += f", configuration `{training['dataset_config']}`"
     if training.get("dataset_split"):
@@ -326,8 +318,8 @@ def _summary(config, shown_base):
     else:
         writes = "that layer and all later ones"
     return (
-        f"A sparse dictionary whose features read {reads[config.feature_input_hook]}{of_base} at one layer and write to"
-        f" {target} in {writes}, so that a prompt's computation can be traced feature by feature"
+        f"A sparse dictionary whose features read {reads[config.feature_input_hook]}{of_base} at one layer and write"
+        f" to {target} in {writes}, so that a prompt's computation can be traced feature by feature"
         " ([Ameisen et al. 2025](https://transformer-circuits.pub/2025/attribution-graphs/methods.html))."
     )
 
@@ -348,25 +340,15 @@ def _architecture(config, shown_base):
         else:
             activation += f", k = {config.k * config.num_layers:,} per token, shared by its layers{averaged}"
     elif config.activation_fn == "jumprelu":
-        activation += (
-            f", thresholds trained from {config.jumprelu_threshold:g}, bandwidth {config.jumprelu_bandwidth:g}"
-        )
+        activation += f", initial threshold {config.jumprelu_threshold:g}, bandwidth {config.jumprelu_bandwidth:g}"
     rows.append(("activation function", activation))
-    reach = (
-        "each layer and all later ones"
-        if config.reach == config.num_layers
-        else f"{config.reach} layers, its own included"
-    )
-    rows.append(("decoder reach", reach))
+    all_layers = config.reach == config.num_layers
+    rows.append(("decoder reach", "all later layers" if all_layers else f"{config.reach} layers, its own included"))
     if config.decoder_tying != "none":
         rows.append(("decoder tying", f"`{config.decoder_tying}`"))
     if config.trained_decoder_tying is not None:
-        rows.append(
-            (
-                "decoder tying in training",
-                f"`{config.trained_decoder_tying}` (untied by each target layer's output scale)",
-            )
-        )
+        untied = f"`{config.trained_decoder_tying}` (untied by each target layer's output scale)"
+        rows.append(("decoder tying in training", untied))
     if config.skip_connection:
         rows.append(("skip connection", "linear, from each layer's input to its own target"))
     rows.append(("reads", f"`{config.feature_input_hook}`"))
@@ -381,9 +363,7 @@ def _snippet(config, hub_base, training, name):
     decode = "clt.decode(features, inputs)" if config.skip_connection else "clt.decode(features)"
     if config.base_model_name_or_path is None:
         lines += ["", load]
-        lines += [
-            "# in place of zeros: the activations of every layer at clt.config.feature_input_hook, (tokens, layers, d_model)"
-        ]
+        lines += ["# in place of zeros: activations at clt.config.feature_input_hook, (tokens, layers, d_model)"]
         lines += ["inputs = torch.zeros(1, clt.config.num_layers, clt.config.d_model, dtype=clt.dtype)"]
         lines += ["with torch.no_grad():"]
         lines += ["    features = clt.encode(inputs)  # (tokens, layers, features)"]
@@ -395,7 +375,7 @@ def _snippet(config, hub_base, training, name):
             base += f', revision="{config.base_model_revision}"'
     else:
         base = "clt.config.base_model_name_or_path"
-    lines += ["from hf_clt.harvest import Harvester, load_language_model", "", load]
+    lines += ["from hf_clt.harvest.harvester import Harvester, load_language_model", "", load]
     lines += [f"model, tokenizer = load_language_model({base})"]
     lines += ["harvester = Harvester(model, clt.config.feature_input_hook, clt.config.feature_output_hook)", ""]
     bos = "" if training.get("prepend_bos") is False else '(tokenizer.bos_token or "") + '
@@ -428,27 +408,17 @@ def _training_rows(config, training, hub_dataset):
     if training.get("context_size") is not None:
         start = ", each starting with BOS" if training.get("prepend_bos") else ""
         rows.append(("blocks", f"{training['context_size']:,} tokens{start}; position 0 is never trained on"))
-    rows.append(("tokens trained on", f"{training['tokens']:,}" if training.get("tokens") is not None else None))
-    rows.append(("steps", f"{training['steps']:,}" if training.get("steps") is not None else None))
-    method = training.get("normalization_method")
-    rows.append(
-        (
-            "normalisation",
-            f"`{method}`" + (", folded into the weights" if method != "none" else "") if method else None,
-        )
-    )
+    for name, key in (("tokens trained on", "tokens"), ("steps", "steps")):
+        rows.append((name, f"{training[key]:,}" if training.get(key) is not None else None))
+    if method := training.get("normalization_method"):
+        rows.append(("normalisation", f"`{method}`" + (", folded into the weights" if method != "none" else "")))
     if config.activation_fn in ("topk", "batchtopk"):
-        rows.append(
-            ("auxiliary loss", f"coefficient {config.aux_coef:g}, {config.aux_k:,} dead features per token and layer")
-        )
+        auxiliary = f"coefficient {config.aux_coef:g}, {config.aux_k:,} dead features per token and layer"
+        rows.append(("auxiliary loss", auxiliary))
     else:
         rows.append(("pre-activation loss", f"coefficient {config.preactivation_coef:g}"))
-    rows.append(
-        (
-            "sparsity loss",
-            f"λ = {config.sparsity_lambda:g}, c = {config.sparsity_c:g}" if config.sparsity_lambda else None,
-        )
-    )
+    if config.sparsity_lambda:
+        rows.append(("sparsity loss", f"λ = {config.sparsity_lambda:g}, c = {config.sparsity_c:g}"))
     rows.append(("duration", _duration(training.get("duration_seconds"))))
     rows.append(("hardware", training.get("hardware")))
     rows.append(("processes", training.get("num_processes")))
@@ -482,15 +452,11 @@ def _limitations(config, metrics, training):
     found = []
     per_layer = metrics.get("nmse_per_layer")
     if metrics.get("nmse") is not None and math.isfinite(metrics["nmse"]):
-        worst = max(range(len(per_layer)), key=per_layer.__getitem__) if per_layer else None
-        where = (
-            f"; layer {worst} is the worst, with {per_layer[worst]:.1%}"
-            if worst is not None and len(per_layer) > 1
-            else ""
-        )
-        found.append(
-            f"It leaves {metrics['nmse']:.1%} of the targets' variance unexplained (mean over layers){where}."
-        )
+        where = ""
+        if per_layer and len(per_layer) > 1:
+            worst = max(range(len(per_layer)), key=per_layer.__getitem__)
+            where = f"; layer {worst} is the worst, with {per_layer[worst]:.1%}"
+        found.append(f"It leaves {metrics['nmse']:.1%} of the targets' variance unexplained (layer mean){where}.")
     dead = metrics.get("dead_fraction")
     if dead is not None and dead > 0:
         number = f"{metrics['num_tokens']:,} " if metrics.get("num_tokens") is not None else ""

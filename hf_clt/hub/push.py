@@ -1,8 +1,9 @@
-"""Publishing a CLT: one commit with the files of a release, safetensors only, and a card that keeps what people wrote in it.
+"""
+Publishing a CLT: one commit with the files of a release, safetensors only, and a card that keeps what people wrote.
 
-`HfApi.upload_folder` may cut a large folder into several commits, between which the repository holds half of one CLT and half
-of another; here everything goes into one `create_commit` on top of the commit that was looked at. Weights that reached the Hub
-before a connection was cut are not sent again by the next attempt.
+`HfApi.upload_folder` may cut a large folder into several commits, between which the repository holds half of one CLT
+and half of another; here everything goes into one `create_commit` on top of the commit that was looked at. Weights
+that reached the Hub before a connection was cut are not sent again by the next attempt.
 """
 
 import json
@@ -42,8 +43,8 @@ def check_push_access(token: str | None = None) -> str:
         if isinstance(error, HfHubHTTPError) and status not in (401, 403):
             raise
         raise ValueError(
-            f"pushing needs a Hub token with write access, and {'the one given is refused' if status else 'there is none'};"
-            " run `hf auth login`, set HF_TOKEN, or leave out push_to_hub"
+            f"pushing needs a Hub token, and {'the one given is refused' if status else 'there is none'}; run"
+            " `hf auth login`, or set HF_TOKEN to a token with write access"
         ) from error
 
 
@@ -83,8 +84,9 @@ def push_folder(
     """
     Push a released CLT to the Hub in one commit. The folder is not changed.
 
-    Weights in the repository that are not part of this release are removed by the same commit. A README.md in the repository
-    that a human edited stays; else the folder's own is pushed, with the repository's name in its loading snippet.
+    Weights in the repository that are not part of this release are removed by the same commit. A README.md in the
+    repository that a human edited stays; else the folder's own is pushed, with the repository's name in its loading
+    snippet.
 
     Args:
         folder (`str` or `Path`): What `save_pretrained` wrote, with its README.md; further files in it are not pushed.
@@ -93,7 +95,7 @@ def push_folder(
         token (`str`, *optional*): Defaults to the stored one.
         revision (`str`, *optional*): Branch to push to, made from `main` if absent.
         commit_message (`str`, *optional*): Defaults to `"Upload CLT"`.
-        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request against `main` instead of pushing to it.
+        create_pr (`bool`, *optional*): Open a pull request against `main` instead of pushing to it.
 
     Returns:
         [`~huggingface_hub.CommitInfo`].
@@ -171,9 +173,9 @@ def push_to_hub(
     license: str | None = None,
 ) -> CommitInfo:
     """
-    Save a CLT with a generated card into a temporary folder and push that; see [`push_folder`] and, for `metrics`, `training`,
-    `command` and `license`, [`build_model_card`]. The card holds no metrics unless they are given: to publish a folder with the
-    measured card that training wrote, use [`push_folder`].
+    Save a CLT with a generated card into a temporary folder and push that; see [`push_folder`] and, for `metrics`,
+    `training`, `command` and `license`, [`build_model_card`]. The card holds no metrics unless they are given: to
+    publish a folder with the measured card that training wrote, use [`push_folder`].
     """
     with tempfile.TemporaryDirectory() as folder:
         clt.save_pretrained(folder)

@@ -37,9 +37,7 @@ def row_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     Returns:
         (B, C).
     """
-    return F.embedding_bag(
-        indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 class _AddDecoded(torch.autograd.Function):

@@ -410,18 +410,26 @@ def training_options() -> list[Option]:
     return options
 
 
+# CLTConfig's fields whose value, when it is not given, is found by build_config.
+FOUND_DEFAULTS = {
+    "base_model_name_or_path": "as --model",
+    "base_model_revision": "as --model-revision",
+    "num_layers": "from the language model",
+    "d_model": "from the language model",
+    "num_features": "none; required",
+    "feature_input_hook": "by the language model",
+    "feature_output_hook": "by the language model",
+}
+
+
 def config_options() -> list[Option]:
     """The options that are fields of `CLTConfig`: those that `CLT_CONFIG_HELP` explains."""
     options = []
     for entry in fields(CLTConfig):
         if entry.name not in CLT_CONFIG_HELP:
             continue
-        if entry.name in ("base_model_name_or_path", "base_model_revision"):
-            default = f"as --{entry.name.removeprefix('base_').removesuffix('_name_or_path').replace('_', '-')}"
-        elif entry.name in ("num_layers", "d_model", "feature_input_hook", "feature_output_hook"):
-            default = "from the language model"
-        elif entry.name == "num_features":
-            default = "required"
+        if entry.name in FOUND_DEFAULTS:
+            default = FOUND_DEFAULTS[entry.name]
         elif entry.name in ACTIVATION_DEFAULTS["relu"]:
             default = ", ".join(f"{name} {_text(values[entry.name])}" for name, values in ACTIVATION_DEFAULTS.items())
         else:
@@ -461,8 +469,12 @@ def _check_value(option: Option, value: Any) -> Any:
         value = [value] if isinstance(value, str) else value
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return [] if list(value) == ["none"] else list(value)
-    remedy = "put it in quotes" if option.kind is str and not option.choices and value else f"give {option.expected}"
-    raise ValueError(f"{option.name}={value!r} is not {option.expected}; {remedy}")
+    remedy = (
+        f"give {option.expected}, in quotes"
+        if option.kind is str and not option.choices and value
+        else f"give {option.expected}"
+    )
+    raise ValueError(f"{option.name}={value!r} is not valid; {remedy}")
 
 
 def _parse_text(option: Option, text: str) -> Any:
@@ -735,11 +747,14 @@ def build_config(args: CLTTrainingArguments, config_kwargs: dict[str, Any]) -> C
     input_hook, output_hook = default_hooks(model_config.model_type)
     given.setdefault("feature_input_hook", input_hook)
     given.setdefault("feature_output_hook", output_hook)
+    # A revision is one of the repository that is named, which need not be the folder that is read.
     if "base_model_name_or_path" not in given:
         given["base_model_name_or_path"] = args.model
-        # A revision belongs to the repository it is a revision of: not to another name that was given to record.
-        if args.model_revision is not None:
-            given.setdefault("base_model_revision", args.model_revision)
+        if given.setdefault("base_model_revision", args.model_revision) != args.model_revision:
+            raise ValueError(
+                f"base_model_revision={given['base_model_revision']!r} is not the revision that is read, "
+                f"model_revision={args.model_revision!r}; give model_revision alone"
+            )
     return CLTConfig(**given)
 
 
@@ -766,10 +781,10 @@ def _load_model_config(args: CLTTrainingArguments):
 
 def _describe_fields():
     """Adds an entry per field to the class docstring, from the help texts that `--help` prints."""
-    for entry, option in zip(fields(CLTTrainingArguments), training_options(), strict=True):
+    for entry, default in zip(fields(CLTTrainingArguments), CLTTrainingArguments().to_dict().values(), strict=True):
         hint = entry.type.__name__ if entry.type in (bool, int, float, str) else str(entry.type).replace("typing.", "")
-        head = f"    {option.name} (`{hint}`, *optional*, defaults to `{option.default}`):\n"
-        CLTTrainingArguments.__doc__ += f"{head}            {option.help}\n    "
+        head = f"    {entry.name} (`{hint}`, *optional*, defaults to `{default!r}`):\n"
+        CLTTrainingArguments.__doc__ += f"{head}            {entry.metadata['help']}\n    "
 
 
 _describe_fields()

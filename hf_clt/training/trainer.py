@@ -24,6 +24,7 @@ from ..harvest.harvester import Harvester, check_context_size, load_language_mod
 from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
 from ..harvest.tokens import TokenStream, load_text_dataset
 from ..hub.model_card import save_model_card
+from ..hub.push import check_push_access, push_folder
 from ..modeling_clt import CrossLayerTranscoder
 from .arguments import CLTTrainingArguments
 from .checkpoints import (
@@ -34,7 +35,7 @@ from .checkpoints import (
     optimizer_tensors,
     save_checkpoint,
 )
-from .schedules import learning_rate_scale, sparsity_scale
+from .schedules import learning_rate_scale, restarts_threshold, sparsity_scale
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class CLTTrainer:
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
         check_output_dir(self.output_dir, args.overwrite_output_dir, resuming=self.resume_from is not None)
+        if args.push_to_hub:
+            check_push_access()
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
@@ -121,7 +124,9 @@ class CLTTrainer:
         self.steps_since_fired = torch.zeros(
             self.config.num_layers, self.config.num_features, dtype=torch.int64, device=self.accelerator.device
         )
-        self.seconds = {"harvest": 0.0, "clt": 0.0, "evaluation": 0.0, "total": 0.0}
+        # Wall time: in the language model (harvester), in the CLT, and in all; of earlier parts of a resumed run too.
+        self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
+        self._clock = time.perf_counter()
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._interrupted = False
 
@@ -164,7 +169,9 @@ class CLTTrainer:
         elif args.normalization_file is not None:
             statistics = load_statistics(args.normalization_file)
         else:
-            batches = args.normalization_estimation_batches if args.normalization_method == "estimated_mean_std" else None
+            batches = (
+                args.normalization_estimation_batches if args.normalization_method == "estimated_mean_std" else None
+            )
             statistics = estimate_statistics(self.tokens, self.harvester, batches, self.accelerator, self._progress)
         if statistics is not None:
             self.model.set_normalization(**statistics, reparametrize=not self.is_new)
@@ -195,7 +202,7 @@ class CLTTrainer:
             FloatingPointError: If the loss is not finite.
         """
         args, accelerator = self.args, self.accelerator
-        started = time.perf_counter()
+        self._clock = time.perf_counter()
         if accelerator.is_main_process:
             if args.overwrite_output_dir and self.resume_from is None:
                 remove_run(self.output_dir)
@@ -218,14 +225,17 @@ class CLTTrainer:
         totals = torch.zeros(len(LOSSES), device=accelerator.device)
         since_log = {"updates": 0, "tokens": 0, "time": time.perf_counter()}
         warned = False
-        bar = tqdm(total=args.training_steps, initial=self.step, desc="Training", unit="step", disable=not self._progress)
-        harvest_before = self.buffer.harvest_seconds
+        bar = tqdm(
+            total=args.training_steps, initial=self.step, desc="Training", unit="step", disable=not self._progress
+        )
         with bar, self._catching_signals():
             while self.step < args.training_steps:
                 for group in optimizer.param_groups:
                     group["lr"] = args.learning_rate * learning_rate_scale(
                         self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler
                     )
+                if self.config.activation_fn == "batchtopk" and restarts_threshold(self.step, args.training_steps):
+                    self.model.restart_running_thresholds()
                 scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule)
                 dead = self._dead()
                 fired = torch.zeros_like(self.steps_since_fired)
@@ -265,17 +275,16 @@ class CLTTrainer:
                 bar.update()
                 if self.heldout is not None and (is_last or is_due(self.step, args.eval_interval)):
                     metrics = self.evaluate()
-                    self._write_row({"step": self.step, **{f"eval_{k}": v for k, v in metrics.items()}})
+                    self._write_row({"step": self.step, "split": "heldout", **metrics})
                     model.train()
                     since_log["time"] = time.perf_counter()
-                if not is_last and (interrupted := self._agree_on_interrupt()):
+                if not is_last and self._agree_on_interrupt():
                     self._save(optimizer)
                     raise KeyboardInterrupt(f"stopped at step {self.step}")
                 if not is_last and is_due(self.step, args.checkpoint_interval):
                     self._save(optimizer)
-        self.seconds["harvest"] += self.buffer.harvest_seconds - harvest_before
-        self.seconds["total"] += time.perf_counter() - started
         self.model.eval()
+        self._read_clocks()
         self._release()
         accelerator.wait_for_everyone()
         if args.report_to:
@@ -304,7 +313,7 @@ class CLTTrainer:
         dead = self._dead()
         tokens = int(accelerator.reduce(torch.tensor(since_log["tokens"], device=accelerator.device), "sum"))
         self.tokens_seen += tokens
-        row = {"step": self.step, **dict(zip(LOSSES, losses, strict=True))}
+        row = {"step": self.step, "split": "train", **dict(zip(LOSSES, losses, strict=True))}
         for name in ("nmse", "explained_variance", "l0"):
             row[name] = metrics[name]
             row[f"{name}_per_layer"] = metrics[f"{name}_per_layer"]
@@ -324,7 +333,9 @@ class CLTTrainer:
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.args.report_to:
-            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=row["step"])
+            prefix = "" if row["split"] == "train" else "heldout/"
+            scalars = {f"{prefix}{name}": value for name, value in row.items() if isinstance(value, int | float)}
+            self.accelerator.log(scalars, step=row["step"])
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -344,7 +355,6 @@ class CLTTrainer:
             raise ValueError("eval_tokens=0: there is no held-out text; give eval_tokens, for example 8192")
         if self.last_evaluation is not None and self.last_evaluation[0] == self.step:
             return self.last_evaluation[1]
-        started = time.perf_counter()
         self.model.eval()
         sums = MetricSums(
             self.config.num_layers, self.config.d_model, self.config.num_features, self.accelerator.device
@@ -357,13 +367,14 @@ class CLTTrainer:
                 inputs, labels = self.harvester.harvest(batch, dtype=self.buffer.dtype)
                 for start in range(0, len(inputs), self.args.batch_size):
                     chunk = slice(start, start + self.args.batch_size)
+                    clt_start = time.perf_counter()
                     with self.accelerator.autocast():
                         output = self.model(inputs[chunk].to(self.accelerator.device))
+                    self.seconds["clt"] += time.perf_counter() - clt_start
                     sums.update(labels[chunk], output.reconstruction.float(), output.features)
                 bar.update(len(inputs))
         metrics = self._gathered(sums).compute()
         self.last_evaluation = (self.step, metrics)
-        self.seconds["evaluation"] += time.perf_counter() - started
         return metrics
 
     def _gathered(self, sums: MetricSums) -> MetricSums:
@@ -374,6 +385,7 @@ class CLTTrainer:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def _save(self, optimizer) -> Path:
+        self._read_clocks()
         values, tensors = self.buffer.state_dict()
         shared = {
             "model": self.model.state_dict(),
@@ -390,9 +402,7 @@ class CLTTrainer:
             },
         }
         own = {"values": values, "tensors": {**tensors, "torch_rng": torch.get_rng_state()}}
-        folder = save_checkpoint(
-            self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit
-        )
+        folder = save_checkpoint(self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit)
         if self.accelerator.is_main_process and self._progress:
             tqdm.write(f"checkpoint written: {folder}")
         return folder
@@ -432,7 +442,9 @@ class CLTTrainer:
             self._interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self.accelerator.is_main_process:
-                tqdm.write("stopping: this step is finished, then a checkpoint is written (Ctrl-C again: stop at once)")
+                tqdm.write(
+                    "stopping: this step is finished, then a checkpoint is written (Ctrl-C again: stop at once)"
+                )
 
         try:
             before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -458,18 +470,11 @@ class CLTTrainer:
             return
         metrics = self.last_evaluation[1] if self.last_evaluation is not None else None
         self.model.save_pretrained(self.output_dir)
-        training = self.training_facts()
-        save_model_card(self.output_dir, self.model.config, metrics, training, command_line())
+        save_model_card(self.output_dir, self.model.config, metrics, self.training_facts(), command_line())
         if metrics is not None:
             write_text(self.output_dir / "eval_results.json", json.dumps(metrics, indent=1) + "\n")
         if self.args.push_to_hub:
-            self.model.push_to_hub(
-                self.args.hub_model_id,
-                private=self.args.hub_private or None,
-                metrics=metrics,
-                training=training,
-                command=command_line(),
-            )
+            push_folder(self.output_dir, self.args.hub_model_id, private=self.args.hub_private or None)
 
     def training_facts(self) -> dict:
         """What the model card says about the run; only what is known."""
@@ -479,6 +484,12 @@ class CLTTrainer:
             settings.pop(name, None)
         return {
             "dataset": args.dataset,
+            "dataset_config": args.dataset_config,
+            "dataset_split": args.dataset_split,
+            "context_size": args.context_size,
+            "prepend_bos": self.tokens.prepend_bos,
+            "normalization_method": args.normalization_method,
+            "num_processes": self.accelerator.num_processes,
             "steps": self.step,
             "tokens": self.tokens_seen,
             "duration_seconds": self.seconds["total"],
@@ -487,15 +498,29 @@ class CLTTrainer:
             "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
         }
 
+    def _read_clocks(self) -> None:
+        """Brings `seconds` up to now."""
+        now = time.perf_counter()
+        self.seconds["total"] += now - self._clock
+        self.seconds["language_model"] += self.harvester.seconds
+        self._clock, self.harvester.seconds = now, 0.0
+
     def time_shares(self) -> dict[str, float]:
-        """Share of the training time spent in the language model, in the CLT, in evaluation and elsewhere."""
+        """Share of the wall time of `train` spent in the language model, in the CLT, and elsewhere."""
         total = max(self.seconds["total"], 1e-9)
-        shares = {name: self.seconds[name] / total for name in ("harvest", "clt", "evaluation")}
+        shares = {name: self.seconds[name] / total for name in ("language_model", "clt")}
         return {**shares, "other": 1 - sum(shares.values())}
 
 
 # Fields of the configuration that may differ between a checkpoint and the run that resumes it.
-UNCHECKED = {"transformers_version", "dtype", "architectures", "base_model_name_or_path", "base_model_revision", "_name_or_path"}
+UNCHECKED = {
+    "transformers_version",
+    "dtype",
+    "architectures",
+    "base_model_name_or_path",
+    "base_model_revision",
+    "_name_or_path",
+}
 VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsight")
 RUN_FILES = ("config.json", "metrics.jsonl")
 

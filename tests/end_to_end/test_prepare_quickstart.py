@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ class Thing(
     ]
 
 
-@pytest.mark.parametrize("module", [inspect, ast, json, re, pytest, subprocess])
+@pytest.mark.parametrize("module", [inspect, ast, json, re, pytest, subprocess, textwrap])
 def test_docstrings_agree_with_the_parser(module):
     source = inspect.getsource(module)
     holders = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
@@ -136,7 +137,7 @@ def packages(tmp_path):
 
 
 def test_collect_documents_reads_without_importing(packages):
-    assert quickstart.collect_documents(packages) == [("one", RIVER), ("two", MOUNTAIN), ("three", HARBOUR)]
+    assert quickstart.collect_documents(packages) == [("two", MOUNTAIN), ("one", RIVER), ("three", HARBOUR)]
 
 
 def test_prepare_text_is_complete_mixed_and_the_same_each_time(packages, tmp_path, capsys):
@@ -151,7 +152,7 @@ def test_prepare_text_is_complete_mixed_and_the_same_each_time(packages, tmp_pat
     sources = [row["source"] for row in rows]
     assert set(sources) == {"pydoc_data", "one", "two", "three"}
     assert sources.count("pydoc_data") > 40  # Python's own reference is on every machine
-    assert {sources.index(name) for name in ("one", "two", "three")} != {len(rows) - 3, len(rows) - 2, len(rows) - 1}
+    assert max(sources.index(name) for name in ("one", "two", "three")) < len(rows) - 3  # mixed over packages
     assert f"{len(rows):,} documents, {sum(len(row['text']) for row in rows):,} characters" in capsys.readouterr().out
 
 

@@ -14,10 +14,12 @@ def run(tmp_path):
         base_model_name_or_path="a-model", num_layers=2, d_model=4, num_features=1024, activation_fn="batchtopk", k=3
     ).save_pretrained(tmp_path)
     evaluation = {"nmse": 0.5, "nmse_per_layer": [0.7, 0.3], "l0": 6.0, "l0_per_layer": [2.5, 3.5], "num_tokens": 8192}
+    training = {"loss": 3.0, "nmse": 0.9, "nmse_per_layer": [0.91, 0.89]}
     rows = [
-        {"step": 10, **evaluation, "nmse": 0.9, "nmse_per_layer": [0.91, 0.89]},
-        {"step": 1500, **evaluation},
-        {"step": 1510, "loss": 3.0, "nmse": 0.4},
+        {"step": 10, **{f"eval_{name}": value for name, value in {**evaluation, **training}.items()}},
+        {"step": 1490, **training},
+        {"step": 1500, **{f"eval_{name}": value for name, value in evaluation.items()}},
+        {"step": 1510, **training},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -38,6 +40,6 @@ def test_prints_the_last_evaluation(run, capsys):
 
 
 def test_a_folder_without_an_evaluation_is_refused(run):
-    (run / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')
+    (run / "metrics.jsonl").write_text('{"step": 10, "nmse": 0.5, "nmse_per_layer": [0.5]}\n')
     with pytest.raises(ValueError, match=r"no evaluation in .*metrics\.jsonl"):
         show_clt.main([str(run)])

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from hf_clt.evaluation import format_metrics_table, plot_metrics
+from hf_clt.evaluation.report import _training_curves as training_curves
 
 
 METRICS = {
@@ -42,7 +43,7 @@ def test_table_without_what_is_not_known_yet():
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     history = [{"step": step, "loss": 100 / (step + 1), "nmse": 0.9, "l0": 0.0} for step in range(5)]
-    history.append({"step": 5, "dead_fraction": None, **METRICS})
+    history.append({"step": 5, **{f"eval_{name}": value for name, value in METRICS.items()}})
     history = json.loads(json.dumps(history))  # as read from metrics.jsonl
     written = plot_metrics(METRICS, history, tmp_path / "plots")
     assert [path.name for path in written] == ["training_curves.png", "metrics_per_layer.png", "feature_density.png"]
@@ -52,9 +53,26 @@ def test_plots(tmp_path):
     assert plot_metrics(None, [], tmp_path) == []
 
 
+def test_training_and_held_out_curves_are_told_apart():
+    pytest.importorskip("matplotlib")
+    history = [{"step": step, "nmse": 0.8 - step / 10, "nmse_per_layer": [0.8], "l0": 3.0} for step in range(3)]
+    history.append({"step": 2, "eval_nmse": 0.7, "eval_num_tokens": 100})
+    axes = training_curves(history).axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
+    assert curves == {
+        "training": [[0, 0.8], [1, pytest.approx(0.7)], [2, pytest.approx(0.6)]],
+        "held-out": [[2, 0.7]],
+    }
+    assert [line.get_label() for line in axes[1].lines] == ["training"]  # no L0 in the evaluation: no curve of it
+
+
 def test_infinite_values_and_dead_dictionaries_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    metrics = {**METRICS, "nmse_per_layer": [float("inf"), 0.4], "feature_density": {"bin_edges": [-10, -5, 0], "counts": [9, 0]}}
+    metrics = {
+        **METRICS,
+        "nmse_per_layer": [float("inf"), 0.4],
+        "feature_density": {"bin_edges": [-10, -5, 0], "counts": [9, 0]},
+    }
     history = [{"step": 0, "loss": float("nan"), "nmse": float("inf"), "l0": 3.0}]
     assert len(plot_metrics(metrics, history, tmp_path)) == 3
 

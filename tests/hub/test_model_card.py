@@ -72,7 +72,7 @@ def test_body_states_what_was_measured_and_done():
         "| hardware | two CPU cores |",
         "| `learning_rate` | 0.0004 |",
         "python scripts/train_clt.py --k 4",
-        "30.0% of the targets' variance unexplained (mean over layers); layer 1 is the worst, with 40.0%",
+        "30.0% of the targets' variance unexplained (layer mean); layer 1 is the worst, with 40.0%",
         "More than a tenth of the features are active per token in 1 of 2 layers (1)",
         "torch 2.13.0",
     ):
@@ -83,7 +83,16 @@ def test_unknown_facts_are_absent():
     card = build_model_card(config(base_model_name_or_path=None))
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert set(metadata) == {"library_name", "pipeline_tag", "tags"}
-    for absent in ("None", "nan", "## Results", "## Training", "## Versions", "The command", "base model", "Measured on"):
+    for absent in (
+        "None",
+        "nan",
+        "## Results",
+        "## Training",
+        "## Versions",
+        "The command",
+        "base model",
+        "Measured on",
+    ):
         assert absent not in card, absent
     some = build_model_card(config(), {"nmse": 0.5, "l0": None, "dead_fraction": float("nan")}, {"steps": 3})
     assert "| steps | 3 |" in some
@@ -134,7 +143,13 @@ def test_says_what_circuit_tracer_cannot_read(changes, words):
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"decoder_reach": 2}, {"decoder_tying": "per_source"}, {"decoder_tying": "per_target"}, {"skip_connection": True}],
+    [
+        {},
+        {"decoder_reach": 2},
+        {"decoder_tying": "per_source"},
+        {"decoder_tying": "per_target"},
+        {"skip_connection": True},
+    ],
 )
 def test_parameter_count_is_the_models(activation_fn, changes):
     clt_config = config(num_layers=3, num_features=16, activation_fn=activation_fn, **changes)
@@ -215,7 +230,7 @@ def tiny_language_model(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    words = ["<bos>", "<unk>", "The", "capital", "of", "France", "is"]
+    words = ["<bos>", "<unk>", "The", "capital", "of", "France", "is", *(f"word{i}" for i in range(64))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")

@@ -16,7 +16,7 @@ from tests.hub.loopback_hub import LoopbackHub
 
 
 CLIENT = Path(__file__).parent / "hub_client.py"
-CHECKS = [name for name in re.findall(r"^def (check_\w+)", CLIENT.read_text(), re.M)]
+CHECKS = re.findall(r"^def (check_\w+)", CLIENT.read_text(), re.M)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,268 @@
+"""Tokens to activations: runs a language model through nnsight and reads a CLT's inputs and targets."""
+
+import inspect
+import time
+from pathlib import Path
+
+import torch
+from nnsight import NNsight
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .sites import resolve_sites
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SMALLEST_VOCABULARY = 8  # a tokenizer with fewer entries has only its class's special tokens
+
+
+class ActivationError(ValueError):
+    """Activations of the language model are NaN or infinite."""
+
+
+def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote_code=False, device=None):
+    """
+    Loads a causal language model and its tokenizer, for reading activations only: eval mode, no gradients.
+
+    Args:
+        name_or_path (`str`):
+            Name of a model on the Hub, or a folder with `config.json`, safetensors weights and the tokenizer.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default that of the files.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run model code from the Hub.
+        device (`str` or `torch.device`, *optional*): Where to put the model; by default it stays on the CPU.
+
+    Returns:
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`
+
+    Raises:
+        `ValueError`: if the model or its tokenizer cannot be loaded, is not a decoder-only language model, or lacks
+            some of its weights.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(
+            f"model_dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}, or None for that of the files."
+        )
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        if not (folder / "config.json").exists():  # transformers would build a default tokenizer for it
+            raise ValueError(f"model folder {name!r} has no config.json: give the folder that save_pretrained wrote.")
+    elif folder.exists():
+        raise ValueError(f"model {name!r} is a file: give the folder that holds its config.json.")
+    elif folder.is_absolute() or name.startswith((".", "~")):
+        raise ValueError(f"model {name!r}: there is no such folder.")
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+    try:
+        config = AutoConfig.from_pretrained(name, **origin)
+    except Exception as error:  # the many ways of the network, the Hub and a repository's files
+        raise ValueError(_cannot_load("model", name, folder, error)) from error
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model {name!r} ({config.model_type}) is an encoder-decoder: a CLT needs a decoder-only model."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **origin)
+    except Exception as error:
+        raise ValueError(_cannot_load("the tokenizer of model", name, folder, error)) from error
+    if len(tokenizer) < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"model {name!r} has no tokenizer files: save them beside it with tokenizer.save_pretrained(folder)."
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto" if dtype is None else DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **origin,
+        )
+    except Exception as error:
+        raise ValueError(_cannot_load("model", name, folder, error)) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"model {name!r} lacks {len(missing)} of its weights ({missing[0]}, ...): they would be random. Load a "
+            f"causal language model of type {config.model_type!r} with all its files."
+        )
+    model.requires_grad_(False)
+    return model.eval().to(device), tokenizer
+
+
+def _cannot_load(what, name, folder, error):
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+    if folder.is_dir() or not isinstance(error, OSError):
+        return f"{what} {name!r} cannot be loaded: {reason}"
+    return (
+        f"{what} {name!r} cannot be loaded: it is no local folder, and the Hub does not give it. Check the name, the "
+        f"revision and the network, and log in if it is private or gated ({reason})"
+    )
+
+
+def check_context_size(model_config, context_size):
+    """
+    Args:
+        model_config (`PreTrainedConfig`): Config of the language model.
+        context_size (`int`): Positions per prompt.
+
+    Raises:
+        `ValueError`: if the model has fewer positions.
+    """
+    # GPT-2's n_positions is read by this name too
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context_size > limit:
+        raise ValueError(
+            f"context_size is {context_size}, and the language model has {limit} positions: use at most {limit}."
+        )
+
+
+class Harvester:
+    """
+    Reads the activations that a CLT maps from and to out of a language model.
+
+    Only as much of the model is computed as the last site needs; the language modeling head never is. Padding,
+    on either side, does not change the activations of the tokens. A harvester is used by one thread at a time.
+
+    Args:
+        model (`PreTrainedModel`):
+            The language model, with or without its head, in eval mode.
+        input_hook (`str`, *optional*, defaults to `"hook_resid_mid"`): What features read.
+        output_hook (`str`, *optional*, defaults to `"hook_mlp_out"`): What is reconstructed.
+        device (`str` or `torch.device`, *optional*): Where to move the model; by default it stays where it is.
+
+    Attributes:
+        num_layers (`int`): L.
+        d_model (`int`): D.
+        seconds (`float`): Wall time spent in `harvest` so far.
+
+    Raises:
+        `ValueError`: if a hook is unknown, or the model's architecture is, see [`resolve_sites`].
+    """
+
+    def __init__(self, model, input_hook="hook_resid_mid", output_hook="hook_mlp_out", device=None):
+        self.model = model if device is None else model.to(device)
+        self.input_hook, self.output_hook = input_hook, output_hook
+        self.input_sites, self.output_sites = resolve_sites(model, input_hook, output_hook)
+        config = model.config.get_text_config()
+        self.num_layers = config.num_hidden_layers
+        self.d_model = config.hidden_size
+        self.seconds = 0.0
+        self._accepted = inspect.signature(type(model).forward).parameters
+        self._nnsight = NNsight(model)
+        self._inputs = [(self._nnsight.get(site.path), site.io) for site in self.input_sites]
+        self._outputs = [(self._nnsight.get(site.path), site.io) for site in self.output_sites]
+
+    def __call__(self, input_ids, attention_mask=None):
+        """
+        Activations at every position.
+
+        Args:
+            input_ids (`torch.Tensor` of shape (P, T)): Token ids.
+            attention_mask (`torch.Tensor` of shape (P, T), *optional*): 1 for tokens, 0 for padding; by default there
+                is none. What is returned at padding has no meaning.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: inputs and outputs of the MLPs, each (P, T, L, D), in the model's
+            dtype and on its device, without gradients.
+
+        Raises:
+            `ValueError`: if the model is in training mode, or cannot take these tokens.
+        """
+        inputs, outputs = self._read(input_ids, attention_mask, None, self.model.dtype)
+        shape = *input_ids.shape, self.num_layers, self.d_model
+        return inputs.view(shape), outputs.view(shape)
+
+    def harvest(self, batch, dtype=torch.float32):
+        """
+        Activations of the tokens that count.
+
+        Args:
+            batch (`dict`): A batch of a [`TokenStream`]: `input_ids`, `attention_mask`, `counted` and `documents`,
+                each (P, T).
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the result.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: inputs and labels, each (N, L, D), N counted tokens in the order of
+            (row, position).
+
+        Raises:
+            [`ActivationError`]: if an activation is NaN or infinite; the message names layer, hook and document.
+            `ValueError`: if the model is in training mode, or cannot take these tokens.
+        """
+        start = time.perf_counter()
+        rows = batch["counted"].flatten().nonzero().squeeze(1)
+        inputs, labels = self._read(batch["input_ids"], batch["attention_mask"], rows, dtype)
+        # One number tells whether all are finite. A sum can overflow where no summand does, so a look decides.
+        total = inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
+        if not torch.isfinite(total):
+            self._check_finite(inputs, labels, batch, rows)
+        self.seconds += time.perf_counter() - start
+        return inputs, labels
+
+    def _read(self, input_ids, attention_mask, rows, dtype):
+        """Inputs and outputs, each (N, L, D), at the positions `rows` (N,) of the flattened (P * T,), or at all."""
+        if self.model.training:
+            raise ValueError(
+                "the language model is in training mode, so dropout changes its activations: call model.eval()."
+            )
+        config = self.model.config.get_text_config()
+        check_context_size(config, input_ids.shape[1])
+        if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < config.vocab_size:
+            raise ValueError(
+                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} do not fit the language model's "
+                f"vocabulary of {config.vocab_size}: use the model's own tokenizer."
+            )
+        arguments = self._arguments(input_ids, attention_mask)
+        count = input_ids.numel() if rows is None else len(rows)
+        device = self.model.device
+        inputs = torch.empty(count, self.num_layers, self.d_model, dtype=dtype, device=device)
+        outputs = torch.empty_like(inputs)
+        rows = None if rows is None else rows.to(device)
+
+        # The body of the trace runs along with the model: each read waits for its module, so they come in its order.
+        with torch.no_grad(), self._nnsight.trace(**arguments) as tracer:
+            for layer in range(self.num_layers):
+                for target, (module, io) in ((inputs, self._inputs[layer]), (outputs, self._outputs[layer])):
+                    value = (module.input if io == "input" else module.output).flatten(0, 1)
+                    target[:, layer] = value if rows is None else value[rows.to(value.device)]
+            tracer.stop()  # the rest of the model is not run
+        return inputs, outputs
+
+    def _arguments(self, input_ids, attention_mask):
+        device = self.model.get_input_embeddings().weight.device
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        arguments = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        # A token's position is the number of tokens before it: on left-padded rows that is not its column.
+        if "position_ids" in self._accepted:
+            arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0).to(device)
+        elif not attention_mask[:, 0].all():
+            raise ValueError(
+                f"{type(self.model).__name__} takes no position_ids, so left padding would change its activations: "
+                "pad on the right."
+            )
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = False
+        return arguments
+
+    def _check_finite(self, inputs, labels, batch, rows):
+        """Raises an `ActivationError` that names the first activation that is not finite, if there is one."""
+        for layer in range(self.num_layers):
+            for hook, values in ((self.input_hook, inputs), (self.output_hook, labels)):
+                bad = ~torch.isfinite(values[:, layer]).all(dim=1)
+                if bad.any():
+                    row, position = divmod(int(rows[bad.nonzero()[0, 0]]), batch["input_ids"].shape[1])
+                    # A NaN spreads through the attention, masked or not, so the whole row is suspect.
+                    documents = batch["documents"][row].unique().tolist()
+                    documents = " or ".join(str(document) for document in documents if document >= 0)
+                    raise ActivationError(
+                        f"activations of the language model are not finite in {values.dtype}: layer {layer}, {hook}, "
+                        f"document {documents} (row {row}, position {position} of the batch; {int(bad.sum())} of "
+                        f"{len(bad)} tokens). Load the model and keep the buffer in float32 or bfloat16 (model_dtype, "
+                        "buffer_dtype), or leave this document out."
+                    )
+
+
+__all__ = ["ActivationError", "Harvester", "check_context_size", "load_language_model"]

@@ -1,0 +1,381 @@
+"""
+The buffer hands out every counted token once per epoch, mixed, aligned, and resumable at every batch.
+
+Most tests read a text in which no word occurs twice through a harvester whose activations are the number of the word, so
+that each row says which token, layer and side it is. The last ones run a real language model.
+"""
+
+import json
+import random
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load, save
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_clt import ActivationBuffer
+from hf_clt.harvest.harvester import ActivationError, Harvester, load_language_model
+from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+
+
+LAYERS, WIDTH = 3, 2
+
+
+class NumberHarvester:
+    """Activations that tell their token: inputs are id + layer / 4, labels -(id + layer / 4), in every dimension."""
+
+    num_layers, d_model = LAYERS, WIDTH
+
+    def harvest(self, batch, dtype=torch.float32):
+        ids = batch["input_ids"][batch["counted"]].to(dtype)
+        inputs = (ids[:, None] + torch.arange(LAYERS) / 4)[..., None].expand(-1, -1, WIDTH).to(dtype)
+        return inputs, -inputs
+
+
+def make_stream(num_documents=30, context_size=8, prompts_per_batch=2, seed=0):
+    """A stream over documents of 1 to 20 words, no word twice; and the document that each word id is in."""
+    generator = random.Random(seed)
+    lengths = [generator.randint(1, 20) for _ in range(num_documents)]
+    vocabulary = {"<eos>": 0, "<bos>": 1} | {f"w{i}": i + 2 for i in range(sum(lengths))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", bos_token="<bos>")
+    starts = [sum(lengths[:i]) for i in range(num_documents)]
+    texts = [" ".join(f"w{start + i}" for i in range(n)) for start, n in zip(starts, lengths, strict=True)]
+    dataset = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    stream = TokenStream(dataset, tokenizer, context_size=context_size, prompts_per_batch=prompts_per_batch)
+    return stream, {start + i + 2: d for d, (start, n) in enumerate(zip(starts, lengths, strict=True)) for i in range(n)}
+
+
+def make_buffer(n_batches=4, batch_size=10, seed=0, **stream):
+    return ActivationBuffer(
+        make_stream(**stream)[0], NumberHarvester(), n_batches=n_batches, batch_size=batch_size, seed=seed
+    )
+
+
+def ids_of(batch):
+    return batch["inputs"][:, 0, 0].int().tolist()
+
+
+def assert_same_batches(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys() == {"inputs", "labels"}
+        assert torch.equal(a["inputs"], b["inputs"])
+        assert torch.equal(a["labels"], b["labels"])
+
+
+# One epoch
+
+
+@pytest.mark.parametrize("n_batches", [2, 4, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 10, 13, 25])
+def test_every_counted_token_once_per_epoch(n_batches, batch_size):
+    stream, documents = make_stream()
+    buffer = ActivationBuffer(stream, NumberHarvester(), n_batches=n_batches, batch_size=batch_size)
+    for epoch in range(3):
+        assert buffer.epoch == epoch
+        seen = [number for batch in buffer for number in ids_of(batch)]
+        assert sorted(seen) == sorted(documents)  # BOS, EOS and padding never, every word once
+
+
+def test_inputs_and_labels_of_all_layers_stay_aligned():
+    for batch in make_buffer():
+        inputs, labels = batch["inputs"], batch["labels"]
+        assert inputs.shape == labels.shape == (len(inputs), LAYERS, WIDTH)
+        expected = inputs[:, :1, :1] + torch.arange(LAYERS)[:, None] / 4
+        assert torch.equal(inputs, expected.expand(-1, -1, WIDTH))
+        assert torch.equal(labels, -inputs)
+
+
+def test_only_the_last_batch_is_short():
+    documents = make_stream()[1]
+    buffer = make_buffer(batch_size=10)
+    for _ in range(2):
+        sizes = [len(batch["inputs"]) for batch in buffer]
+        assert sizes[:-1] == [10] * (len(documents) // 10)
+        assert sizes[-1] == len(documents) % 10 != 0
+
+
+def test_a_batch_as_large_as_half_the_buffer_is_full_too():
+    buffer = make_buffer(n_batches=4, batch_size=28, num_documents=60)  # capacity 56, with at most 14 from a harvest
+    sizes = [len(batch["inputs"]) for batch in buffer]
+    assert len(sizes) > 5
+    assert set(sizes[:-1]) == {28}
+
+
+def test_refilled_when_half_is_read():
+    """Between refills nothing is harvested; a refill comes at the first batch with half or less of the buffer unread."""
+    buffer = make_buffer(n_batches=8, batch_size=5, num_documents=200)
+    batches = iter(buffer)
+    next(batches)
+    assert buffer.capacity == 8 * 2 * 7
+    refills = 0
+    for _ in range(100):
+        unread, harvested = buffer.num_unread, buffer.num_harvested
+        next(batches)
+        if unread > buffer.capacity // 2:
+            assert buffer.num_harvested == harvested
+            assert buffer.num_unread == unread - 5
+        else:
+            refills += 1
+            assert buffer.num_harvested > harvested
+            # All that fits goes in: less than one extraction batch stays free.
+            assert buffer.num_unread + 5 > buffer.capacity - buffer.rows_per_harvest
+    assert refills > 3
+
+
+def test_a_batch_mixes_documents_of_the_whole_buffer():
+    stream, documents = make_stream(num_documents=100)
+    buffer = ActivationBuffer(stream, NumberHarvester(), n_batches=20, batch_size=40)
+    first = ids_of(next(iter(buffer)))
+    reach = max(buffer.order.numel(), 1)  # tokens that were in the buffer
+    places = sorted(sorted(documents).index(number) for number in first)
+    # 40 of 280: were they taken in order, the last would stand at 40, and from few documents.
+    assert places[0] < reach / 4
+    assert places[-1] > reach * 3 / 4
+    assert len({documents[number] for number in first}) > 12
+
+
+def test_the_order_depends_on_the_seed_alone():
+    def order(seed):
+        return [number for batch in make_buffer(seed=seed) for number in ids_of(batch)]
+
+    torch.manual_seed(1)
+    first = order(seed=3)
+    torch.manual_seed(2)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    assert order(seed=3) == first
+    assert order(seed=4) != first
+    assert torch.equal(torch.get_rng_state(), state)  # and leaves the random numbers of the program alone
+
+
+def test_epochs_differ_in_order():
+    buffer = make_buffer(n_batches=100)
+    orders = [[number for batch in buffer for number in ids_of(batch)] for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+
+
+def test_leaving_the_loop_and_coming_back_goes_on():
+    whole = list(make_buffer())
+    buffer = make_buffer()
+    parts = []
+    for batch in buffer:
+        parts.append(batch)
+        if len(parts) == 7:
+            break
+    parts.extend(buffer)
+    assert_same_batches(parts, whole)
+
+
+def test_endless_goes_through_epochs():
+    buffer, plain = make_buffer(), make_buffer()
+    expected = [batch for _ in range(3) for batch in plain]
+    endless = buffer.endless()
+    assert_same_batches([next(endless) for _ in expected], expected)
+
+
+# What cannot be done
+
+
+def test_a_batch_larger_than_the_buffer_is_refused():
+    stream = make_stream()[0]  # 2 prompts of 7 tokens and BOS: 14 tokens per extraction batch
+    ActivationBuffer(stream, NumberHarvester(), n_batches=2, batch_size=28)
+    with pytest.raises(ValueError, match=r"batch_size=29 is larger than the buffer, which holds 28 tokens; lower"):
+        ActivationBuffer(stream, NumberHarvester(), n_batches=2, batch_size=29)
+
+
+def test_a_text_without_counted_tokens_is_refused():
+    stream = make_stream(num_documents=1)[0]
+    stream._counted = lambda ids, offset: torch.zeros(len(ids), dtype=torch.bool).numpy()
+    buffer = ActivationBuffer(stream, NumberHarvester(), n_batches=2, batch_size=4)
+    assert list(buffer) == []
+    with pytest.raises(ValueError, match="dataset: the text has no token that counts"):
+        next(buffer.endless())
+
+
+def test_an_error_of_the_harvester_comes_out_as_it_is():
+    class Broken(NumberHarvester):
+        def harvest(self, batch, dtype=torch.float32):
+            if batch["documents"].max() > 10:
+                raise error
+            return super().harvest(batch, dtype)
+
+    error = ActivationError("layer 1, document 11")
+    buffer = ActivationBuffer(make_stream()[0], Broken(), n_batches=4, batch_size=10)
+    with pytest.raises(ActivationError) as caught:
+        list(buffer)
+    assert caught.value is error
+
+
+# Type and place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtype(dtype):
+    buffer = ActivationBuffer(make_stream()[0], NumberHarvester(), n_batches=4, batch_size=10, dtype=dtype)
+    batch = next(iter(buffer))
+    assert batch["inputs"].dtype == batch["labels"].dtype == dtype
+    assert buffer.inputs.nbytes == buffer.capacity * LAYERS * WIDTH * dtype.itemsize
+
+
+def test_preallocated():
+    buffer = make_buffer()
+    storage = buffer.inputs.data_ptr(), buffer.labels.data_ptr()
+    for _ in range(2):
+        list(buffer)
+    assert (buffer.inputs.data_ptr(), buffer.labels.data_ptr()) == storage
+
+
+def test_device():
+    buffer = ActivationBuffer(make_stream()[0], NumberHarvester(), n_batches=4, batch_size=10, device="meta")
+    assert buffer.inputs.device.type == buffer.labels.device.type == "meta"
+
+
+# Checkpoints
+
+
+def through_files(state):
+    """State as it comes back from a checkpoint's JSON and safetensors."""
+    values, tensors = state
+    return json.loads(json.dumps(values)), load(save({name: t.contiguous() for name, t in tensors.items()}))
+
+
+@pytest.mark.parametrize("batch_size, n_batches", [(10, 4), (25, 2), (40, 100)])
+def test_resumes_bit_for_bit_at_every_batch(batch_size, n_batches):
+    """Also in the middle of the second epoch, at its end, and where the text is read and the buffer is not."""
+    shape = {"batch_size": batch_size, "n_batches": n_batches, "num_documents": 20}
+    buffer = make_buffer(**shape)
+    total = 3 * len([None for _ in make_buffer(**shape)])
+    batches, states, epochs = [], [buffer.state_dict()], []
+    endless = buffer.endless()
+    for _ in range(total):
+        batches.append(next(endless))
+        states.append(through_files(buffer.state_dict()))
+        epochs.append(buffer.epoch)
+    for done, state in enumerate(states):
+        resumed = make_buffer(**shape, seed=99)  # the state holds the generator
+        resumed.load_state_dict(*state)
+        endless = resumed.endless()
+        for expected, epoch in zip(batches[done:], epochs[done:], strict=True):
+            batch = next(endless)
+            assert_same_batches([batch], [expected])
+            assert resumed.epoch == epoch
+
+
+def test_resumes_after_an_epoch_read_with_a_plain_loop():
+    buffer = make_buffer()
+    list(buffer)
+    resumed = make_buffer()
+    resumed.load_state_dict(*through_files(buffer.state_dict()))
+    assert resumed.epoch == buffer.epoch == 1
+    assert_same_batches(list(resumed), list(buffer))
+
+
+def test_a_state_does_not_change_when_the_buffer_goes_on():
+    buffer = make_buffer()
+    batches = iter(buffer)
+    for _ in range(5):
+        next(batches)
+    state = buffer.state_dict()
+    before = through_files(state)
+    list(buffer)
+    after = through_files(state)
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+
+
+def test_another_capacity_is_refused():
+    state = make_buffer(n_batches=4).state_dict()
+    with pytest.raises(ValueError, match="the checkpoint's buffer holds 56 tokens, this one 70; resume with the same"):
+        make_buffer(n_batches=5).load_state_dict(*state)
+
+
+def test_memory_for_checkpoints_is_bounded():
+    """Only token batches with unread rows are kept, and each knows how many."""
+    buffer = make_buffer(n_batches=8, batch_size=7, num_documents=300)
+    most = 0
+    for _ in range(2):
+        for _ in buffer:
+            unread = [live["unread"] for live in buffer.live_batches.values()]
+            assert min(unread, default=1) > 0
+            assert sum(unread) == buffer.num_unread
+            most = max(most, len(unread))
+        assert buffer.live_batches == {}
+    assert buffer.num_harvested > 300
+    assert 8 <= most <= 8 * 6  # a row stays unread for a few refills
+
+
+# With a language model
+
+
+@pytest.fixture(scope="module")
+def language_model(tiny_gpt2):
+    return load_language_model(tiny_gpt2)
+
+
+def real_buffer(language_model, text_file, **arguments):
+    model, tokenizer = language_model
+    stream = TokenStream(load_text_dataset(text_file), tokenizer, context_size=32, prompts_per_batch=4)
+    return ActivationBuffer(stream, Harvester(model), **({"n_batches": 4, "batch_size": 50, "seed": 5} | arguments))
+
+
+def test_activations_are_those_of_the_model(language_model, small_text_file):
+    """As a set of rows, one epoch is what plain forward hooks see at the counted positions."""
+    model = language_model[0]
+    buffer = real_buffer(language_model, small_text_file)
+    caught = {}
+    handles = [
+        handle
+        for layer, block in enumerate(model.transformer.h)
+        for handle in (
+            block.ln_2.register_forward_pre_hook(lambda m, args, i=layer: caught.update({("in", i): args[0]})),
+            block.mlp.register_forward_hook(lambda m, args, out, i=layer: caught.update({("out", i): out})),
+        )
+    ]
+    rows = []
+    with torch.no_grad():
+        for batch in buffer.tokens:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            both = [torch.stack([caught[side, layer] for layer in range(2)], dim=2) for side in ("in", "out")]
+            rows.append(torch.cat(both, dim=2)[batch["counted"]])
+    for handle in handles:
+        handle.remove()
+    expected = torch.cat(rows)  # (N, 2 L, D): inputs of all layers, then labels
+    found = torch.cat([torch.cat([batch["inputs"], batch["labels"]], dim=1) for batch in buffer])
+    assert found.shape == expected.shape
+    found, expected = found.flatten(1).double(), expected.flatten(1).double()
+    # The same rows in another order. Some tokens have the same context: each row must be there as often.
+    times_found = (torch.cdist(found, expected) < 1e-3).sum(dim=0)
+    times_expected = (torch.cdist(expected, expected) < 1e-3).sum(dim=0)
+    assert torch.equal(times_found, times_expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumes_bit_for_bit_with_a_language_model(language_model, small_text_file, dtype):
+    buffer = real_buffer(language_model, small_text_file, dtype=dtype)
+    endless = buffer.endless()
+    batches, states = [], []
+    for _ in range(70):  # two epochs
+        states.append(through_files(buffer.state_dict()))
+        batches.append(next(endless))
+    assert buffer.epoch == 2
+    for done in (1, 13, 33, 34, 50):
+        resumed = real_buffer(language_model, small_text_file, dtype=dtype)
+        resumed.load_state_dict(*states[done])
+        endless = resumed.endless()
+        assert_same_batches([next(endless) for _ in batches[done:]], batches[done:])
+
+
+def test_activations_that_are_not_finite_are_named(tiny_gpt2, small_text_file):
+    model, tokenizer = load_language_model(tiny_gpt2)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.bias[3] = torch.nan
+    buffer = real_buffer((model, tokenizer), small_text_file)
+    with pytest.raises(ActivationError, match=r"not finite .*layer 1, hook_mlp_out, document 0"):
+        next(iter(buffer))

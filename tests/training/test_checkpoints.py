@@ -1,0 +1,257 @@
+"""Checkpoints: whole or absent, in safetensors and JSON, and read back as they were written."""
+
+import json
+import os
+import pickletools
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.training import checkpoints
+from hf_clt.training.checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def accelerator(fresh_accelerate):
+    return Accelerator(cpu=True)
+
+
+def contents(step=1):
+    """`shared` and `own` of a checkpoint, with the odd tensors that occur in one."""
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(4, 6, generator=generator)
+    shared = {
+        "model": {"a.weight": weight, "a.half": weight.bfloat16(), "a.view": weight.t(), "b.inf": torch.tensor([-torch.inf])},
+        "optimizer": {"a.weight:exp_avg": weight * 2, "a.weight:step": torch.tensor(float(step))},
+        "trainer": {"steps_since_fired": torch.arange(6).view(2, 3)},
+        "state": {"step": step, "num_processes": 1, "seconds": 1.5, "scaler": None},
+    }
+    own = {"values": {"text": {"position": [1, None]}}, "tensors": {"generator": torch.get_rng_state(), "none": torch.empty(0)}}
+    return shared, own
+
+
+def save(folder, accelerator, step=1, keep=None):
+    return save_checkpoint(folder, step, *contents(step), accelerator, keep)
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == right[name].dtype
+            assert torch.equal(value, right[name])
+        elif isinstance(value, dict):
+            assert_same(value, right[name])
+        else:
+            assert value == right[name]
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def test_read_back_as_written(tmp_path, accelerator):
+    folder = save(tmp_path / "run", accelerator, step=7)
+    assert folder == tmp_path / "run" / "checkpoint-7"
+    shared, own = load_checkpoint(folder, 0, 1)
+    assert_same(shared, contents(7)[0])
+    assert_same(own, contents(7)[1])
+
+
+def test_safetensors_and_json_only(tmp_path, accelerator):
+    folder = save(tmp_path, accelerator)
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rank-0.json",
+        "rank-0.safetensors",
+        "state.json",
+        "trainer.safetensors",
+    ]
+    for path in folder.iterdir():
+        json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
+        with pytest.raises(ValueError):  # nothing that could be unpickled
+            list(pickletools.genops(path.read_bytes()))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_listed_by_step_and_only_when_complete(tmp_path, accelerator):
+    for step in (100, 9, 20):
+        save(tmp_path, accelerator, step)
+    (tmp_path / ".checkpoint-300.tmp").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-1.tmp").mkdir()
+    (tmp_path / "checkpoints").mkdir()
+    assert names(tmp_path) == ["checkpoint-9", "checkpoint-20", "checkpoint-100"]
+    assert names(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("moment", ["_write_tensors", "_write_json", "_sync_file", "rename"])
+def test_a_crash_while_writing_leaves_the_checkpoint_before(tmp_path, accelerator, monkeypatch, moment):
+    save(tmp_path, accelerator, step=1)
+    with monkeypatch.context() as broken:
+        module = os if moment == "rename" else checkpoints
+        original, calls = getattr(module, moment), []
+
+        def crash(*args):
+            calls.append(args)
+            if len(calls) == (1 if moment == "rename" else 2):
+                raise RuntimeError("power cut")
+            return original(*args)
+
+        broken.setattr(module, moment, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            save(tmp_path, accelerator, step=2, keep=1)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert find_checkpoint("latest", tmp_path).name == "checkpoint-1"
+    assert_same(load_checkpoint(tmp_path / "checkpoint-1", 0, 1)[0], contents(1)[0])
+    # What was left behind is in nobody's way.
+    save(tmp_path, accelerator, step=2, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert_same(load_checkpoint(tmp_path / "checkpoint-2", 0, 1)[0], contents(2)[0])
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, accelerator, monkeypatch):
+    synced, original_sync, original_rename = [], checkpoints._sync_file, os.rename
+
+    def rename(source, target):
+        assert sorted(path.name for path in source.iterdir()) == sorted(path.name for path in synced)
+        original_rename(source, target)
+        renamed.append(target)
+
+    renamed = []
+    monkeypatch.setattr(checkpoints, "_sync_file", lambda path: (synced.append(path), original_sync(path)))
+    monkeypatch.setattr(os, "rename", rename)
+    save(tmp_path, accelerator)
+    assert renamed == [tmp_path / "checkpoint-1"]
+
+
+def test_the_same_step_can_be_written_again(tmp_path, accelerator):
+    save(tmp_path, accelerator, step=3)
+    shared, own = contents(4)
+    save_checkpoint(tmp_path, 3, shared, own, accelerator, None)
+    assert_same(load_checkpoint(tmp_path / "checkpoint-3", 0, 1)[0], shared)
+
+
+@pytest.mark.parametrize("keep, expected", [(1, [40]), (2, [9, 40]), (3, [8, 9, 40]), (None, [2, 8, 9, 40])])
+def test_only_the_newest_are_kept(tmp_path, accelerator, keep, expected):
+    (tmp_path / "notes.txt").write_text("mine")
+    for step in (2, 8, 9, 40):
+        save(tmp_path, accelerator, step, keep)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in expected]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_another_number_of_processes_is_refused(tmp_path, accelerator):
+    folder = save(tmp_path, accelerator, step=5)
+    with pytest.raises(ValueError, match="checkpoint-5 was written by 1 processes, and this run has 2; start as many"):
+        load_checkpoint(folder, 0, 2)
+
+
+def test_latest_and_named(tmp_path, accelerator):
+    for step in (9, 10):
+        save(tmp_path, accelerator, step)
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-10"
+    assert find_checkpoint(str(tmp_path / "checkpoint-9"), tmp_path / "elsewhere") == tmp_path / "checkpoint-9"
+    moved = shutil.copytree(tmp_path / "checkpoint-9", tmp_path / "kept")
+    assert find_checkpoint(str(moved), tmp_path) == moved
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint='latest', but output_dir='.*' holds no checkpoint"):
+        find_checkpoint("latest", tmp_path)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint='.*' is no checkpoint folder"):
+        find_checkpoint(str(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint='nowhere/checkpoint-1' is no checkpoint folder"):
+        find_checkpoint("nowhere/checkpoint-1", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rank-0.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path, accelerator, name):
+    folder = save(tmp_path, accelerator, step=5)
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"checkpoint-5.*{name}"):
+        load_checkpoint(folder, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "trainer.safetensors", "rank-0.safetensors", "rank-0.json"]
+)
+def test_a_missing_file_is_named(tmp_path, accelerator, name):
+    folder = save(tmp_path, accelerator, step=5)
+    (folder / name).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=name):
+        load_checkpoint(folder, 0, 1)
+
+
+# The optimizer
+
+
+def make_model():
+    torch.manual_seed(0)
+    return CrossLayerTranscoder(CLTConfig(num_layers=2, d_model=4, num_features=6, jumprelu_threshold=0.01))
+
+
+def make_step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs, labels = torch.randn(2, 8, 2, 4, generator=generator)
+    optimizer.zero_grad()
+    model(inputs, labels).loss.backward()
+    optimizer.step()
+
+
+def make_adam(model):
+    return torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+
+
+def test_optimizer_state_round_trip(tmp_path, accelerator):
+    model = make_model()
+    optimizer = make_adam(model)
+    for seed in range(3):
+        make_step(model, optimizer, seed)
+    shared, own = contents()
+    shared |= {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+    assert set(shared["optimizer"]) == {
+        f"{name}:{entry}" for name, _ in model.named_parameters() for entry in ("step", "exp_avg", "exp_avg_sq")
+    }
+    folder = save_checkpoint(tmp_path, 3, shared, own, accelerator, None)
+
+    tensors = load_checkpoint(folder, 0, 1)[0]
+    other = make_model()
+    other.load_state_dict(tensors["model"])
+    resumed = make_adam(other)
+    load_optimizer_tensors(other, resumed, tensors["optimizer"])
+    fresh = make_model()
+    fresh.load_state_dict(tensors["model"])
+    for seed in (3, 4):
+        make_step(model, optimizer, seed)
+        make_step(other, resumed, seed)
+        make_step(fresh, make_adam(fresh), seed)
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    assert not torch.equal(fresh.encoders[0].weight, model.encoders[0].weight)  # else the state would not matter
+
+
+def test_a_parameter_without_gradient_has_no_state():
+    model = make_model()
+    model.decoders[1].weight.requires_grad_(False)
+    optimizer = make_adam(model)
+    make_step(model, optimizer, 0)
+    tensors = optimizer_tensors(model, optimizer)
+    assert not any(name.startswith("decoders.1.weight") for name in tensors)
+    other = make_model()
+    resumed = make_adam(other)
+    load_optimizer_tensors(other, resumed, tensors)
+    assert len(resumed.state) == len(optimizer.state)

@@ -1,0 +1,68 @@
+"""Learning rate, sparsity weight and threshold restarts, by hand."""
+
+import math
+
+import pytest
+
+from hf_clt.training.schedules import learning_rate_scale, restarts_threshold, sparsity_scale
+
+
+SCHEDULERS = ("linear", "cosine", "constant", "none")
+
+
+def scales(steps, warmup, scheduler):
+    return [learning_rate_scale(step, steps, warmup, scheduler) for step in range(steps)]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_warm_up_rises_by_equal_steps_to_the_highest_rate(scheduler):
+    assert scales(10, 4, scheduler)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_without_warm_up_the_first_update_is_at_the_highest_rate(scheduler):
+    assert scales(10, 0, scheduler)[0] == 1.0
+
+
+def test_linear_falls_by_equal_steps_to_just_above_zero():
+    assert scales(10, 0, "linear") == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    assert scales(6, 2, "linear")[2:] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+def test_cosine():
+    expected = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert scales(8, 0, "cosine") == pytest.approx(expected)
+    assert scales(10, 2, "cosine")[2:] == pytest.approx(expected)
+    assert scales(8, 0, "cosine")[4] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "none"])
+def test_constant_stays(scheduler):
+    assert scales(10, 3, scheduler)[3:] == [1.0] * 7
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (2, 2), (100, 99), (100, 100)])
+def test_every_update_has_a_rate_above_zero(scheduler, steps, warmup):
+    assert all(0 < scale <= 1 for scale in scales(steps, warmup, scheduler))
+
+
+def test_sparsity_rises_over_all_of_training():
+    assert [sparsity_scale(step, 5, "linear") for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert sparsity_scale(7, 5, "linear") == 1.0  # a run that is prolonged
+
+
+def test_sparsity_can_be_constant():
+    assert [sparsity_scale(step, 5, "constant") for step in range(5)] == [1.0] * 5
+
+
+def test_thresholds_restart_at_powers_of_two_and_before_the_last_tenth():
+    restarts = [step for step in range(100) if restarts_threshold(step, 100)]
+    assert restarts == [0, 1, 2, 4, 8, 16, 32, 64, 90]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 9, 12])
+def test_a_short_run_ends_with_a_threshold_of_its_end(steps):
+    """The last restart leaves at most half of the run behind it, and at least one update after it."""
+    last = max(step for step in range(steps) if restarts_threshold(step, steps))
+    assert steps / 2 <= last + 1 <= steps
