@@ -4,7 +4,7 @@ The files of a released CLT, which transformers and circuit-tracer both read:
 | file | holds |
 |---|---|
 | `config.json`, `config.yaml` | the `CLTConfig`; circuit-tracer's model name and hooks |
-| `W_enc_{l}.safetensors` | `W_enc_{l}` (F, D), `b_enc_{l}` (F,), `b_dec_{l}` (D,), `threshold_{l}` (F,), `W_skip_{l}` (D, D) |
+| `W_enc_{l}.safetensors` | `W_enc_{l}` (F, D), `b_enc_{l}` (F,), `b_dec_{l}` (D,), `threshold_{l}`, `W_skip_{l}` |
 | `W_dec_{l}.safetensors` | `W_dec_{l}` (F, min(L-l, R), D); `[:, j]` writes to layer l+j |
 | `model.safetensors.index.json` | which tensor is in which file |
 """
@@ -32,7 +32,7 @@ CIRCUIT_TRACER_FILE = "config.yaml"
 WEIGHT_FILE = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
 
 
-# -- fold: normalisation statistics into weights -----------------------------------------------------------------------
+# -- fold: normalisation statistics into weights ----------------------------------------------------------------------
 
 
 def fold_encoder(weight: Tensor, bias: Tensor, mean_in: Tensor, std_in: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def unfold_statistics(
     return -mean_in / std_in, 1 / std_in, -mean_out / std_out, 1 / std_out
 
 
-# -- saving ------------------------------------------------------------------------------------------------------------
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 
 def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
@@ -82,7 +82,7 @@ def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
 
 @contextmanager
 def replacing(path: Path):
-    """Yields a temporary name beside `path` that takes its place when the block ends well, and is removed otherwise."""
+    """Yields a temporary name that takes the place of `path` when the block ends well, and is removed otherwise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -153,7 +153,7 @@ def remove_release(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-# -- loading -----------------------------------------------------------------------------------------------------------
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 class ReadThreshold(ConversionOps):
@@ -203,7 +203,7 @@ def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str
         raise FileNotFoundError(f"{file} is missing in {folder}: the CLT is incomplete; download or save it again")
     try:
         with safe_open(path, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
             return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except SafetensorError as error:
         raise ValueError(
@@ -255,7 +255,7 @@ def check_files(folder: Path, config: CLTConfig) -> None:
             bad = int((~(theta >= 0)).sum())
             if bad:
                 raise ValueError(
-                    f"threshold_{layer} in {folder} has {bad} negative or NaN values; a JumpReLU threshold is at least 0"
+                    f"threshold_{layer} in {folder} has {bad} negative or NaN values; a threshold is at least 0"
                 )
             if config.activation_fn == "batchtopk" and not (theta == theta[0]).all():
                 raise ValueError(

@@ -29,22 +29,22 @@ CLT_CONFIG_HELP = {
     "d_model": "Width D of the base model's residual stream.",
     "num_features": "Number of features F per layer.",
     "activation_fn": "Activation function: relu, jumprelu, topk or batchtopk.",
-    "k": "Active features per layer and token for topk and batchtopk (with k_scope=token the budget is k * num_layers).",
+    "k": "Active features per layer and token for topk and batchtopk (k_scope=token: k * num_layers per token).",
     "k_scope": "Whether the top-k budget is per layer, or shared by all layers of a token.",
     "jumprelu_threshold": "Initial threshold theta of every jumprelu feature, in units of the pre-activation.",
-    "jumprelu_bandwidth": "Width epsilon of the window around theta in which jumprelu's straight-through gradient acts. "
-    "A width comparable to the pre-activations' spread puts most features inside and makes every step dense.",
+    "jumprelu_bandwidth": "Width epsilon of the window around theta in which jumprelu's straight-through gradient "
+    "acts. A width comparable to the pre-activations' spread puts most features inside and makes every step dense.",
     "decoder_reach": "Number of target layers each source layer writes to: itself and the following ones. "
     "None = all (a CLT), 1 = a per-layer transcoder.",
     "decoder_tying": "none, per_source (one decoder per source layer) or per_target (one per target layer).",
     "skip_connection": "Whether each layer adds a linear map of its own input to its reconstruction.",
     "feature_input_hook": "What features read: hook_resid_mid (before the pre-MLP norm) or mlp.hook_in (after it).",
     "feature_output_hook": "What is reconstructed: hook_mlp_out (added to the residual stream) or mlp.hook_out.",
-    "sparsity_lambda": "Weight lambda of the tanh sparsity loss. Default: by activation function (0 for the top-k family).",
+    "sparsity_lambda": "Weight lambda of the tanh sparsity loss. 0 by default for topk and batchtopk.",
     "sparsity_c": "Scale c inside the tanh of the sparsity loss.",
     "preactivation_coef": "Weight of the pre-activation loss on dead features (relu and jumprelu).",
-    "aux_coef": "Weight of the auxiliary loss that revives dead features (top-k family). Default: by activation function.",
-    "aux_k": "Number of dead features per token and layer that the auxiliary loss uses. Default: by activation function.",
+    "aux_coef": "Weight of the auxiliary loss on dead features (topk, batchtopk). Default: by activation function.",
+    "aux_k": "Dead features per token and layer that the auxiliary loss uses. Default: by activation function.",
 }
 
 
@@ -95,9 +95,10 @@ class CLTConfig(PreTrainedConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
+        self._check_ranges()
 
-    def validate_architecture(self):
-        """Checks ranges and combinations; called by `@strict` after the types."""
+    def _check_ranges(self):
+        # Not in a `validate_...` method: `@strict` would wrap the message. Types were checked as fields were set.
         # transformers builds the configuration without arguments to see which values are defaults.
         shape = {name: getattr(self, name) for name in ("num_layers", "d_model", "num_features")}
         if all(value is None for value in shape.values()):

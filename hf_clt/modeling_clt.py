@@ -1,5 +1,6 @@
 """
-The cross-layer transcoder of Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models".
+The cross-layer transcoder of Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in Language
+Models".
 
 Notation: L layers, F features per layer, D the width of the model, N tokens; s a source layer, t a target layer, R the
 reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a reconstruction.
@@ -138,8 +139,8 @@ class CrossLayerTranscoder(PreTrainedModel):
     A cross-layer transcoder: features read the residual stream at one layer and write to the MLP outputs of that layer
     and all later ones.
 
-    Inputs and outputs are always raw activations. Normalisation statistics, where set, are applied inside; they live in
-    the model only while it trains, and `save_pretrained` folds them into the weights that it writes.
+    Inputs and outputs are always raw activations. Normalisation statistics, where set, are applied inside; they live
+    in the model only while it trains, and `save_pretrained` folds them into the weights that it writes.
 
     Args:
         config ([`CLTConfig`]): The configuration.
@@ -277,7 +278,8 @@ class CrossLayerTranscoder(PreTrainedModel):
         expected = (self.config.num_layers, self.config.d_model)
         if inputs.shape[-2:] != expected:
             raise ValueError(
-                f"inputs have shape {tuple(inputs.shape)}; expected (..., num_layers={expected[0]}, d_model={expected[1]})"
+                f"inputs have shape {tuple(inputs.shape)}; expected (..., num_layers={expected[0]}, "
+                f"d_model={expected[1]})"
             )
         x = inputs.reshape(-1, *expected)
         return x if self.mean_in is None else (x - self.mean_in) / self.std_in
@@ -316,7 +318,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         thetas = [threshold() for threshold in self.thresholds]
         if any(theta.isinf().any() for theta in thetas):
             raise ValueError(
-                "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode before eval mode"
+                "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first"
             )
         return [features_at(h, h > theta) for h, theta in zip(pre_activations, thetas, strict=True)]
 
@@ -389,10 +391,11 @@ class CrossLayerTranscoder(PreTrainedModel):
         Sets the statistics with which inputs and targets are normalised inside the model.
 
         Args:
-            mean_in, std_in, mean_out, std_out (`Tensor` of shape `(L, D)`): Per layer and dimension, raw units. Standard
-                deviations are floored at 1e-6.
-            reparametrize (`bool`): Changes the weights so that the function from raw inputs to raw reconstructions stays
-                what it is; for going on with a published CLT. Otherwise the same weights now act on normalised values.
+            mean_in, std_in, mean_out, std_out (`Tensor` of shape `(L, D)`): Per layer and dimension, raw units.
+                Standard deviations are floored at 1e-6.
+            reparametrize (`bool`): Changes the weights so that the function from raw inputs to raw reconstructions
+                stays what it is; for going on with a published CLT. Otherwise the same weights act on normalised
+                values from now on.
 
         Raises:
             ValueError: For a wrong shape, a value that is not finite, or `reparametrize` on a `per_source` CLT whose
@@ -425,8 +428,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         """
         Folds the statistics into the weights, in place: the same function, without statistics.
 
-        A `per_source` CLT whose `std_out` differs between layers becomes untied, since one row cannot carry several output
-        scales; its parameters are replaced (rebuild the optimizer) and `config.trained_decoder_tying` remembers the tie.
+        A `per_source` CLT whose `std_out` differs between layers becomes untied, since one row cannot carry several
+        output scales; its parameters are replaced (rebuild the optimizer), and `config.trained_decoder_tying`
+        remembers the tie.
         """
         if self.mean_in is None:
             return
@@ -499,8 +503,8 @@ class CrossLayerTranscoder(PreTrainedModel):
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
     ) -> None:
         """
-        Writes the released CLT: the files of `hf_clt.checkpoint_format`, with statistics folded into the weights, and a
-        model card. The live model is left as it is. Every file is replaced as a whole or not at all.
+        Writes the released CLT: the files of `hf_clt.checkpoint_format`, with statistics folded into the weights, and
+        a model card. The live model is left as it is. Every file is replaced as a whole or not at all.
 
         Args:
             save_directory (`str` or `Path`): Folder to write to; created if missing.

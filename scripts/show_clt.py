@@ -25,7 +25,7 @@ def last_evaluation(folder: Path) -> dict:
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for line in reversed(lines):
-        row = {name.removeprefix("eval_"): value for name, value in json.loads(line).items()}
+        row = json.loads(line)
         if "num_tokens" in row:
             return row
     raise ValueError(f"no evaluation in {path}; give the output folder of a run of scripts/train_clt.py")

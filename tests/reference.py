@@ -15,7 +15,7 @@ from hf_clt import CLTConfig, CrossLayerTranscoder
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 
 
-# -- models and data to compare on -------------------------------------------------------------------------------------
+# -- models and data to compare on -----------------------------------------------------------------------------------
 
 
 def random_clt(seed: int = 0, double: bool = True, **fields) -> CrossLayerTranscoder:
@@ -56,7 +56,7 @@ def parameters_of(clt: CrossLayerTranscoder) -> dict[str, Tensor]:
     return copies | {name: b.detach().clone() for name, b in clt.named_buffers() if name.startswith("thresholds")}
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------------------------
 
 
 def decoder_matrices(config: CLTConfig, parameters: dict[str, Tensor]) -> dict[tuple[int, int], Tensor]:

@@ -1,4 +1,4 @@
-"""The model against the dense float64 reference of tests/reference.py, and the properties of DESIGN sections 2 and 6."""
+"""The model against the dense float64 reference of tests/reference.py, and the properties of DESIGN 2 and 6."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def trained(**fields):
     return clt
 
 
-# -- fast = dense, forward and backward --------------------------------------------------------------------------------
+# -- fast = dense, forward and backward ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_statistics", [False, True], ids=["raw", "normalised"])
@@ -152,7 +152,7 @@ def test_float32_agrees_with_the_reference():
     torch.testing.assert_close(out.reconstruction.double(), expected["reconstruction"], rtol=1e-4, atol=1e-5)
 
 
-# -- the loss terms ----------------------------------------------------------------------------------------------------
+# -- the loss terms --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -291,7 +291,7 @@ def test_a_wrong_shape_of_dead_is_refused():
             clt(inputs, labels=labels, dead=wrong)
 
 
-# -- jumprelu ----------------------------------------------------------------------------------------------------------
+# -- jumprelu --------------------------------------------------------------------------------------------------------
 
 
 def test_jumprelu_by_hand():
@@ -352,7 +352,7 @@ def test_encode_gives_no_negative_or_sub_threshold_values_in_train_mode():
     torch.testing.assert_close(sparse.to_dense(), clt.eval().encode(inputs))
 
 
-# -- topk and batchtopk ------------------------------------------------------------------------------------------------
+# -- topk and batchtopk ----------------------------------------------------------------------------------------------
 
 
 def count_of_selected(monkeypatch, clt, inputs):
@@ -477,7 +477,7 @@ def test_the_batchtopk_gate_is_strict_in_eval_mode():
     assert (clt.eval().encode(inputs).flatten() > 0).tolist() == [False, True]
 
 
-# -- what depends on what ----------------------------------------------------------------------------------------------
+# -- what depends on what --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -559,7 +559,7 @@ def test_bfloat16_autocast_changes_little(activation):
     assert all(parameter.grad.dtype == torch.float32 for parameter in clt.parameters())
 
 
-# -- bad input ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_wrong_shapes_are_refused_by_name():
@@ -582,7 +582,7 @@ def test_decode_needs_the_inputs_of_a_skip_connection():
         clt.decode(clt.encode(inputs))
 
 
-# -- normalisation -----------------------------------------------------------------------------------------------------
+# -- normalisation ---------------------------------------------------------------------------------------------------
 
 VARIANTS = [
     pytest.param({**ACTIVATIONS[activation], "decoder_tying": tying, "skip_connection": skip, "decoder_reach": reach})

@@ -74,8 +74,7 @@ def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) 
     Args:
         metrics (`dict` or None): What an evaluation returned.
         history (`list[dict]`):
-            The lines of `metrics.jsonl`. Those that state the number of held-out tokens are evaluations, of which the
-            names may have the prefix `eval_`.
+            The lines of `metrics.jsonl`. Those that state the number of held-out tokens are evaluations.
         folder (`str` or `Path`): Where to write; made if absent.
 
     Returns:
@@ -124,7 +123,6 @@ def _training_curves(history):
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    history = [{name.removeprefix("eval_"): value for name, value in row.items()} for row in history]
     held_out = [row for row in history if "num_tokens" in row]
     training = [row for row in history if "num_tokens" not in row]
     # title, metric name, log scale

@@ -9,8 +9,8 @@ class ActivationBuffer:
     Mixes the activations of many extraction batches and hands them out in training batches.
 
     The buffer is filled, sampled at random without replacement, and refilled when half of it has been read. Iterating
-    gives one epoch of the text: every counted token exactly once, the last batch possibly short. The next iteration gives
-    the next epoch, in another order.
+    gives one epoch of the text: every counted token exactly once, the last batch possibly short. The next iteration
+    gives the next epoch, in another order.
 
     Args:
         tokens ([`TokenStream`]): The text, in extraction batches.
@@ -47,8 +47,8 @@ class ActivationBuffer:
         self.capacity = n_batches * self.rows_per_harvest
         if batch_size > self.capacity:
             raise ValueError(
-                f"batch_size={batch_size} is larger than the buffer, which holds {self.capacity} tokens; lower batch_size "
-                "or raise n_batches_in_buffer"
+                f"batch_size={batch_size} is larger than the buffer, which holds {self.capacity} tokens; lower "
+                "batch_size or raise n_batches_in_buffer"
             )
         self.tokens, self.harvester, self.batch_size = tokens, harvester, batch_size
         self.dtype, self.progress = dtype, progress
@@ -59,8 +59,8 @@ class ActivationBuffer:
         # Slots that hold unread tokens, in the random order in which they will be read, from `read` on.
         self.order = torch.empty(0, dtype=torch.int64)
         self.read = 0
-        # Where each slot's token came from: the number of the extraction batch and the row in it. With the tokens of the
-        # batches that still have unread rows, this is all that a checkpoint needs to restore the buffer.
+        # Where each slot's token came from: the number of the extraction batch and the row in it. With the tokens of
+        # the batches that still have unread rows, this is all that a checkpoint needs to restore the buffer.
         self.slot_batch = torch.zeros(self.capacity, dtype=torch.int64)
         self.slot_row = torch.zeros(self.capacity, dtype=torch.int64)
         self.live_batches: dict[int, dict] = {}
@@ -171,11 +171,11 @@ class ActivationBuffer:
         return values, tensors
 
     def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """Restores the buffer, harvesting the batches that have unread tokens again, each as it was harvested first."""
+        """Restores the buffer, harvesting the batches with unread tokens again, each as it was harvested first."""
         if values["capacity"] != self.capacity:
             raise ValueError(
-                f"the checkpoint's buffer holds {values['capacity']} tokens, this one {self.capacity}; resume with the same "
-                "n_batches_in_buffer, store_batch_size_prompts and context_size"
+                f"the checkpoint's buffer holds {values['capacity']} tokens, this one {self.capacity}; resume with "
+                "the same n_batches_in_buffer, store_batch_size_prompts and context_size"
             )
         self.order, self.read = tensors["order"].clone(), 0
         self.slot_batch[self.order] = tensors["slot_batch"]

@@ -119,7 +119,7 @@ def load_statistics(path: str | Path) -> dict:
 @torch.no_grad()
 def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
     """
-    Sets b_enc so that each feature fires on a share `rate` of the given tokens: b = θ - the (1 - rate) quantile of W x̃.
+    Sets b_enc so that each feature fires on a share `rate` of the given tokens: b = θ - (1 - rate) quantile of W x̃.
 
     Without this about half of the features fire on every token at first, and the others may never.
 

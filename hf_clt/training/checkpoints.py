@@ -2,8 +2,8 @@
 Checkpoints: what resuming needs, in safetensors and JSON, never half written.
 
 `checkpoint-<step>/` holds `model.safetensors` (weights and statistics as they live in the model, not folded),
-`optimizer.safetensors`, `trainer.safetensors` (feature counters), `state.json`, and per process the position in the text,
-the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`.
+`optimizer.safetensors`, `trainer.safetensors` (feature counters), `state.json`, and per process the position in the
+text, the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`.
 """
 
 import json
@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -36,7 +37,8 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
         checkpoints = list_checkpoints(output_dir)
         if not checkpoints:
             raise ValueError(
-                f"resume_from_checkpoint='latest', but output_dir={str(output_dir)!r} holds no checkpoint; leave the option out"
+                f"resume_from_checkpoint='latest', but output_dir={str(output_dir)!r} holds no checkpoint; "
+                "leave the option out"
             )
         return checkpoints[-1]
     folder = Path(resume_from)
@@ -98,19 +100,16 @@ def load_checkpoint(folder: Path, rank: int, num_processes: int) -> tuple[dict, 
         `shared` and `own`, as given to `save_checkpoint`.
 
     Raises:
-        ValueError: If the checkpoint was written by another number of processes.
+        ValueError: If a file is missing or damaged, or was written by another number of processes.
     """
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = _read(folder / "state.json")
     if state["num_processes"] != num_processes:
         raise ValueError(
-            f"{folder.name} was written by {state['num_processes']} processes, and this run has {num_processes}; start as "
-            "many as before"
+            f"{folder.name} was written by {state['num_processes']} processes, and this run has {num_processes}; "
+            "start as many as before"
         )
-    shared = {path.stem: load_file(path) for path in folder.glob("*.safetensors") if not path.stem.startswith("rank-")}
-    own = {
-        "values": json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")),
-        "tensors": load_file(folder / f"rank-{rank}.safetensors"),
-    }
+    shared = {name: _read(folder / f"{name}.safetensors") for name in ("model", "optimizer", "trainer")}
+    own = {"values": _read(folder / f"rank-{rank}.json"), "tensors": _read(folder / f"rank-{rank}.safetensors")}
     return {**shared, "state": state}, own
 
 
@@ -129,6 +128,16 @@ def load_optimizer_tensors(model, optimizer: torch.optim.Optimizer, tensors: dic
     for key, value in tensors.items():
         name, _, entry = key.rpartition(":")
         optimizer.state[parameters[name]][entry] = value.to(parameters[name].device).clone()
+
+
+def _read(path: Path) -> dict:
+    """A JSON or safetensors file of a checkpoint."""
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"{path.parent.name}/{path.name} is missing or damaged ({error}); resume from another checkpoint"
+        ) from error
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

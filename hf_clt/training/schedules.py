@@ -23,9 +23,9 @@ def sparsity_scale(step: int, training_steps: int, schedule: str) -> float:
 
 def restarts_threshold(step: int, training_steps: int) -> bool:
     """
-    Whether batchtopk's running threshold starts anew after `step` updates: at every power of two, and for the last tenth
-    of training. Its EMA has a memory of about 1000 steps; untrained beginnings would otherwise stand in it for as long,
-    and a short run would be released with a threshold of its first batch.
+    Whether batchtopk's running threshold starts anew after `step` updates: at every power of two, and for the last
+    tenth of training. Its EMA has a memory of about 1000 steps; untrained beginnings would otherwise stand in it for
+    as long, and a short run would be released with a threshold of its first batch.
     """
     return step & (step - 1) == 0 or step == training_steps - training_steps // 10
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from ..checkpoint_format import remove_release, write_text
 from ..configuration_clt import CLTConfig
 from ..evaluation.metrics import MetricSums
+from ..evaluation.report import plot_metrics
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
 from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
@@ -53,8 +55,8 @@ class CLTTrainer:
     Args:
         args ([`CLTTrainingArguments`]): The run.
         config ([`CLTConfig`], *optional*): Shape and losses of a new CLT.
-        model ([`CrossLayerTranscoder`], *optional*): A CLT to go on training, instead of `config`. Statistics are put into
-            it so that the function it computes does not change at first.
+        model ([`CrossLayerTranscoder`], *optional*): A CLT to go on training, instead of `config`. Statistics are put
+            into it so that the function it computes does not change at first.
 
     Raises:
         ValueError: For arguments that do not fit each other, the language model, the text or the output folder.
@@ -304,8 +306,8 @@ class CLTTrainer:
         losses = accelerator.reduce(totals / since_log["updates"], "mean").tolist()
         if not all(map(torch.isfinite, torch.tensor(losses))):
             raise FloatingPointError(
-                f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower learning_rate, "
-                "or use clt_dtype=float32"
+                f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower "
+                "learning_rate, or use clt_dtype=float32"
             )
         sums = MetricSums(self.config.num_layers, self.config.d_model, self.config.num_features)
         sums.update(batch["labels"], output.reconstruction.detach(), output.features)
@@ -414,8 +416,8 @@ class CLTTrainer:
         if differing:
             name = differing[0]
             raise ValueError(
-                f"{name}={now[name]!r}, but {self.resume_from.name} was trained with {name}={saved[name]!r}; resume with the "
-                "same configuration"
+                f"{name}={now[name]!r}, but {self.resume_from.name} was trained with {name}={saved[name]!r}; resume "
+                "with the same configuration"
             )
         tensors = shared["model"]
         if "mean_in" in tensors:
@@ -471,8 +473,9 @@ class CLTTrainer:
         metrics = self.last_evaluation[1] if self.last_evaluation is not None else None
         self.model.save_pretrained(self.output_dir)
         save_model_card(self.output_dir, self.model.config, metrics, self.training_facts(), command_line())
-        if metrics is not None:
-            write_text(self.output_dir / "eval_results.json", json.dumps(metrics, indent=1) + "\n")
+        if find_spec("matplotlib") is not None:  # the extra `plots`
+            history = [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
+            plot_metrics(metrics, history, self.output_dir / "plots")
         if self.args.push_to_hub:
             push_folder(self.output_dir, self.args.hub_model_id, private=self.args.hub_private or None)
 
@@ -547,9 +550,9 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each train "
-            "alone and overwrite each other; on CPU launch with `accelerate launch --multi_gpu --num_processes N "
-            "--num_machines 1 --mixed_precision no --dynamo_backend no`"
+            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each "
+            "train alone and overwrite each other; on CPU launch with `accelerate launch --multi_gpu --num_processes "
+            "N --num_machines 1 --mixed_precision no --dynamo_backend no`"
         )
     return accelerator
 
@@ -641,8 +644,8 @@ def warn_if_dense(row: dict, config: CLTConfig) -> bool:
     if per_layer <= config.num_features / 10:
         return False
     logger.warning(
-        "step %d: %.0f of %d features per layer are active on a token, more than a tenth; such a CLT is neither sparse nor "
-        "fast: raise sparsity_lambda, or use batchtopk",
+        "step %d: %.0f of %d features per layer are active on a token, more than a tenth; such a CLT is neither "
+        "sparse nor fast: raise sparsity_lambda, or use batchtopk",
         row["step"],
         per_layer,
         config.num_features,

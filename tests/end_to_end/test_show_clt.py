@@ -16,9 +16,9 @@ def run(tmp_path):
     evaluation = {"nmse": 0.5, "nmse_per_layer": [0.7, 0.3], "l0": 6.0, "l0_per_layer": [2.5, 3.5], "num_tokens": 8192}
     training = {"loss": 3.0, "nmse": 0.9, "nmse_per_layer": [0.91, 0.89]}
     rows = [
-        {"step": 10, **{f"eval_{name}": value for name, value in {**evaluation, **training}.items()}},
+        {"step": 10, **evaluation, **training},
         {"step": 1490, **training},
-        {"step": 1500, **{f"eval_{name}": value for name, value in evaluation.items()}},
+        {"step": 1500, **evaluation},
         {"step": 1510, **training},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

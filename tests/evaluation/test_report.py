@@ -43,7 +43,7 @@ def test_table_without_what_is_not_known_yet():
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     history = [{"step": step, "loss": 100 / (step + 1), "nmse": 0.9, "l0": 0.0} for step in range(5)]
-    history.append({"step": 5, **{f"eval_{name}": value for name, value in METRICS.items()}})
+    history.append({"step": 5, **METRICS})
     history = json.loads(json.dumps(history))  # as read from metrics.jsonl
     written = plot_metrics(METRICS, history, tmp_path / "plots")
     assert [path.name for path in written] == ["training_curves.png", "metrics_per_layer.png", "feature_density.png"]
@@ -56,7 +56,7 @@ def test_plots(tmp_path):
 def test_training_and_held_out_curves_are_told_apart():
     pytest.importorskip("matplotlib")
     history = [{"step": step, "nmse": 0.8 - step / 10, "nmse_per_layer": [0.8], "l0": 3.0} for step in range(3)]
-    history.append({"step": 2, "eval_nmse": 0.7, "eval_num_tokens": 100})
+    history.append({"step": 2, "nmse": 0.7, "num_tokens": 100})
     axes = training_curves(history).axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
     assert curves == {

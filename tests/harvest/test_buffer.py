@@ -46,7 +46,9 @@ def make_stream(num_documents=30, context_size=8, prompts_per_batch=2, seed=0):
     texts = [" ".join(f"w{start + i}" for i in range(n)) for start, n in zip(starts, lengths, strict=True)]
     dataset = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
     stream = TokenStream(dataset, tokenizer, context_size=context_size, prompts_per_batch=prompts_per_batch)
-    return stream, {start + i + 2: d for d, (start, n) in enumerate(zip(starts, lengths, strict=True)) for i in range(n)}
+    return stream, {
+        start + i + 2: d for d, (start, n) in enumerate(zip(starts, lengths, strict=True)) for i in range(n)
+    }
 
 
 def make_buffer(n_batches=4, batch_size=10, seed=0, **stream):

@@ -173,9 +173,7 @@ def make_clt(activation_fn="jumprelu", with_statistics=True, **config):
         CLTConfig(num_layers=L, d_model=D, num_features=24, activation_fn=activation_fn, **config)
     )
     if with_statistics:
-        clt.set_normalization(
-            torch.randn(L, D) * 3, torch.rand(L, D) + 0.5, torch.randn(L, D), torch.rand(L, D) + 0.5
-        )
+        clt.set_normalization(torch.randn(L, D) * 3, torch.rand(L, D) + 0.5, torch.randn(L, D), torch.rand(L, D) + 0.5)
     return clt
 
 

@@ -32,12 +32,20 @@ def contents(step=1):
     generator = torch.Generator().manual_seed(step)
     weight = torch.randn(4, 6, generator=generator)
     shared = {
-        "model": {"a.weight": weight, "a.half": weight.bfloat16(), "a.view": weight.t(), "b.inf": torch.tensor([-torch.inf])},
+        "model": {
+            "a.weight": weight,
+            "a.half": weight.bfloat16(),
+            "a.view": weight.t(),
+            "b.inf": torch.tensor([-torch.inf]),
+        },
         "optimizer": {"a.weight:exp_avg": weight * 2, "a.weight:step": torch.tensor(float(step))},
         "trainer": {"steps_since_fired": torch.arange(6).view(2, 3)},
         "state": {"step": step, "num_processes": 1, "seconds": 1.5, "scaler": None},
     }
-    own = {"values": {"text": {"position": [1, None]}}, "tensors": {"generator": torch.get_rng_state(), "none": torch.empty(0)}}
+    own = {
+        "values": {"text": {"position": [1, None]}},
+        "tensors": {"generator": torch.get_rng_state(), "none": torch.empty(0)},
+    }
     return shared, own
 
 

@@ -1,0 +1,99 @@
+"""Each loss term by hand and against plain loops."""
+
+import math
+
+import pytest
+import torch
+
+from hf_clt.losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
+from hf_clt.sparsity import features_at
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_safe_sqrt_has_gradient_zero_at_zero():
+    squares = torch.tensor([0.0, 4.0, 1e-30, 9.0], dtype=torch.float64, requires_grad=True)
+    roots = safe_sqrt(squares)
+    torch.testing.assert_close(roots, torch.tensor([0.0, 2.0, 1e-15, 3.0], dtype=torch.float64))
+    (grad,) = torch.autograd.grad(roots.sum(), squares)
+    torch.testing.assert_close(grad, torch.tensor([0.0, 1 / 4, 0.5e15, 1 / 6], dtype=torch.float64))
+
+
+def test_reconstruction_loss_sums_over_layers_and_dimensions_and_averages_over_tokens():
+    targets = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[2.0, 4.0], [1.0, 1.0]]])
+    reconstruction = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[1.0, 3.0], [1.0, 4.0]]])
+    assert reconstruction_loss(targets, reconstruction).item() == ((1 + 1) + (1 + 1) + 9) / 2
+
+
+def test_sparsity_loss_by_hand():
+    acts = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
+    norms = [torch.tensor([2.0, 3.0], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)]
+    features = [features_at(acts, acts > 0), features_at(acts, acts > 1)]
+    expected = (math.tanh(0.1 * 2) + math.tanh(0.1 * 2 * 0.5) + math.tanh(0.1 * 3 * 2) + math.tanh(0.1 * 2)) / 2
+    assert sparsity_loss(features, norms, 0.1).item() == pytest.approx(expected)
+
+
+def test_sparsity_loss_of_nothing_is_zero():
+    acts = torch.zeros(3, 4)
+    assert sparsity_loss([features_at(acts, acts > 0)], [torch.ones(4)], 1.0).item() == 0
+
+
+def test_sparsity_loss_gradients():
+    acts = randn(4, 5).abs() + 0.1
+    support = randn(4, 5, seed=1) > 0
+    norms = randn(5, seed=2).abs().requires_grad_()
+    values = acts[support].clone().requires_grad_()
+    features = features_at(acts, support)
+
+    def function(values, norms):
+        features.values = values
+        return sparsity_loss([features], [norms], 0.7)
+
+    assert torch.autograd.gradcheck(function, (values, norms))
+
+
+def test_preactivation_loss_by_hand():
+    h = [torch.tensor([[0.2, -1.0, 3.0], [0.6, -2.0, 3.0]], dtype=torch.float64)]
+    theta, norms = [torch.tensor([0.5, 0.5, 0.5]).double()], [torch.tensor([2.0, 1.0, 1.0]).double()]
+    dead = torch.tensor([[True, True, False]])
+    expected = (0.3 * 2 + 0 + 1.5 + 2.5) / 2
+    assert preactivation_loss(h, theta, norms, dead).item() == pytest.approx(expected)
+    assert preactivation_loss(h, theta, norms, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
+    # θ = 0 is relu's: only the negative pre-activations are missing something.
+    zero = [torch.zeros(3).double()]
+    assert preactivation_loss(h, zero, norms, dead).item() == pytest.approx((1 + 2) / 2)
+
+
+def test_preactivation_loss_gradient_flows_through_h_threshold_and_norm():
+    h, theta, norms = randn(4, 6), randn(6, seed=1).abs(), randn(6, seed=2).abs()
+    dead = torch.tensor([[True, False, True, True, False, True]])
+    leaves = [tensor.requires_grad_() for tensor in (h, theta, norms)]
+    assert torch.autograd.gradcheck(lambda h, t, n: preactivation_loss([h], [t], [n], dead), leaves)
+    grads = torch.autograd.grad(preactivation_loss([h], [theta], [norms], dead), leaves)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        grad = grad.expand(4, 6) if leaf.dim() == 1 else grad
+        assert (grad[:, ~dead[0]] == 0).all() and grad[:, dead[0]].any()
+
+
+@pytest.mark.parametrize("aux_k, kept", [(1, 1), (2, 2), (3, 3), (10, 3)])
+def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
+    h = randn(7, 6) + 2
+    dead = torch.tensor([False, True, False, True, True, False])
+    features = dead_features(h, dead, aux_k)
+    assert features.indices.numel() == 7 * kept and features.num_features == 6
+    dense = features.to_dense()
+    for n in range(7):
+        candidates = sorted([(h[n, f].item(), f) for f in (1, 3, 4)], reverse=True)[:kept]
+        expected = torch.zeros(6, dtype=torch.float64)
+        for value, f in candidates:
+            expected[f] = max(value, 0)
+        torch.testing.assert_close(dense[n], expected, rtol=0, atol=0)
+
+
+def test_dead_features_are_rectified_after_the_selection():
+    h = torch.tensor([[5.0, -1.0, -3.0, 0.5]])
+    dead = torch.tensor([False, True, True, True])
+    assert dead_features(h, dead, 2).to_dense().tolist() == [[0, 0, 0, 0.5]]
+    assert (dead_features(h, torch.zeros(4, dtype=torch.bool), 2).to_dense() == 0).all()
