@@ -78,14 +78,16 @@ def test_hidden_size_and_num_hidden_layers_map_to_the_shape():
     assert "hidden_size" not in config.to_dict()
 
 
-@pytest.mark.parametrize("reach, targets", [(None, [4, 3, 2, 1]), (1, [1, 1, 1, 1]), (3, [3, 3, 2, 1]), (4, [4, 3, 2, 1])])
+@pytest.mark.parametrize(
+    "reach, targets", [(None, [4, 3, 2, 1]), (1, [1, 1, 1, 1]), (3, [3, 3, 2, 1]), (4, [4, 3, 2, 1])]
+)
 def test_reach_and_number_of_targets(reach, targets):
     config = CLTConfig(**SHAPE, decoder_reach=reach)
     assert config.reach == (reach or 4)
     assert [config.num_targets(s) for s in range(4)] == targets
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("typo, meant", [("num_feature", "num_features"), ("sparsity_lamda", "sparsity_lambda")])
@@ -134,7 +136,9 @@ def test_a_value_out_of_range_is_refused_by_name(changes):
     assert f"{name}={value}" in message
 
 
-@pytest.mark.parametrize("name", ["sparsity_lambda", "jumprelu_threshold", "preactivation_coef", "aux_coef", "sparsity_c"])
+@pytest.mark.parametrize(
+    "name", ["sparsity_lambda", "jumprelu_threshold", "preactivation_coef", "aux_coef", "sparsity_c"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_a_number_that_is_not_finite_is_refused(name, value):
     assert name in refusal(**{name: value})
@@ -174,7 +178,7 @@ def test_k_may_exceed_the_features_where_it_is_not_used():
     assert CLTConfig(num_layers=2, d_model=4, num_features=8).k == 32
 
 
-# -- JSON --------------------------------------------------------------------------------------------------------------
+# -- JSON -------------------------------------------------------------------------------------------------------------
 
 CONFIGS = {
     "defaults": {},

@@ -458,6 +458,18 @@ def test_a_batch_without_positive_selection_leaves_the_running_threshold(started
     assert after[0] != before[0] and after[2] != before[2]
 
 
+def test_restarted_running_thresholds_start_with_the_next_batch():
+    clt = trained(activation_fn="batchtopk")
+    fresh = random_clt(activation_fn="batchtopk").train()
+    clt.restart_running_thresholds()
+    inputs, _ = random_batch(clt)
+    with pytest.raises(ValueError, match="train"):
+        clt.eval().encode(inputs)
+    clt.train()(inputs)
+    fresh(inputs)
+    assert torch.equal(running_thresholds(clt), running_thresholds(fresh))
+
+
 def test_batchtopk_in_eval_mode_before_training_is_refused():
     clt = random_clt(activation_fn="batchtopk").eval()
     inputs, _ = random_batch(clt)
@@ -527,6 +539,18 @@ def test_initialisation():
         torch.testing.assert_close(threshold.value.exp(), torch.full((64,), 0.2))
 
 
+def test_the_initial_weights_depend_on_the_seed():
+    config = CLTConfig(num_layers=3, d_model=5, num_features=16, activation_fn="relu")
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(CrossLayerTranscoder(config))
+    first, same, other = ([p for p in model.parameters() if p.any()] for model in models)
+    assert len(first) == 6  # encoders and decoders; biases are 0
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 def test_a_model_is_not_built_without_a_shape():
     with pytest.raises(ValueError, match="num_layers"):
         CrossLayerTranscoder(CLTConfig())
@@ -557,6 +581,15 @@ def test_bfloat16_autocast_changes_little(activation):
     torch.testing.assert_close(out.loss, plain.loss, rtol=0.05, atol=0)
     out.loss.backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in clt.parameters())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_no_tokens(activation):
+    clt = trained(**ACTIVATIONS[activation]).eval()
+    inputs, _ = random_batch(clt)
+    out = clt(inputs[:0])
+    assert out.reconstruction.shape == (0, 3, 5) and out.features.to_dense().shape == (0, 3, 16)
+    assert (out.features.active_counts() == 0).all() and (out.features.l0_per_layer() == 0).all()
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

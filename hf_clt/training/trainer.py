@@ -1,23 +1,17 @@
 """The training loop: text in, a released cross-layer transcoder out."""
 
-import importlib.metadata
 import json
 import logging
-import os
-import shlex
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ..checkpoint_format import remove_release, write_text
 from ..configuration_clt import CLTConfig
 from ..evaluation.metrics import MetricSums
 from ..evaluation.report import plot_metrics
@@ -31,13 +25,14 @@ from ..modeling_clt import CrossLayerTranscoder
 from .arguments import CLTTrainingArguments
 from .checkpoints import (
     find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
 )
+from .reporting import command_line, hardware, non_default_config, progress_figures, truncate_metrics, versions
 from .schedules import learning_rate_scale, restarts_threshold, sparsity_scale
+from .setup import check_fit, check_output_dir, make_accelerator, make_optimizer, remove_run, start_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -275,9 +270,8 @@ class CLTTrainer:
                     totals.zero_()
                     since_log = {"updates": 0, "tokens": 0, "time": time.perf_counter()}
                 bar.update()
-                if self.heldout is not None and (is_last or is_due(self.step, args.eval_interval)):
-                    metrics = self.evaluate()
-                    self._write_row({"step": self.step, "split": "heldout", **metrics})
+                if not is_last and self.heldout is not None and is_due(self.step, args.eval_interval):
+                    self._evaluate_and_write()
                     model.train()
                     since_log["time"] = time.perf_counter()
                 if not is_last and self._agree_on_interrupt():
@@ -285,6 +279,8 @@ class CLTTrainer:
                     raise KeyboardInterrupt(f"stopped at step {self.step}")
                 if not is_last and is_due(self.step, args.checkpoint_interval):
                     self._save(optimizer)
+        if self.heldout is not None:
+            self._evaluate_and_write()
         self.model.eval()
         self._read_clocks()
         self._release()
@@ -378,6 +374,9 @@ class CLTTrainer:
         metrics = self._gathered(sums).compute()
         self.last_evaluation = (self.step, metrics)
         return metrics
+
+    def _evaluate_and_write(self) -> None:
+        self._write_row({"step": self.step, "split": "heldout", **self.evaluate()})
 
     def _gathered(self, sums: MetricSums) -> MetricSums:
         if self.accelerator.num_processes == 1:
@@ -498,7 +497,7 @@ class CLTTrainer:
             "duration_seconds": self.seconds["total"],
             "hardware": hardware(self.accelerator),
             "settings": settings,
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            "versions": versions(),
         }
 
     def _read_clocks(self) -> None:
@@ -524,118 +523,10 @@ UNCHECKED = {
     "base_model_revision",
     "_name_or_path",
 }
-VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsight")
-RUN_FILES = ("config.json", "metrics.jsonl")
-
-
-def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
-    """
-    The Accelerator of the run.
-
-    Raises:
-        ValueError: If the processes that were launched do not know of each other, as with `--cpu --num_processes 2`.
-    """
-    wanted = torch.device(args.device) if args.device is not None else None
-    if wanted is not None and wanted.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={args.device!r}, but no GPU is available; leave device out or give 'cpu'")
-        torch.cuda.set_device(wanted)
-    use_cpu = wanted.type == "cpu" if wanted is not None else not torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=args.mixed_precision,
-        log_with=list(args.report_to) or None,
-        project_dir=args.output_dir,
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each "
-            "train alone and overwrite each other; on CPU launch with `accelerate launch --multi_gpu --num_processes "
-            "N --num_machines 1 --mixed_precision no --dynamo_backend no`"
-        )
-    return accelerator
-
-
-def check_output_dir(output_dir: Path, overwrite: bool, resuming: bool) -> None:
-    """Refuses a folder that holds another run, unless resuming or told to overwrite."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
-    if overwrite or resuming:
-        return
-    found = [name for name in RUN_FILES if (output_dir / name).exists()]
-    found += [path.name for path in list_checkpoints(output_dir)]
-    if found:
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} already holds a run ({found[0]}); give another folder, or "
-            "--resume-from-checkpoint latest, or --overwrite-output-dir"
-        )
-
-
-def remove_run(output_dir: Path) -> None:
-    """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
-    import shutil
-
-    if not output_dir.is_dir():
-        return
-    for path in list_checkpoints(output_dir):
-        shutil.rmtree(path)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-    remove_release(output_dir)
-
-
-def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:
-    """Checks that a CLT has the layers and the width of the language model."""
-    for name, found in (("num_layers", harvester.num_layers), ("d_model", harvester.d_model)):
-        if getattr(config, name) != found:
-            raise ValueError(
-                f"{name}={getattr(config, name)} does not fit {model_name}, which has {found}; give {name}={found}"
-            )
-
-
-def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
-    """Adam or AdamW, fused; weight decay only on matrices, never on biases and thresholds."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return optimizer(
-        groups,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=True,
-    )
-
-
-def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None:
-    """Starts TensorBoard, wandb or trackio with the settings of the run."""
-    if not args.report_to:
-        return
-    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.to_dict().items()}
-    wandb = {"entity": args.wandb_entity, "name": args.wandb_run_name, "dir": args.output_dir}
-    trackio = {"name": args.wandb_run_name}
-    accelerator.init_trackers(
-        args.wandb_project or "clt-training",
-        config=settings,
-        init_kwargs={"wandb": wandb, "trackio": {k: v for k, v in trackio.items() if v is not None}},
-    )
 
 
 def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def progress_figures(row: dict) -> dict:
-    """The figures of a log line that the progress bar shows."""
-    dead = "-" if row["dead_fraction"] is None else f"{row['dead_fraction']:.1%}"
-    return {
-        "loss": f"{row['loss']:.4g}",
-        "nmse": f"{row['nmse']:.3f}",
-        "l0": f"{row['l0']:.0f}",
-        "dead": dead,
-        "tok/s": f"{row['tokens_per_second']:.0f}",
-    }
 
 
 def warn_if_dense(row: dict, config: CLTConfig) -> bool:
@@ -651,51 +542,6 @@ def warn_if_dense(row: dict, config: CLTConfig) -> bool:
         config.num_features,
     )
     return True
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step` that a run wrote between its last checkpoint and its end."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
-            break
-        if row["step"] > step:
-            break
-        kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
-
-
-def non_default_config(config: CLTConfig) -> dict:
-    """Fields of the configuration that were chosen, for the model card."""
-    plain = CLTConfig(
-        num_layers=config.num_layers,
-        d_model=config.d_model,
-        num_features=config.num_features,
-        activation_fn=config.activation_fn,
-        k=min(CLTConfig.k, config.num_features),
-    )
-    names = ("k", "k_scope", "jumprelu_threshold", "jumprelu_bandwidth", "decoder_reach", "decoder_tying")
-    names += ("skip_connection", "sparsity_lambda", "sparsity_c", "preactivation_coef", "aux_coef", "aux_k")
-    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(plain, name)}
-    return {"num_features": config.num_features, "activation_fn": config.activation_fn, **chosen}
-
-
-def hardware(accelerator: Accelerator) -> str:
-    if accelerator.device.type == "cuda":
-        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
-    return f"{os.cpu_count()} CPU cores"
-
-
-def command_line() -> str:
-    """The command of this process, as one would type it, the program by its short name."""
-    program = Path(sys.argv[0])
-    shown = f"{program.parent.name}/{program.name}" if program.parent.name == "scripts" else program.name
-    return shlex.join(["python", shown, *sys.argv[1:]])
 
 
 __all__ = ["CLTTrainer"]

@@ -1,8 +1,8 @@
 """
 The buffer hands out every counted token once per epoch, mixed, aligned, and resumable at every batch.
 
-Most tests read a text in which no word occurs twice through a harvester whose activations are the number of the word, so
-that each row says which token, layer and side it is. The last ones run a real language model.
+Most tests read a text in which no word occurs twice through a harvester whose activations are the number of the word,
+so that each row says which token, layer and side it is. The last ones run a real language model.
 """
 
 import json
@@ -109,7 +109,7 @@ def test_a_batch_as_large_as_half_the_buffer_is_full_too():
 
 
 def test_refilled_when_half_is_read():
-    """Between refills nothing is harvested; a refill comes at the first batch with half or less of the buffer unread."""
+    """Between refills nothing is harvested; a refill comes at the first batch with half or less unread."""
     buffer = make_buffer(n_batches=8, batch_size=5, num_documents=200)
     batches = iter(buffer)
     next(batches)

@@ -1,0 +1,89 @@
+"""What a run tells: the figures of the progress bar, `metrics.jsonl`, and the facts for the model card."""
+
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..checkpoint_format import write_text
+from ..configuration_clt import CLTConfig
+
+
+VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsight")
+
+
+def progress_figures(row: dict) -> dict:
+    """The figures of a log line that the progress bar shows."""
+    dead = "-" if row["dead_fraction"] is None else f"{row['dead_fraction']:.1%}"
+    return {
+        "loss": f"{row['loss']:.4g}",
+        "nmse": f"{row['nmse']:.3f}",
+        "l0": f"{row['l0']:.0f}",
+        "dead": dead,
+        "tok/s": f"{row['tokens_per_second']:.0f}",
+    }
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines after `step` that a run wrote between its last checkpoint and its end."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            break
+        if row["step"] > step:
+            break
+        kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def non_default_config(config: CLTConfig) -> dict:
+    """Fields of the configuration that were chosen, for the model card."""
+    plain = CLTConfig(
+        num_layers=config.num_layers,
+        d_model=config.d_model,
+        num_features=config.num_features,
+        activation_fn=config.activation_fn,
+        k=min(CLTConfig.k, config.num_features),
+    )
+    names = ("k", "k_scope", "jumprelu_threshold", "jumprelu_bandwidth", "decoder_reach", "decoder_tying")
+    names += ("skip_connection", "sparsity_lambda", "sparsity_c", "preactivation_coef", "aux_coef", "aux_k")
+    chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(plain, name)}
+    return {"num_features": config.num_features, "activation_fn": config.activation_fn, **chosen}
+
+
+def hardware(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    return f"{os.cpu_count()} CPU cores"
+
+
+def command_line() -> str:
+    """The command of this process, as one would type it, the program by its short name."""
+    program = Path(sys.argv[0])
+    shown = f"{program.parent.name}/{program.name}" if program.parent.name == "scripts" else program.name
+    return shlex.join(["python", shown, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
+
+
+__all__ = [
+    "command_line",
+    "hardware",
+    "non_default_config",
+    "progress_figures",
+    "truncate_metrics",
+    "versions",
+]

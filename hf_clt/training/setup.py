@@ -1,0 +1,120 @@
+"""What a run is made of before it starts: processes, output folder, optimizer, trackers, and the checks on them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..checkpoint_format import remove_release
+from ..configuration_clt import CLTConfig
+from ..harvest.harvester import Harvester
+from ..modeling_clt import CrossLayerTranscoder
+from .arguments import CLTTrainingArguments
+from .checkpoints import list_checkpoints
+
+
+RUN_FILES = ("config.json", "metrics.jsonl")
+
+
+def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
+    """
+    The Accelerator of the run.
+
+    Raises:
+        ValueError: If the processes that were launched do not know of each other, as with `--cpu --num_processes 2`.
+    """
+    wanted = torch.device(args.device) if args.device is not None else None
+    if wanted is not None and wanted.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={args.device!r}, but no GPU is available; leave device out or give 'cpu'")
+        torch.cuda.set_device(wanted)
+    use_cpu = wanted.type == "cpu" if wanted is not None else not torch.cuda.is_available()
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=list(args.report_to) or None,
+        project_dir=args.output_dir,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each "
+            "train alone and overwrite each other; on CPU launch with `accelerate launch --multi_gpu --num_processes "
+            "N --num_machines 1 --mixed_precision no --dynamo_backend no`"
+        )
+    return accelerator
+
+
+def check_output_dir(output_dir: Path, overwrite: bool, resuming: bool) -> None:
+    """Refuses a folder that holds another run, unless resuming or told to overwrite."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
+    if overwrite or resuming:
+        return
+    found = [name for name in RUN_FILES if (output_dir / name).exists()]
+    found += [path.name for path in list_checkpoints(output_dir)]
+    if found:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} already holds a run ({found[0]}); give another folder, or "
+            "--resume-from-checkpoint latest, or --overwrite-output-dir"
+        )
+
+
+def remove_run(output_dir: Path) -> None:
+    """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
+    if not output_dir.is_dir():
+        return
+    for path in list_checkpoints(output_dir):
+        shutil.rmtree(path)
+    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    remove_release(output_dir)
+
+
+def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:
+    """Checks that a CLT has the layers and the width of the language model."""
+    for name, found in (("num_layers", harvester.num_layers), ("d_model", harvester.d_model)):
+        if getattr(config, name) != found:
+            raise ValueError(
+                f"{name}={getattr(config, name)} does not fit {model_name}, which has {found}; give {name}={found}"
+            )
+
+
+def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
+    """Adam or AdamW, fused; weight decay only on matrices, never on biases and thresholds."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+
+
+def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None:
+    """Starts TensorBoard, wandb or trackio with the settings of the run."""
+    if not args.report_to:
+        return
+    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.to_dict().items()}
+    wandb = {"entity": args.wandb_entity, "name": args.wandb_run_name, "dir": args.output_dir}
+    trackio = {"name": args.wandb_run_name}
+    accelerator.init_trackers(
+        args.wandb_project or "clt-training",
+        config=settings,
+        init_kwargs={"wandb": wandb, "trackio": {k: v for k, v in trackio.items() if v is not None}},
+    )
+
+
+__all__ = [
+    "check_fit",
+    "check_output_dir",
+    "make_accelerator",
+    "make_optimizer",
+    "remove_run",
+    "start_trackers",
+]

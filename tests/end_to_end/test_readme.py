@@ -1,0 +1,86 @@
+"""Runs every code block of the README, in a folder where tiny stand-ins lie under the names that it uses."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_clt import CLTTrainer, CLTTrainingArguments
+from hf_clt.training.arguments import build_config
+from scripts.train_clt import main
+
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+# The sizes of SmolLM2 and of real runs, and those of the stand-in.
+SIZES = {"num_layers=30": "num_layers=2", "d_model=576": "d_model=64", "training_steps=20": "training_steps=3"}
+SMALL_RUN = ["--training-steps", "2", "--batch-size", "64", "--n-batches-in-buffer", "2", "--eval-tokens", "200"]
+SMALL_RUN += ["--num-features", "64", "--k", "4", "--normalization-estimation-batches", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_gpt2, text, tmp_path_factory):
+    """A folder with what the README's paths and Hub names stand for, in small."""
+    root = tmp_path_factory.mktemp("readme")
+    lines = [json.dumps({"text": paragraph}) + "\n" for paragraph in text.split("\n\n")]
+    for name in ("quickstart/text.jsonl", "monology/pile-uncopyrighted/text.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("".join(lines), encoding="utf-8")
+    for name in ("quickstart/model", "openai-community/gpt2"):
+        shutil.copytree(tiny_gpt2, root / name)
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    args = CLTTrainingArguments(
+        model=str(root / "quickstart/model"),
+        dataset=str(root / "quickstart/text.jsonl"),
+        training_steps=3,
+        batch_size=64,
+        n_batches_in_buffer=2,
+        normalization_estimation_batches=2,
+        eval_tokens=200,
+        output_dir=str(root / "quickstart/clt"),
+        disable_progress_bar=True,
+    )
+    CLTTrainer(args, build_config(args, {"num_features": 64, "activation_fn": "batchtopk", "k": 4})).train()
+    return root
+
+
+@pytest.mark.parametrize("block", [code for kind, code in BLOCKS if kind == "python"])
+def test_python_block_runs(block, folder, monkeypatch, capsys, fresh_accelerate):
+    monkeypatch.chdir(folder)
+    for size, small in SIZES.items():
+        block = block.replace(size, small)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert re.search(r"\d", capsys.readouterr().out)  # each block prints figures
+
+
+def commands():
+    for kind, code in BLOCKS:
+        if kind == "bash":
+            yield from (line for line in code.replace("\\\n", " ").splitlines() if line.strip())
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith("make")])
+def test_training_command_runs(command, folder, monkeypatch, capsys, fresh_accelerate):
+    # `accelerate launch` itself is tested in tests/distributed; eight processes are too many here.
+    words = shlex.split(command)
+    options = words[words.index("scripts/train_clt.py") + 1 :]
+    monkeypatch.chdir(folder)
+    assert main([*options, *SMALL_RUN]) == 0
+    assert "NMSE" in capsys.readouterr().out
+    assert (folder / options[options.index("--output-dir") + 1] / "config.json").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
+def test_make_target_exists(command):
+    subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_block_is_covered():
+    assert {kind for kind, _ in BLOCKS} == {"python", "bash"}
+    assert all("scripts/train_clt.py" in c or c.startswith("make ") for c in commands())
