@@ -52,7 +52,9 @@ class ActivationBuffer:
             )
         self.tokens, self.harvester, self.batch_size = tokens, harvester, batch_size
         self.dtype, self.progress = dtype, progress
-        shape = (self.capacity, harvester.num_layers, harvester.d_model)
+        # Room for one more extraction batch beside an unread training batch, so that none is short but the last.
+        num_slots = max(self.capacity, batch_size + self.rows_per_harvest)
+        shape = (num_slots, harvester.num_layers, harvester.d_model)
         self.inputs = torch.empty(shape, dtype=dtype, device=device)
         self.labels = torch.empty(shape, dtype=dtype, device=device)
         self.generator = torch.Generator().manual_seed(seed)
@@ -61,8 +63,8 @@ class ActivationBuffer:
         self.read = 0
         # Where each slot's token came from: the number of the extraction batch and the row in it. With the tokens of
         # the batches that still have unread rows, this is all that a checkpoint needs to restore the buffer.
-        self.slot_batch = torch.zeros(self.capacity, dtype=torch.int64)
-        self.slot_row = torch.zeros(self.capacity, dtype=torch.int64)
+        self.slot_batch = torch.zeros(num_slots, dtype=torch.int64)
+        self.slot_row = torch.zeros(num_slots, dtype=torch.int64)
         self.live_batches: dict[int, dict] = {}
         self.num_harvested = 0
         self.epoch = 0
@@ -99,7 +101,7 @@ class ActivationBuffer:
         if self._text is None:
             self._text = iter(self.tokens)
         unread = self.order[self.read :]
-        is_free = torch.ones(self.capacity, dtype=torch.bool)
+        is_free = torch.ones(len(self.inputs), dtype=torch.bool)
         is_free[unread] = False
         free = is_free.nonzero().squeeze(1)
         filled = 0

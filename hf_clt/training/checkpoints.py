@@ -50,6 +50,13 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
     return folder
 
 
+def remove_checkpoints_after(output_dir: Path, step: int) -> None:
+    """Deletes the checkpoints after `step`, which a run that goes on from there abandons."""
+    for path in list_checkpoints(output_dir):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+
+
 def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accelerator, keep: int | None) -> Path:
     """
     Writes `checkpoint-<step>` under a temporary name, flushes it to the disk, and renames it; then deletes old ones.
@@ -171,5 +178,6 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer_tensors",
     "optimizer_tensors",
+    "remove_checkpoints_after",
     "save_checkpoint",
 ]

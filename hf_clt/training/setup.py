@@ -16,6 +16,10 @@ from .checkpoints import list_checkpoints
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")
+LAUNCH_REMEDY = (
+    "unset it for one process; for several on CPU launch with `accelerate launch --multi_gpu --num_processes N "
+    "--num_machines 1 --mixed_precision no --dynamo_backend no`"
+)
 
 
 def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
@@ -25,6 +29,9 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     Raises:
         ValueError: If the processes that were launched do not know of each other, as with `--cpu --num_processes 2`.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE={launched}, but MASTER_ADDR is not set: {LAUNCH_REMEDY}")
     wanted = torch.device(args.device) if args.device is not None else None
     if wanted is not None and wanted.type == "cuda":
         if not torch.cuda.is_available():
@@ -37,21 +44,19 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
             f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each "
-            "train alone and overwrite each other; on CPU launch with `accelerate launch --multi_gpu --num_processes "
-            "N --num_machines 1 --mixed_precision no --dynamo_backend no`"
+            f"train alone and overwrite each other; {LAUNCH_REMEDY}"
         )
     return accelerator
 
 
-def check_output_dir(output_dir: Path, overwrite: bool, resuming: bool) -> None:
-    """Refuses a folder that holds another run, unless resuming or told to overwrite."""
+def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
+    """Refuses a folder that holds another run, unless this one goes on with it or was told to overwrite."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
-    if overwrite or resuming:
+    if overwrite or goes_on:
         return
     found = [name for name in RUN_FILES if (output_dir / name).exists()]
     found += [path.name for path in list_checkpoints(output_dir)]

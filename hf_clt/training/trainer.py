@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ..configuration_clt import CLTConfig
+from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from ..evaluation.metrics import MetricSums
 from ..evaluation.report import plot_metrics
 from ..harvest.buffer import ActivationBuffer
@@ -21,13 +21,14 @@ from ..harvest.normalization import estimate_statistics, load_statistics, set_fi
 from ..harvest.tokens import TokenStream, load_text_dataset
 from ..hub.model_card import save_model_card
 from ..hub.push import check_push_access, push_folder
-from ..modeling_clt import CrossLayerTranscoder
+from ..modeling_clt import CLTOutput, CrossLayerTranscoder
 from .arguments import CLTTrainingArguments
 from .checkpoints import (
     find_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    remove_checkpoints_after,
     save_checkpoint,
 )
 from .reporting import command_line, hardware, non_default_config, progress_figures, truncate_metrics, versions
@@ -72,7 +73,9 @@ class CLTTrainer:
         self.resume_from = None
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
-        check_output_dir(self.output_dir, args.overwrite_output_dir, resuming=self.resume_from is not None)
+        # Going on from another run's checkpoint is not going on with the run in output_dir.
+        self._goes_on = self.resume_from is not None and self.resume_from.resolve().parent == self.output_dir.resolve()
+        check_output_dir(self.output_dir, args.overwrite_output_dir, goes_on=self._goes_on)
         if args.push_to_hub:
             check_push_access()
         if args.dataset is None:
@@ -118,6 +121,9 @@ class CLTTrainer:
         )
         self.step = 0
         self.tokens_seen = 0
+        # Since the last line of metrics.jsonl: sums of the losses, tokens of this process, updates.
+        self._totals = torch.zeros(len(LOSSES), device=self.accelerator.device)
+        self._tokens_since_log = self._updates_since_log = 0
         self.steps_since_fired = torch.zeros(
             self.config.num_layers, self.config.num_features, dtype=torch.int64, device=self.accelerator.device
         )
@@ -200,11 +206,6 @@ class CLTTrainer:
         """
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
-        if accelerator.is_main_process:
-            if args.overwrite_output_dir and self.resume_from is None:
-                remove_run(self.output_dir)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        accelerator.wait_for_everyone()
         shared = own = None
         if self.resume_from is None:
             self._prepare_model()
@@ -214,66 +215,34 @@ class CLTTrainer:
         optimizer = make_optimizer(self.model, args)
         if shared is not None:
             self._restore_run(shared, own, optimizer)
+        if accelerator.is_main_process:
+            self._prepare_output_dir()
+        accelerator.wait_for_everyone()
         model, optimizer = accelerator.prepare(self.model, optimizer)
         start_trackers(accelerator, args)
         model.train()
 
         batches = self.buffer.endless()
-        totals = torch.zeros(len(LOSSES), device=accelerator.device)
-        since_log = {"updates": 0, "tokens": 0, "time": time.perf_counter()}
+        self._log_clock = time.perf_counter()
         warned = False
         bar = tqdm(
             total=args.training_steps, initial=self.step, desc="Training", unit="step", disable=not self._progress
         )
         with bar, self._catching_signals():
             while self.step < args.training_steps:
-                for group in optimizer.param_groups:
-                    group["lr"] = args.learning_rate * learning_rate_scale(
-                        self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler
-                    )
-                if self.config.activation_fn == "batchtopk" and restarts_threshold(self.step, args.training_steps):
-                    self.model.restart_running_thresholds()
-                scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule)
-                dead = self._dead()
-                fired = torch.zeros_like(self.steps_since_fired)
-                clt_seconds = 0.0
-                for micro_step in range(args.gradient_accumulation_steps):
-                    batch = {name: rows.to(accelerator.device) for name, rows in next(batches).items()}
-                    clt_start = time.perf_counter()
-                    last = micro_step == args.gradient_accumulation_steps - 1
-                    with nullcontext() if last else accelerator.no_sync(model):
-                        output = model(**batch, sparsity_scale=scale, dead=dead)
-                        accelerator.backward(output.loss / args.gradient_accumulation_steps)
-                    fired += output.features.active_counts()
-                    terms = [getattr(output, name).detach().float() for name in LOSSES]
-                    totals += torch.stack(terms) / args.gradient_accumulation_steps
-                    since_log["tokens"] += len(batch["inputs"])
-                    clt_seconds += time.perf_counter() - clt_start
-                clt_start = time.perf_counter()
-                if args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                fired = accelerator.reduce(fired, "sum")
-                self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
-                self.step += 1
-                since_log["updates"] += 1
-                self.seconds["clt"] += clt_seconds + time.perf_counter() - clt_start
-
+                batch, output, scale = self._update(model, optimizer, batches)
                 is_last = self.step == args.training_steps
                 if self.step % args.log_interval == 0 or is_last or self.step == 1:
-                    row = self._log_row(batch, output, totals, since_log, optimizer, scale)
+                    row = self._log_row(batch, output, optimizer.param_groups[0]["lr"], scale)
                     self._write_row(row)
                     bar.set_postfix(progress_figures(row))
                     if not warned and self.step >= args.training_steps / 4:
                         warned = warn_if_dense(row, self.config)
-                    totals.zero_()
-                    since_log = {"updates": 0, "tokens": 0, "time": time.perf_counter()}
                 bar.update()
                 if not is_last and self.heldout is not None and is_due(self.step, args.eval_interval):
                     self._evaluate_and_write()
                     model.train()
-                    since_log["time"] = time.perf_counter()
+                    self._log_clock = time.perf_counter()
                 if not is_last and self._agree_on_interrupt():
                     self._save(optimizer)
                     raise KeyboardInterrupt(f"stopped at step {self.step}")
@@ -289,6 +258,42 @@ class CLTTrainer:
             accelerator.end_training()
         return self.model
 
+    def _update(self, model, optimizer, batches) -> tuple[dict, CLTOutput, float]:
+        """One optimizer update, on `gradient_accumulation_steps` batches; the last batch, its output, λ's scale."""
+        args, accelerator = self.args, self.accelerator
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_scale(
+                self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler
+            )
+        if self.config.activation_fn == "batchtopk" and restarts_threshold(self.step, args.training_steps):
+            self.model.restart_running_thresholds()
+        scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule)
+        dead = self._dead()
+        fired = torch.zeros_like(self.steps_since_fired)
+        for micro_step in range(args.gradient_accumulation_steps):
+            batch = {name: rows.to(accelerator.device) for name, rows in next(batches).items()}
+            start = time.perf_counter()
+            is_last = micro_step == args.gradient_accumulation_steps - 1
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                output = model(**batch, sparsity_scale=scale, dead=dead)
+                accelerator.backward(output.loss / args.gradient_accumulation_steps)
+            fired += output.features.active_counts()
+            losses = torch.stack([getattr(output, name).detach().float() for name in LOSSES])
+            self._totals += losses / args.gradient_accumulation_steps
+            self._tokens_since_log += len(batch["inputs"])
+            self.seconds["clt"] += time.perf_counter() - start
+        start = time.perf_counter()
+        if args.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        fired = accelerator.reduce(fired, "sum")
+        self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
+        self.step += 1
+        self._updates_since_log += 1
+        self.seconds["clt"] += time.perf_counter() - start
+        return batch, output, scale
+
     def _dead(self) -> torch.Tensor | None:
         """Features that did not fire for a whole window, (L, F) bool; None before the first window is over."""
         if self.step < self.args.dead_feature_window:
@@ -296,10 +301,10 @@ class CLTTrainer:
         return self.steps_since_fired >= self.args.dead_feature_window
 
     @torch.no_grad()
-    def _log_row(self, batch, output, totals, since_log, optimizer, scale) -> dict:
+    def _log_row(self, batch, output, learning_rate, scale) -> dict:
         """The line of `metrics.jsonl` for this step: means since the last line; NMSE and L0 of the last batch."""
         accelerator = self.accelerator
-        losses = accelerator.reduce(totals / since_log["updates"], "mean").tolist()
+        losses = accelerator.reduce(self._totals / self._updates_since_log, "mean").tolist()
         if not all(map(torch.isfinite, torch.tensor(losses))):
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower "
@@ -309,19 +314,23 @@ class CLTTrainer:
         sums.update(batch["labels"], output.reconstruction.detach(), output.features)
         metrics = self._gathered(sums).compute()
         dead = self._dead()
-        tokens = int(accelerator.reduce(torch.tensor(since_log["tokens"], device=accelerator.device), "sum"))
+        tokens = int(accelerator.reduce(torch.tensor(self._tokens_since_log, device=accelerator.device), "sum"))
         self.tokens_seen += tokens
+        now = time.perf_counter()
+        seconds, self._log_clock = now - self._log_clock, now
+        self._totals.zero_()
+        self._tokens_since_log = self._updates_since_log = 0
         row = {"step": self.step, "split": "train", **dict(zip(LOSSES, losses, strict=True))}
         for name in ("nmse", "explained_variance", "l0"):
             row[name] = metrics[name]
             row[f"{name}_per_layer"] = metrics[f"{name}_per_layer"]
         row["dead_fraction"] = None if dead is None else dead.float().mean().item()
         row["dead_fraction_per_layer"] = None if dead is None else dead.float().mean(dim=1).tolist()
-        row["learning_rate"] = optimizer.param_groups[0]["lr"]
+        row["learning_rate"] = learning_rate
         row["sparsity_scale"] = scale
         row["epoch"] = self.buffer.epoch
         row["tokens"] = self.tokens_seen
-        row["tokens_per_second"] = tokens / (time.perf_counter() - since_log["time"])
+        row["tokens_per_second"] = tokens / seconds
         return row
 
     def _write_row(self, row: dict) -> None:
@@ -332,7 +341,11 @@ class CLTTrainer:
             file.write(json.dumps(row) + "\n")
         if self.args.report_to:
             prefix = "" if row["split"] == "train" else "heldout/"
-            scalars = {f"{prefix}{name}": value for name, value in row.items() if isinstance(value, int | float)}
+            scalars = {
+                f"{prefix}{name}": value
+                for name, value in row.items()
+                if name != "step" and isinstance(value, int | float)
+            }
             self.accelerator.log(scalars, step=row["step"])
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
@@ -402,7 +415,12 @@ class CLTTrainer:
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             },
         }
-        own = {"values": values, "tensors": {**tensors, "torch_rng": torch.get_rng_state()}}
+        values = {
+            "buffer": values,
+            "tokens_since_log": self._tokens_since_log,
+            "updates_since_log": self._updates_since_log,
+        }
+        own = {"values": values, "tensors": {**tensors, "torch_rng": torch.get_rng_state(), "totals": self._totals}}
         folder = save_checkpoint(self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit)
         if self.accelerator.is_main_process and self._progress:
             tqdm.write(f"checkpoint written: {folder}")
@@ -410,14 +428,14 @@ class CLTTrainer:
 
     def _restore_model(self, shared: dict) -> None:
         """Weights and statistics of a checkpoint; the configuration must be the one it was written with."""
-        saved, now = shared["state"]["config"], self.config.to_dict()
-        differing = [name for name in now if name in saved and saved[name] != now[name] and name not in UNCHECKED]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{name}={now[name]!r}, but {self.resume_from.name} was trained with {name}={saved[name]!r}; resume "
-                "with the same configuration"
-            )
+        saved = shared["state"]["config"]
+        for name in CLT_CONFIG_HELP:
+            now = getattr(self.config, name)
+            if saved[name] != now and not name.startswith("base_model"):
+                raise ValueError(
+                    f"{name}={now!r}, but {self.resume_from.name} was trained with {name}={saved[name]!r}; resume "
+                    "with the same configuration"
+                )
         tensors = shared["model"]
         if "mean_in" in tensors:
             self.model.set_normalization(*(tensors[n] for n in ("mean_in", "std_in", "mean_out", "std_out")))
@@ -430,10 +448,20 @@ class CLTTrainer:
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.buffer.load_state_dict(own["values"], own["tensors"])
+        self._tokens_since_log = own["values"]["tokens_since_log"]
+        self._updates_since_log = own["values"]["updates_since_log"]
+        self._totals = own["tensors"]["totals"].to(self.accelerator.device)
+        self.buffer.load_state_dict(own["values"]["buffer"], own["tensors"])
         torch.set_rng_state(own["tensors"]["torch_rng"])
-        if self.accelerator.is_main_process:
+
+    def _prepare_output_dir(self) -> None:
+        """Makes the folder, without what the run would contradict: an overwritten run, or what came after a resume."""
+        if self._goes_on:
             truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
+            remove_checkpoints_after(self.output_dir, self.step)
+        elif self.args.overwrite_output_dir:
+            remove_run(self.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def _catching_signals(self):
@@ -512,17 +540,6 @@ class CLTTrainer:
         total = max(self.seconds["total"], 1e-9)
         shares = {name: self.seconds[name] / total for name in ("language_model", "clt")}
         return {**shares, "other": 1 - sum(shares.values())}
-
-
-# Fields of the configuration that may differ between a checkpoint and the run that resumes it.
-UNCHECKED = {
-    "transformers_version",
-    "dtype",
-    "architectures",
-    "base_model_name_or_path",
-    "base_model_revision",
-    "_name_or_path",
-}
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -136,7 +136,7 @@ def test_a_checkpoint_has_both_positions_in_the_text(launched):
     folder = launched[0] / "checkpoint-4"
     assert json.loads((folder / "state.json").read_text())["num_processes"] == 2
     positions = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
-    assert [values["text"]["settings"]["rank"] for values in positions] == [0, 1]
+    assert [values["buffer"]["text"]["settings"]["rank"] for values in positions] == [0, 1]
     assert load_file(folder / "rank-0.safetensors").keys() >= {"order", "generator"}
 
 

@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -856,7 +857,9 @@ def test_wandb_gets_the_scalars(make, tmp_path):
     pytest.importorskip("wandb")
     make(enable_wandb=True, wandb_project="clt-tests", wandb_run_name="the-run", training_steps=2).train()
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    written = path.read_bytes()  # records with JSON inside
+    deadline = time.monotonic() + 30
+    while b"heldout/nmse" not in (written := path.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.2)  # another process writes the file, a moment after the run has ended
     for row in rows_of(tmp_path / "run", "train"):
         assert json.dumps(row["loss"]).encode() in written
     assert json.dumps(rows_of(tmp_path / "run", "heldout")[-1]["nmse"]).encode() in written
