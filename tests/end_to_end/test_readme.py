@@ -1,5 +1,6 @@
 """Runs every code block of the README, in a folder where tiny stand-ins lie under the names that it uses."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -36,17 +37,18 @@ def folder(tiny_gpt2, text, tmp_path_factory):
         shutil.copytree(tiny_gpt2, root / name)
     shutil.copytree(ROOT / "scripts", root / "scripts")
     args = CLTTrainingArguments(
-        model=str(root / "quickstart/model"),
-        dataset=str(root / "quickstart/text.jsonl"),
+        model="quickstart/model",
+        dataset="quickstart/text.jsonl",
         training_steps=3,
         batch_size=64,
         n_batches_in_buffer=2,
         normalization_estimation_batches=2,
         eval_tokens=200,
-        output_dir=str(root / "quickstart/clt"),
+        output_dir="quickstart/clt",
         disable_progress_bar=True,
     )
-    CLTTrainer(args, build_config(args, {"num_features": 64, "activation_fn": "batchtopk", "k": 4})).train()
+    with contextlib.chdir(root):
+        CLTTrainer(args, build_config(args, {"num_features": 64, "activation_fn": "batchtopk", "k": 4})).train()
     return root
 
 
@@ -57,6 +59,14 @@ def test_python_block_runs(block, folder, monkeypatch, capsys, fresh_accelerate)
         block = block.replace(size, small)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert re.search(r"\d", capsys.readouterr().out)  # each block prints figures
+
+
+def test_snippet_of_the_model_card_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    card = Path("quickstart/clt/README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", card, re.MULTILINE | re.DOTALL)
+    exec(compile(snippet, "model card", "exec"), {"__name__": "card"})
+    assert "layer 1: features" in capsys.readouterr().out
 
 
 def commands():
