@@ -245,7 +245,7 @@ def check_files(folder: Path, config: CLTConfig) -> None:
                     )
                 if header[name][0] != shapes[name]:
                     raise ValueError(
-                        f"{name} in {folder} has shape {header[name][0]}, but num_layers={config.num_layers}, "
+                        f"{name} in {folder / file} has shape {header[name][0]}, but num_layers={config.num_layers}, "
                         f"num_features={config.num_features}, d_model={config.d_model}, decoder_reach="
                         f"{config.decoder_reach} need {shapes[name]}; correct the config or the file"
                     )
@@ -284,6 +284,25 @@ def read_tensor(folder: Path, file: str, name: str) -> Tensor:
         return tensors.get_tensor(name)
 
 
+def read_config(folder: Path, overrides: dict) -> CLTConfig:
+    """
+    The configuration in a CLT's folder, with some fields overridden; from the weights where there is no `config.json`.
+
+    Raises:
+        ValueError: If the folder holds another model.
+        FileNotFoundError: If it holds no CLT.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return config_from_weights(folder, overrides)
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type != CLTConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a model of type {model_type!r}, not {CLTConfig.model_type!r}; give the folder of a CLT"
+        )
+    return CLTConfig.from_pretrained(folder, **overrides)
+
+
 def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
     """
     The configuration of a folder that has circuit-tracer's files alone, read off the tensors and `config.yaml`.
@@ -295,12 +314,15 @@ def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
     Raises:
         FileNotFoundError: If the folder has neither a `config.json` nor `W_enc_0.safetensors`.
     """
-    numbers = [int(m[2]) for path in folder.iterdir() if (m := WEIGHT_FILE.fullmatch(path.name)) and m[1] == "enc"]
+    numbers = [int(match[2]) for path in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(path.name))]
     if not numbers:
         raise FileNotFoundError(f"{folder} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
     num_layers = max(numbers) + 1
     encoder = read_header(folder, "W_enc_0.safetensors")
     decoder = read_header(folder, "W_dec_0.safetensors")
+    for name, header in (("W_enc_0", encoder), ("W_dec_0", decoder)):
+        if name not in header:
+            raise ValueError(f"{name}.safetensors in {folder} has no tensor {name}; it holds {', '.join(header)}")
     num_features, d_model = encoder["W_enc_0"][0]
     reach = decoder["W_dec_0"][0][1]
     path = folder / CIRCUIT_TRACER_FILE
@@ -317,8 +339,8 @@ def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
     for hook in ("feature_input_hook", "feature_output_hook"):
         if hook in described:
             found[hook] = described[hook]
-    dtype = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}[encoder["W_enc_0"][1]]
-    return CLTConfig(**{**found, "dtype": dtype, **overrides})
+    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+    return CLTConfig(**{**found, "dtype": dtypes.get(encoder["W_enc_0"][1], "float32"), **overrides})
 
 
 @contextmanager
@@ -341,6 +363,7 @@ __all__ = [
     "as_transformers_folder",
     "check_files",
     "config_from_weights",
+    "read_config",
     "fold_decoder",
     "fold_encoder",
     "fold_output",

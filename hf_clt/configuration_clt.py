@@ -118,11 +118,17 @@ class CLTConfig(PreTrainedConfig):
                 f"k={self.k} is larger than num_features={self.num_features}; lower k or raise num_features"
             )
         for name in ("jumprelu_threshold", "sparsity_lambda", "preactivation_coef", "aux_coef", "aux_k"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 (off) or a positive value")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} is negative or not finite; give 0 or more")
         for name in ("jumprelu_bandwidth", "sparsity_c"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} is not a positive number; give one above 0")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        loaded = super().from_dict(config_dict, **kwargs)  # sets keyword overrides after the checks in __post_init__
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._check_ranges()
+        return loaded
 
     @property
     def reach(self) -> int:

@@ -152,6 +152,8 @@ class CrossLayerTranscoder(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["thresholds"]
 
     def __init__(self, config: CLTConfig):
+        if config.num_layers is None:
+            raise ValueError("num_layers=None: give num_layers, d_model and num_features")
         super().__init__(config)
         layers, f, d = range(config.num_layers), config.num_features, config.d_model
         tied = config.decoder_tying != "none"
@@ -204,39 +206,49 @@ class CrossLayerTranscoder(PreTrainedModel):
             ValueError: If a shape does not fit, or for a batchtopk model in eval mode that was never trained.
         """
         config = self.config
+        if dead is not None and tuple(dead.shape) != (config.num_layers, config.num_features):
+            raise ValueError(
+                f"dead has shape {tuple(dead.shape)}; expected (num_layers={config.num_layers}, "
+                f"num_features={config.num_features})"
+            )
         x = self._normalized_inputs(inputs)
         pre_activations = self._pre_activations(x)
         features = self._activate(pre_activations, training=self.training, update=self.training)
         normalized = self._decode(features, x)
-        output = CLTOutput(
-            reconstruction=self._denormalize(normalized, inputs), features=SparseFeatures(features, inputs.shape[:-2])
-        )
+        reconstruction = self._denormalize(normalized, inputs)
+        sparse = SparseFeatures(features, inputs.shape[:-2])
         if labels is None:
-            return output
+            return CLTOutput(reconstruction=reconstruction, features=sparse)
         if labels.shape != inputs.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}, inputs {tuple(inputs.shape)}; they must agree")
 
         targets = self._normalized_targets(labels)
-        output.reconstruction_loss = reconstruction_loss(targets, normalized)
-        output.sparsity_loss, output.preactivation_loss, output.aux_loss = normalized.new_zeros(3).unbind()
+        error = reconstruction_loss(targets, normalized)
+        penalty = preactivation = auxiliary = 0 * error  # an absent term can be back-propagated as well
         any_dead = dead is not None and bool(dead.any())
         revive = any_dead and config.activation_fn not in TOPK_FAMILY and config.preactivation_coef > 0
         if config.sparsity_lambda > 0 or revive:
             norms = self.decoder_norms()
         if config.sparsity_lambda > 0:
-            penalty = sparsity_loss(features, norms, config.sparsity_c)
-            output.sparsity_loss = config.sparsity_lambda * sparsity_scale * penalty
+            penalty = config.sparsity_lambda * sparsity_scale * sparsity_loss(features, norms, config.sparsity_c)
         if revive:
-            output.preactivation_loss = config.preactivation_coef * preactivation_loss(
+            preactivation = config.preactivation_coef * preactivation_loss(
                 pre_activations, self._thresholds_or_zero(), norms, dead
             )
         if any_dead and config.activation_fn in TOPK_FAMILY and config.aux_coef > 0 and config.aux_k > 0:
             residual = (targets - normalized).detach()
             revived = [dead_features(h, d, config.aux_k) for h, d in zip(pre_activations, dead, strict=True)]
             explained = self._add_features(torch.zeros_like(residual), revived)
-            output.aux_loss = config.aux_coef * reconstruction_loss(residual, explained)
-        output.loss = output.reconstruction_loss + output.sparsity_loss + output.preactivation_loss + output.aux_loss
-        return output
+            auxiliary = config.aux_coef * reconstruction_loss(residual, explained)
+        return CLTOutput(
+            loss=error + penalty + preactivation + auxiliary,
+            reconstruction_loss=error,
+            sparsity_loss=penalty,
+            preactivation_loss=preactivation,
+            aux_loss=auxiliary,
+            reconstruction=reconstruction,
+            features=sparse,
+        )
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
         """Feature activations of raw inputs (..., L, D), listing only active features."""
@@ -411,7 +423,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             if name.startswith("std"):
                 given[name] = value.clamp_min(MIN_STD)
         if reparametrize:
-            if self._scales_untie(given["std_out"]):
+            if any(std is not None and self._scales_untie(std) for std in (given["std_out"], self.std_out)):
                 raise ValueError(
                     "decoder_tying='per_source' with a std_out that differs between layers cannot be reparametrized: "
                     "load the CLT with decoder_tying='none'"
@@ -513,6 +525,8 @@ class CrossLayerTranscoder(PreTrainedModel):
             kwargs: Passed to `push_to_hub`.
         """
         folder = Path(save_directory)
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
         if folder.is_file():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
         if is_main_process:
@@ -543,14 +557,17 @@ class CrossLayerTranscoder(PreTrainedModel):
             FileNotFoundError: If a weight file is missing.
             ValueError: If a file is truncated or does not fit the configuration; the message names it.
         """
-        folder = Path(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name).expanduser()
         subfolder = kwargs.pop("subfolder", "") or ""
         if not folder.is_dir():
+            if folder.is_absolute() or name.startswith((".", "~")):
+                raise FileNotFoundError(f"{name}: there is no such folder; give a CLT's folder or its name on the Hub")
             patterns = ["config.json", files.CIRCUIT_TRACER_FILE, files.INDEX_FILE, "W_*.safetensors"]
             hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
             folder = Path(
                 snapshot_download(
-                    str(pretrained_model_name_or_path),
+                    name,
                     allow_patterns=[f"{subfolder}/{p}" if subfolder else p for p in patterns],
                     library_name="hf_clt",
                     **hub,
@@ -558,16 +575,15 @@ class CrossLayerTranscoder(PreTrainedModel):
             )
         folder = folder / subfolder
         overrides = {name: kwargs.pop(name) for name in CLT_CONFIG_HELP if name in kwargs}
+        if config is not None and overrides:
+            raise ValueError(f"{next(iter(overrides))} is given beside config=; set it in the configuration instead")
         if config is None:
-            if (folder / "config.json").is_file():
-                config = CLTConfig.from_pretrained(folder, **overrides)
-            else:
-                config = files.config_from_weights(folder, overrides)
+            config = files.read_config(folder, overrides)
         files.check_files(folder, config)
         with files.as_transformers_folder(folder, config) as source:
             loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        model.config.name_or_path = model.name_or_path = name
         return loaded
 
     def push_to_hub(self, repo_id: str, **kwargs):

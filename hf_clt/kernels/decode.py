@@ -44,7 +44,7 @@ class _AddDecoded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reconstruction, values, weight, features: LayerFeatures, first_target: int, num_targets: int):
         rows = weight.reshape(weight.shape[0], -1)
-        ctx.dense = use_dense(features, weight)
+        ctx.dense = use_dense(features)
         if ctx.dense:
             written = features_dense(features, values).to(rows.dtype) @ rows
         else:
@@ -86,10 +86,8 @@ class _AddDecoded(torch.autograd.Function):
         return grad, grad_values, grad_weight, None, None, None
 
 
-def use_dense(features: LayerFeatures, weight: Tensor) -> bool:
-    """Whether one matrix product beats gathering the listed rows; half precision on CPU has no gathering kernels."""
-    if weight.device.type == "cpu" and weight.dtype not in (torch.float32, torch.float64):
-        return True
+def use_dense(features: LayerFeatures) -> bool:
+    """Whether one matrix product beats gathering the listed rows."""
     return features.indices.numel() > DENSE_ABOVE * features.num_tokens * features.num_features
 
 

@@ -23,11 +23,19 @@ def sparsity_scale(step: int, training_steps: int, schedule: str) -> float:
 
 def restarts_threshold(step: int, training_steps: int) -> bool:
     """
-    Whether batchtopk's running threshold starts anew after `step` updates: at every power of two, and for the last
-    tenth of training. Its EMA has a memory of about 1000 steps; untrained beginnings would otherwise stand in it for
-    as long, and a short run would be released with a threshold of its first batch.
+    Whether batchtopk's running threshold starts anew after `step` updates: when the number of updates done, or of those
+    that remain (16 or more), is a power of two.
+
+    Its EMA has a memory of about 1000 updates. In a run of a few hundred the threshold of the untrained beginning would
+    still stand in it at the end, and with a falling learning rate the last thresholds differ from those shortly before:
+    the released CLT would have another L0 than the one it was trained with.
     """
-    return step & (step - 1) == 0 or step == training_steps - training_steps // 10
+    remaining = training_steps - step
+    return is_power_of_two(step) or (remaining >= 16 and is_power_of_two(remaining))
+
+
+def is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
 
 
 __all__ = ["learning_rate_scale", "restarts_threshold", "sparsity_scale"]
