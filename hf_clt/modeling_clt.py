@@ -8,6 +8,7 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from .sparsity import (
     topk_support,
 )
 
+
+logger = logging.getLogger(__name__)
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
 MIN_STD = 1e-6  # standard deviations of the normalisation are floored here
@@ -530,7 +533,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         if folder.is_file():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
         if is_main_process:
-            from .hub.model_card import save_model_card
+            from .hub.model_card import circuit_tracer_gaps, save_model_card
 
             config = CLTConfig.from_dict(self.config.to_dict())
             if self.mean_in is not None and self._scales_untie(self.std_out):
@@ -539,6 +542,8 @@ class CrossLayerTranscoder(PreTrainedModel):
             config.architectures = [type(self).__name__]
             files.write_release(folder, config, (self.released_layer(s) for s in range(config.num_layers)))
             save_model_card(folder, config)
+            for gap in circuit_tracer_gaps(config):
+                logger.warning("circuit-tracer cannot express %s; hf_clt loads the CLT as it is", gap)
             if push_to_hub:
                 self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 

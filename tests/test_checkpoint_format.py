@@ -570,6 +570,22 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
         CrossLayerTranscoder.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"activation_fn": "topk", "k": 4}, "the top-k activation function"),
+        ({"decoder_reach": 2}, "a decoder reach of 2 out of 3 layers"),
+        ({"skip_connection": True}, "the skip connection"),
+        ({}, None),
+    ],
+)
+def test_what_circuit_tracer_cannot_express_is_said(tmp_path, caplog, fields, said):
+    trained(**fields).save_pretrained(tmp_path)
+    messages = [record.getMessage() for record in caplog.records if "circuit-tracer" in record.getMessage()]
+    assert [said in message for message in messages] == [True] * (said is not None)
+    assert (said is None) or said in (tmp_path / "README.md").read_text()
+
+
 def test_saving_over_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(ValueError, match="taken"):

@@ -23,12 +23,12 @@ def sparsity_scale(step: int, training_steps: int, schedule: str) -> float:
 
 def restarts_threshold(step: int, training_steps: int) -> bool:
     """
-    Whether batchtopk's running threshold starts anew after `step` updates: when the number of updates done, or of those
-    that remain (16 or more), is a power of two.
+    Whether batchtopk's running threshold starts anew after `step` updates: when the number of updates done, or of
+    those that remain (16 or more), is a power of two.
 
-    Its EMA has a memory of about 1000 updates. In a run of a few hundred the threshold of the untrained beginning would
-    still stand in it at the end, and with a falling learning rate the last thresholds differ from those shortly before:
-    the released CLT would have another L0 than the one it was trained with.
+    Its EMA has a memory of about 1000 updates. In a run of a few hundred the threshold of the untrained beginning
+    would still stand in it at the end, and with a falling learning rate the last thresholds differ from those shortly
+    before: the released CLT would have another L0 than the one it was trained with.
     """
     remaining = training_steps - step
     return is_power_of_two(step) or (remaining >= 16 and is_power_of_two(remaining))

@@ -22,6 +22,7 @@ from ..harvest.tokens import TokenStream, load_text_dataset
 from ..hub.model_card import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..modeling_clt import CLTOutput, CrossLayerTranscoder
+from ..sparsity import SparseFeatures
 from .arguments import CLTTrainingArguments
 from .checkpoints import (
     find_checkpoint,
@@ -39,6 +40,7 @@ from .setup import check_fit, check_output_dir, make_accelerator, make_optimizer
 logger = logging.getLogger(__name__)
 
 LOSSES = ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
+WIDE_WINDOW = 0.2  # share of features whose computation costs as much as that of all
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
 
 
@@ -236,6 +238,8 @@ class CLTTrainer:
                     row = self._log_row(batch, output, optimizer.param_groups[0]["lr"], scale)
                     self._write_row(row)
                     bar.set_postfix(progress_figures(row))
+                    if self.step == 1:
+                        warn_if_wide(output.features, self.config)
                     if not warned and self.step >= args.training_steps / 4:
                         warned = warn_if_dense(row, self.config)
                 bar.update()
@@ -544,6 +548,20 @@ class CLTTrainer:
 
 def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def warn_if_wide(features: SparseFeatures, config: CLTConfig) -> None:
+    """Warns when jumprelu's straight-through window holds so many features that computing only these saves nothing."""
+    layers = features.layers
+    listed = sum(layer.indices.numel() for layer in layers)
+    share = listed / max(1, layers[0].num_tokens * config.num_features * len(layers))
+    if config.activation_fn == "jumprelu" and share > WIDE_WINDOW:
+        logger.warning(
+            "%.0f %% of the features are active or inside the jumprelu window (jumprelu_bandwidth=%g): every step is "
+            "as slow as a dense one; a smaller jumprelu_bandwidth makes it faster",
+            100 * share,
+            config.jumprelu_bandwidth,
+        )
 
 
 def warn_if_dense(row: dict, config: CLTConfig) -> bool:

@@ -56,12 +56,12 @@ def test_sparsity_can_be_constant():
     assert [sparsity_scale(step, 5, "constant") for step in range(5)] == [1.0] * 5
 
 
-def test_thresholds_restart_at_powers_of_two_and_before_the_last_tenth():
+def test_thresholds_restart_at_powers_of_two_from_either_end():
     restarts = [step for step in range(100) if restarts_threshold(step, 100)]
     assert restarts == [1, 2, 4, 8, 16, 32, 36, 64, 68, 84]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 9, 12])
+@pytest.mark.parametrize("steps", [2, 5, 9, 12])
 def test_a_short_run_ends_with_a_threshold_of_its_end(steps):
     """The last restart leaves at most half of the run behind it, and at least one update after it."""
     last = max(step for step in range(steps) if restarts_threshold(step, steps))

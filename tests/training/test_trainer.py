@@ -434,6 +434,15 @@ def test_a_sparse_clt_is_not_warned_of(make, caplog):
     assert not [record for record in caplog.records if record.name == "hf_clt.training.trainer"]
 
 
+@pytest.mark.parametrize("bandwidth, warned", [(4.0, True), (0.01, False)])
+def test_a_wide_jumprelu_window_is_warned_of(make, caplog, bandwidth, warned):
+    with caplog.at_level(logging.WARNING, logger="hf_clt.training.trainer"):
+        make({"activation_fn": "jumprelu", "jumprelu_bandwidth": bandwidth}, training_steps=2).train()
+    messages = [record.getMessage() for record in caplog.records if "inside the jumprelu window" in record.message]
+    assert len(messages) == warned
+    assert all(f"jumprelu_bandwidth={bandwidth:g}" in message for message in messages)
+
+
 @pytest.mark.parametrize("activation_fn, rate", [("relu", 0.02), ("jumprelu", 0.02), ("relu", 0.3)])
 def test_features_fire_at_the_initial_rate(make, activation_fn, rate):
     given = {} if rate == 0.02 else {"initial_feature_rate": rate}  # 0.02 is the default at 96 features
