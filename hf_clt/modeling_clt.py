@@ -218,7 +218,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         pre_activations = self._pre_activations(x)
         features = self._activate(pre_activations, training=self.training, update=self.training)
         normalized = self._decode(features, x)
-        reconstruction = self._denormalize(normalized, inputs)
+        reconstruction = self._denormalize(normalized, inputs.shape[:-2])
         sparse = SparseFeatures(features, inputs.shape[:-2])
         if labels is None:
             return CLTOutput(reconstruction=reconstruction, features=sparse)
@@ -254,7 +254,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         )
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
-        """Feature activations of raw inputs (..., L, D), listing only active features."""
+        """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
         pre_activations = self._pre_activations(self._normalized_inputs(inputs))
         return SparseFeatures(self._activate(pre_activations, training=self.training), inputs.shape[:-2])
 
@@ -282,11 +282,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             if inputs is None:
                 raise ValueError("this CLT has a skip connection: call decode(acts, inputs) with the raw inputs")
             x = self._normalized_inputs(inputs)
-        normalized = self._decode(acts.layers, x)
-        shape = (*acts.batch_shape, self.config.num_layers, self.config.d_model)
-        if self.mean_out is not None:
-            normalized = normalized * self.std_out + self.mean_out
-        return normalized.view(shape)
+        return self._denormalize(self._decode(acts.layers, x), acts.batch_shape)
 
     def _normalized_inputs(self, inputs: Tensor) -> Tensor:
         """x̃_s = (x_s - mean_in[s]) / std_in[s], flattened to (N, L, D)."""
@@ -305,10 +301,10 @@ class CrossLayerTranscoder(PreTrainedModel):
         y = y.to(promoted(y.dtype))
         return y if self.mean_out is None else (y - self.mean_out) / self.std_out
 
-    def _denormalize(self, normalized: Tensor, like: Tensor) -> Tensor:
-        """ŷ_t = ỹ̂_t · std_out[t] + mean_out[t], in the shape of `like`."""
+    def _denormalize(self, normalized: Tensor, batch_shape: torch.Size) -> Tensor:
+        """ŷ_t = ỹ̂_t · std_out[t] + mean_out[t], (N, L, D) to (*batch_shape, L, D)."""
         raw = normalized if self.mean_out is None else normalized * self.std_out + self.mean_out
-        return raw.view(like.shape)
+        return raw.view(*batch_shape, *raw.shape[1:])
 
     def _pre_activations(self, x: Tensor) -> list[Tensor]:
         """h_s = W_enc[s] x̃_s + b_enc[s], one (N, F) tensor per source layer."""

@@ -1,6 +1,8 @@
 """What a run is made of before it starts: processes, output folder, optimizer, trackers, and the checks on them."""
 
+import ctypes
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -50,6 +52,23 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
             f"train alone and overwrite each other; {LAUNCH_REMEDY}"
         )
     return accelerator
+
+
+def keep_freed_memory() -> bool:
+    """
+    Makes glibc keep large blocks that are freed instead of handing them back to the kernel.
+
+    Gradients of gigabytes are allocated and freed at every update. Handed back, their pages are cleared by the kernel
+    and faulted in one by one each time: measured on 2 cores, a fifth to three quarters of a CPU step.
+
+    Returns:
+        Whether the C library took it: not on other systems than Linux with glibc, where nothing changes.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
@@ -119,6 +138,7 @@ __all__ = [
     "check_fit",
     "check_output_dir",
     "make_accelerator",
+    "keep_freed_memory",
     "make_optimizer",
     "remove_run",
     "start_trackers",

@@ -34,7 +34,15 @@ from .checkpoints import (
 )
 from .reporting import command_line, hardware, non_default_config, progress_figures, truncate_metrics, versions
 from .schedules import learning_rate_scale, restarts_threshold, sparsity_scale
-from .setup import check_fit, check_output_dir, make_accelerator, make_optimizer, remove_run, start_trackers
+from .setup import (
+    check_fit,
+    check_output_dir,
+    keep_freed_memory,
+    make_accelerator,
+    make_optimizer,
+    remove_run,
+    start_trackers,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -208,6 +216,8 @@ class CLTTrainer:
         """
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         shared = own = None
         if self.resume_from is None:
             self._prepare_model()

@@ -1,0 +1,34 @@
+"""What the set-up of a run changes in the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+
+COUNT_FAULTS = """
+import resource
+import torch
+from hf_clt.training.setup import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(50_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+assert keep_freed_memory()
+faults()  # takes the memory that is kept from now on
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """Counted in page faults: 200 MB are 50,000 small pages or 100 huge ones, each time that they come anew."""
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before >= 100
+    assert after < before / 10
