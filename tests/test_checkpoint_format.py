@@ -586,6 +586,13 @@ def test_what_circuit_tracer_cannot_express_is_said(tmp_path, caplog, fields, sa
     assert (said is None) or said in (tmp_path / "README.md").read_text()
 
 
+def test_others_can_read_the_files(tmp_path):
+    trained().save_pretrained(tmp_path)
+    (tmp_path / "plain").touch()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {modes["plain"]}, modes
+
+
 def test_saving_over_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("x")
     with pytest.raises(ValueError, match="taken"):
