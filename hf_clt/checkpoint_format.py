@@ -9,9 +9,12 @@ The files of a released CLT, which transformers and circuit-tracer both read:
 | `model.safetensors.index.json` | which tensor is in which file |
 """
 
+import ctypes
 import json
+import mmap
 import os
 import re
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,8 @@ from .configuration_clt import CLTConfig
 INDEX_FILE = "model.safetensors.index.json"
 CIRCUIT_TRACER_FILE = "config.yaml"
 WEIGHT_FILE = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
+READ_PIECE = 1 << 17  # bytes; the kernel reads no more than its read-ahead window (128 KiB or larger) for one advice
 
 
 # -- fold: normalisation statistics into weights ----------------------------------------------------------------------
@@ -342,8 +347,7 @@ def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
     for hook in ("feature_input_hook", "feature_output_hook"):
         if hook in described:
             found[hook] = described[hook]
-    dtypes = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-    return CLTConfig(**{**found, "dtype": dtypes.get(encoder["W_enc_0"][1], "float32"), **overrides})
+    return CLTConfig(**{**found, "dtype": DTYPES.get(encoder["W_enc_0"][1], "float32"), **overrides})
 
 
 @contextmanager
@@ -362,14 +366,94 @@ def as_transformers_folder(folder: Path, config: CLTConfig):
         yield Path(temporary)
 
 
+# -- weights that stay in their files ---------------------------------------------------------------------------------
+
+
+def lazy_dtype(folder: Path, config: CLTConfig, arguments: dict) -> torch.dtype:
+    """
+    The dtype of a CLT's encoders and decoders on disk, the only one in which they can stay there.
+
+    Args:
+        folder: The CLT's folder, already checked.
+        config: Its configuration.
+        arguments: What the caller gives to `from_pretrained` beside `lazy=True`; `dtype` is taken out.
+
+    Raises:
+        ValueError: For an argument that would move or change the weights, or if the files hold several dtypes.
+    """
+    if sys.platform != "linux":
+        raise ValueError(f"lazy=True is for Linux, not {sys.platform}; leave out lazy")
+    for name in ("device_map", "quantization_config", "distributed_config", "tp_plan", "state_dict", "disable_mmap"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} is given with lazy=True, but weights that stay in their files stay on the CPU, as they are; "
+                f"leave out {name} or lazy"
+            )
+    layers = range(config.num_layers)
+    names = [f"W_{kind}_{layer}" for layer in layers for kind in ("enc", "dec")]
+    found = {read_header(folder, f"{name}.safetensors")[name][1] for name in names}
+    if len(found) > 1 or not found <= set(DTYPES):
+        raise ValueError(
+            f"lazy=True, but the weights in {folder} are {', '.join(sorted(found))}; weights can stay in their files "
+            f"if they all have the same dtype, one of {', '.join(DTYPES)}: leave out lazy"
+        )
+    on_disk = DTYPES[found.pop()]
+    wanted = arguments.pop("dtype", None) or arguments.pop("torch_dtype", None) or "auto"
+    if str(wanted).removeprefix("torch.") not in (on_disk, "auto"):
+        raise ValueError(
+            f"dtype={wanted} is given with lazy=True, but the weights in {folder} are {on_disk} and stay there; leave "
+            "out dtype, or lazy to read and convert them"
+        )
+    return getattr(torch, on_disk)
+
+
+def check_mapped(weights: dict[str, Tensor]) -> None:
+    """Raises RuntimeError, naming the first, if a weight lies in memory of its own and not in a mapped file."""
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            ranges.append(range(*(int(address, 16) for address in addresses.split("-"))))
+    for name, weight in weights.items():
+        if not any(weight.data_ptr() in addresses for addresses in ranges):
+            raise RuntimeError(
+                f"{name} was read into memory despite lazy=True: its file cannot be mapped where it lies (a network "
+                "mount?); copy the CLT to a local disk, or leave out lazy"
+            )
+
+
+def read_ahead(weight: Tensor, rows: Tensor) -> None:
+    """
+    Asks the kernel to read rows of a tensor that is mapped from a file: all at once, and nothing around them.
+
+    Without this, each row that is touched makes the kernel wait for a window around it (128 KiB on many disks, 8 MiB
+    on others), so that a few scattered rows cost as much as the file. It is advice: it changes no value, and has no
+    effect on a tensor that is not mapped.
+
+    Args:
+        weight: (F, J, D), contiguous, on the CPU.
+        rows: Rows of `weight`, int64, in any order, possibly repeated.
+    """
+    madvise = ctypes.CDLL(None).madvise
+    row_bytes = weight[0].nbytes
+    for row in rows.unique().tolist():
+        start = weight.data_ptr() + row * row_bytes
+        for piece in range(start - start % mmap.PAGESIZE, start + row_bytes, READ_PIECE):
+            length = min(READ_PIECE, start + row_bytes - piece)
+            madvise(ctypes.c_void_p(piece), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+
+
 __all__ = [
     "as_transformers_folder",
     "check_files",
+    "check_mapped",
     "config_from_weights",
-    "read_config",
     "fold_decoder",
     "fold_encoder",
     "fold_output",
+    "lazy_dtype",
+    "read_ahead",
+    "read_config",
     "register_weight_names",
     "remove_release",
     "unfold_statistics",

@@ -7,7 +7,7 @@ loss); Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary 
 import torch
 from torch import Tensor
 
-from .sparsity import LayerFeatures
+from .sparsity import AtEntries, LayerFeatures
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
@@ -31,47 +31,47 @@ def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c:
         c: Scale inside the tanh.
     """
     terms = [
-        torch.tanh(c * norms[f.indices] * f.values).sum() for f, norms in zip(features, decoder_norms, strict=True)
+        torch.tanh(c * AtEntries.apply(norms, f) * f.values).sum()
+        for f, norms in zip(features, decoder_norms, strict=True)
     ]
     return torch.stack(terms).sum() / max(1, features[0].num_tokens)
 
 
 def preactivation_loss(
-    pre_activations: list[Tensor], thresholds: list[Tensor], decoder_norms: list[Tensor], dead: Tensor
+    pre_activations: list[Tensor], thresholds: list[Tensor], decoder_norms: list[Tensor], dead: list[Tensor]
 ) -> Tensor:
     """
     mean_N Σ over dead (s, f) of max(θ - h, 0) · ‖W_dec[s][f]‖: pulls dead features up to their threshold.
 
     Args:
-        pre_activations: One (N, F) tensor per source layer.
+        pre_activations: One (N, dead) tensor per source layer: h of its dead features.
         thresholds: One (F,) tensor of θ per source layer (0 for relu).
         decoder_norms: One (F,) tensor per source layer.
-        dead: (L, F) bool.
+        dead: The dead features of each source layer, int64 vectors.
     """
-    total = pre_activations[0].new_zeros((), dtype=decoder_norms[0].dtype)
-    for h, threshold, norms, dead_here in zip(pre_activations, thresholds, decoder_norms, dead, strict=True):
-        f = dead_here.nonzero().squeeze(1)
-        total = total + (torch.relu(threshold[f] - h[:, f]) * norms[f]).sum()
-    return total / pre_activations[0].shape[0]
+    terms = [
+        (torch.relu(threshold[f] - h) * norms[f]).sum()
+        for h, threshold, norms, f in zip(pre_activations, thresholds, decoder_norms, dead, strict=True)
+    ]
+    return torch.stack(terms).sum() / pre_activations[0].shape[0]
 
 
-def dead_features(pre_activation: Tensor, dead: Tensor, aux_k: int) -> LayerFeatures:
+def dead_features(pre_activations: Tensor, dead: Tensor, aux_k: int, num_features: int) -> LayerFeatures:
     """
     The `aux_k` largest pre-activations among the dead features of one layer (all of them when fewer), then ReLU.
 
     Args:
-        pre_activation: (N, F).
-        dead: (F,) bool.
+        pre_activations: (N, dead), h of the dead features.
+        dead: (dead,) int64, which these are.
         aux_k: Features per token.
+        num_features: F.
     """
-    dead_indices = dead.nonzero().squeeze(1)
-    num_tokens, num_features = pre_activation.shape
-    top = pre_activation[:, dead_indices].topk(min(aux_k, dead_indices.numel()), dim=1)
-    per_token = top.indices.shape[1]
+    per_token = min(aux_k, dead.numel())
+    top = pre_activations.topk(per_token, dim=1)
     return LayerFeatures(
         values=torch.relu(top.values).flatten(),
-        indices=dead_indices[top.indices].flatten(),
-        offsets=torch.arange(num_tokens + 1, device=pre_activation.device) * per_token,
+        indices=dead[top.indices].flatten(),
+        offsets=torch.arange(len(pre_activations) + 1, device=dead.device) * per_token,
         num_features=num_features,
     )
 

@@ -9,13 +9,15 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -23,15 +25,20 @@ from transformers.utils import ModelOutput
 from . import checkpoint_format as files
 from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from .kernels.decode import add_decoded
+from .kernels.encode import encode_dense, pre_activations_at
 from .losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
 from .sparsity import (
+    AtEntries,
     JumpReLU,
     LayerFeatures,
     SparseFeatures,
-    batchtopk_support,
-    features_at,
+    batchtopk_over_layers,
+    entries_at,
+    positions_batchtopk,
+    positions_topk,
     sparse_from_dense,
-    topk_support,
+    topk_over_layers,
+    true_positions,
 )
 
 
@@ -69,15 +76,40 @@ class CLTOutput(ModelOutput):
 
 
 class Encoder(nn.Module):
-    """h_s = W_enc[s] x̃_s + b_enc[s]: (N, D) to pre-activations (N, F)."""
+    """
+    h_s = W_enc[s] x̃_s + b_enc[s], (N, D) to (N, F), of which only the entries that are asked for stay.
+    """
 
     def __init__(self, num_features: int, d_model: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, d_model))
         self.bias = nn.Parameter(torch.empty(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+    def forward(
+        self,
+        x: Tensor,
+        select: Callable[[Tensor], LayerFeatures] | None = None,
+        dead: Tensor | None = None,
+        selected: tuple[LayerFeatures, Tensor | None] | None = None,
+    ) -> tuple[LayerFeatures, Tensor | None]:
+        """
+        Args:
+            x: (N, D).
+            select: From all pre-activations, (N, F), to the entries that matter.
+            dead: Features whose pre-activations are wanted on every token, (dead,) int64.
+            selected: What an earlier call returned, perhaps with fewer entries, instead of `select`.
+
+        Returns:
+            The entries and h of the dead features, (N, dead) or None; both differentiable.
+        """
+        x = x.to(self.weight.dtype)
+        if selected is None:
+            with torch.no_grad():
+                with record_function("clt::encode"):
+                    h = encode_dense(x, self.weight, self.bias)
+                with record_function("clt::select"):
+                    selected = select(h), None if dead is None else h[:, dead]
+        return pre_activations_at(x, self.weight, self.bias, *selected, dead)
 
 
 class Threshold(nn.Module):
@@ -99,9 +131,10 @@ class Threshold(nn.Module):
 
     @torch.no_grad()
     def update(self, smallest_selected: Tensor) -> None:
-        """Moves the running threshold towards the smallest selected pre-activation of a batch."""
+        """Moves the running threshold towards the smallest selected pre-activation of a batch; infinite: none was."""
         average = THRESHOLD_DECAY * self.value + (1 - THRESHOLD_DECAY) * smallest_selected
-        self.value.copy_(torch.where(self.value.isinf(), smallest_selected, average))
+        moved = torch.where(self.value.isinf(), smallest_selected, average)
+        self.value.copy_(torch.where(smallest_selected.isinf(), self.value, moved))
 
 
 class Decoder(nn.Module):
@@ -116,14 +149,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, num_targets, d_model))
         self.bias = nn.Parameter(torch.empty(d_model))
+        self.in_file = False  # whether the weight is mapped from its file (`lazy=True`)
 
-    def forward(self, reconstruction: Tensor, features: LayerFeatures, target: int, num_targets: int) -> Tensor:
-        """Adds a_s W_dec[s] to target layers `target` to `target + num_targets` of (N, L, D), in place."""
-        return add_decoded(reconstruction, features, self.weight, target, num_targets)
-
-    def squared_norms(self) -> Tensor:
-        """Σ over targets and dimensions of W_dec², (F,), as stored (a tied decoder counts once)."""
-        return self.weight.to(promoted(self.weight.dtype)).square().sum(dim=(1, 2))
+    def forward(
+        self, reconstruction: Tensor, features: LayerFeatures, target: int, num_targets: int, with_squares: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Adds a_s W_dec[s] to target layers `target` to `target + num_targets` of (N, L, D), in place; with it, on
+        demand, the sum of W_dec² over targets and dimensions, (F,), as stored (a tied decoder counts once).
+        """
+        with record_function("clt::decode"):
+            if self.in_file:
+                files.read_ahead(self.weight, features.indices)
+            return add_decoded(reconstruction, features, self.weight, target, num_targets, with_squares)
 
 
 class Skip(nn.Module):
@@ -153,6 +191,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "inputs"
     _keep_in_fp32_modules_strict = ["thresholds"]
+    lazy = False  # whether the weights stay in their files; see `from_pretrained`
 
     def __init__(self, config: CLTConfig):
         if config.num_layers is None:
@@ -215,9 +254,10 @@ class CrossLayerTranscoder(PreTrainedModel):
                 f"num_features={config.num_features})"
             )
         x = self._normalized_inputs(inputs)
-        pre_activations = self._pre_activations(x)
-        features = self._activate(pre_activations, training=self.training, update=self.training)
-        normalized = self._decode(features, x)
+        dead_lists = None if dead is None or labels is None else self._dead_lists(dead)
+        features, dead_pre_activations = self._features(x, self.training, self.training, dead_lists)
+        wants_norms = labels is not None and (config.sparsity_lambda > 0 or dead_lists is not None)
+        normalized, norms = self._decode(features, x, with_norms=wants_norms)
         reconstruction = self._denormalize(normalized, inputs.shape[:-2])
         sparse = SparseFeatures(features, inputs.shape[:-2])
         if labels is None:
@@ -228,20 +268,19 @@ class CrossLayerTranscoder(PreTrainedModel):
         targets = self._normalized_targets(labels)
         error = reconstruction_loss(targets, normalized)
         penalty = preactivation = auxiliary = 0 * error  # an absent term can be back-propagated as well
-        any_dead = dead is not None and bool(dead.any())
-        revive = any_dead and config.activation_fn not in TOPK_FAMILY and config.preactivation_coef > 0
-        if config.sparsity_lambda > 0 or revive:
-            norms = self.decoder_norms()
         if config.sparsity_lambda > 0:
             penalty = config.sparsity_lambda * sparsity_scale * sparsity_loss(features, norms, config.sparsity_c)
-        if revive:
+        if dead_lists is not None and config.activation_fn not in TOPK_FAMILY:
             preactivation = config.preactivation_coef * preactivation_loss(
-                pre_activations, self._thresholds_or_zero(), norms, dead
+                dead_pre_activations, self._thresholds_or_zero(), norms, dead_lists
             )
-        if any_dead and config.activation_fn in TOPK_FAMILY and config.aux_coef > 0 and config.aux_k > 0:
+        elif dead_lists is not None:
             residual = (targets - normalized).detach()
-            revived = [dead_features(h, d, config.aux_k) for h, d in zip(pre_activations, dead, strict=True)]
-            explained = self._add_features(torch.zeros_like(residual), revived)
+            revived = [
+                dead_features(h, f, config.aux_k, config.num_features)
+                for h, f in zip(dead_pre_activations, dead_lists, strict=True)
+            ]
+            explained, _ = self._add_features(torch.zeros_like(residual), revived)
             auxiliary = config.aux_coef * reconstruction_loss(residual, explained)
         return CLTOutput(
             loss=error + penalty + preactivation + auxiliary,
@@ -255,8 +294,8 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
         """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
-        pre_activations = self._pre_activations(self._normalized_inputs(inputs))
-        return SparseFeatures(self._activate(pre_activations, training=self.training), inputs.shape[:-2])
+        features, _ = self._features(self._normalized_inputs(inputs), training=self.training)
+        return SparseFeatures(features, inputs.shape[:-2])
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Feature activations (..., L, F) of raw inputs (..., L, D)."""
@@ -282,7 +321,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             if inputs is None:
                 raise ValueError("this CLT has a skip connection: call decode(acts, inputs) with the raw inputs")
             x = self._normalized_inputs(inputs)
-        return self._denormalize(self._decode(acts.layers, x), acts.batch_shape)
+        return self._denormalize(self._decode(acts.layers, x)[0], acts.batch_shape)
 
     def _normalized_inputs(self, inputs: Tensor) -> Tensor:
         """x̃_s = (x_s - mean_in[s]) / std_in[s], flattened to (N, L, D)."""
@@ -306,52 +345,92 @@ class CrossLayerTranscoder(PreTrainedModel):
         raw = normalized if self.mean_out is None else normalized * self.std_out + self.mean_out
         return raw.view(*batch_shape, *raw.shape[1:])
 
-    def _pre_activations(self, x: Tensor) -> list[Tensor]:
-        """h_s = W_enc[s] x̃_s + b_enc[s], one (N, F) tensor per source layer."""
-        return [encoder(x[:, s]) for s, encoder in enumerate(self.encoders)]
-
-    def _activate(self, pre_activations: list[Tensor], training: bool, update: bool = False) -> list[LayerFeatures]:
-        """The activation function: one (N, F) tensor of pre-activations per layer to features."""
+    def _features(
+        self, x: Tensor, training: bool, update: bool = False, dead: list[Tensor] | None = None
+    ) -> tuple[list[LayerFeatures], list[Tensor | None]]:
+        """
+        The features of normalised inputs (N, L, D), source layer by source layer, so that the pre-activations of only
+        one layer exist at a time; and h of the features in `dead`, (N, dead) per layer.
+        """
         config = self.config
-        if config.activation_fn == "relu":
-            return [features_at(h, h > 0) for h in pre_activations]
-        if config.activation_fn == "jumprelu":
-            return [self._jumprelu(h, t(), training) for h, t in zip(pre_activations, self.thresholds, strict=True)]
-        if config.activation_fn == "topk":
-            supports = topk_support([h.detach() for h in pre_activations], config.k, config.k_scope)
-            return [features_at(h, s & (h > 0)) for h, s in zip(pre_activations, supports, strict=True)]
-        if training:
-            supports = batchtopk_support([h.detach() for h in pre_activations], config.k, config.k_scope)
-            features = [features_at(h, s & (h > 0)) for h, s in zip(pre_activations, supports, strict=True)]
-            if update:
-                self._update_running_thresholds(features)
-            return features
-        thetas = [threshold() for threshold in self.thresholds]
-        if any(theta.isinf().any() for theta in thetas):
+        layers = range(config.num_layers)
+        thetas = (
+            [threshold() for threshold in self.thresholds] if hasattr(self, "thresholds") else [None for _ in layers]
+        )
+        if config.activation_fn == "batchtopk" and not training and any(theta.isinf().any() for theta in thetas):
             raise ValueError(
                 "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first"
             )
-        return [features_at(h, h > theta) for h, theta in zip(pre_activations, thetas, strict=True)]
+        select = [
+            partial(self._select, theta=theta, training=training, grad=torch.is_grad_enabled()) for theta in thetas
+        ]
+        dead = [None for _ in layers] if dead is None else dead
+        if self._shares_budget(training):
+            # The budget of all layers is cut from each layer's candidates, and only what is kept is differentiated.
+            with torch.no_grad():
+                found = [encoder(x[:, s], select[s], dead[s]) for s, encoder in enumerate(self.encoders)]
+            candidates, columns = zip(*found, strict=True)
+            if config.activation_fn == "topk":
+                kept = topk_over_layers(candidates, config.k * config.num_layers)
+            else:
+                kept = batchtopk_over_layers(candidates, config.k * config.num_layers * len(x))
+            selected = list(zip(kept, columns, strict=True))
+            found = [encoder(x[:, s], None, dead[s], selected[s]) for s, encoder in enumerate(self.encoders)]
+        else:
+            found = [encoder(x[:, s], select[s], dead[s]) for s, encoder in enumerate(self.encoders)]
+        features = [self._activate(f, theta) for (f, _), theta in zip(found, thetas, strict=True)]
+        if update and config.activation_fn == "batchtopk":
+            self._update_running_thresholds(features)
+        return features, [columns for _, columns in found]
 
-    def _jumprelu(self, h: Tensor, theta: Tensor, training: bool) -> LayerFeatures:
-        support = h > theta
-        if training and torch.is_grad_enabled():
+    def _shares_budget(self, training: bool) -> bool:
+        """Whether features of all layers compete with each other, so that no layer can be selected on its own."""
+        selects = self.config.activation_fn == "topk" or (self.config.activation_fn == "batchtopk" and training)
+        return selects and self.config.k_scope == "token"
+
+    def _select(self, h: Tensor, theta: Tensor | None, training: bool, grad: bool) -> LayerFeatures:
+        """Where the activation function of a layer, or its gradient, can be non-zero, with h there."""
+        config = self.config
+        if config.activation_fn in TOPK_FAMILY and (training or config.activation_fn == "topk"):
+            k = config.k * config.num_layers if self._shares_budget(training) else config.k
+            if config.activation_fn == "topk":
+                return entries_at(h, positions_topk(h, min(k, config.num_features)))
+            return entries_at(h, positions_batchtopk(h, min(k, config.num_features) * len(h)))
+        lower = 0.0 if theta is None else theta
+        if config.activation_fn == "jumprelu" and training and grad:
             # Inactive features inside the straight-through window receive gradient for their threshold.
-            support = support | ((h - theta).abs() < self.config.jumprelu_bandwidth / 2)
-        features = features_at(h, support)
-        features.values = JumpReLU.apply(features.values, theta[features.indices], self.config.jumprelu_bandwidth)
+            lower = theta - config.jumprelu_bandwidth / 2
+        return entries_at(h, true_positions(h > lower))
+
+    def _activate(self, features: LayerFeatures, theta: Tensor | None) -> LayerFeatures:
+        """The activation function on selected pre-activations; what relu and a fixed gate select, they keep."""
+        if self.config.activation_fn == "jumprelu":
+            at_entries = AtEntries.apply(theta, features)
+            features.values = JumpReLU.apply(features.values, at_entries, self.config.jumprelu_bandwidth)
+        elif self.config.activation_fn in TOPK_FAMILY:
+            features.values = torch.relu(features.values)
         return features
+
+    def _dead_lists(self, dead: Tensor) -> list[Tensor] | None:
+        """The features to revive in each layer; None when there are none, or no loss would."""
+        config = self.config
+        revives = config.aux_coef > 0 and config.aux_k > 0
+        if not (revives if config.activation_fn in TOPK_FAMILY else config.preactivation_coef > 0):
+            return None
+        layer, feature = dead.nonzero(as_tuple=True)
+        if layer.numel() == 0:
+            return None
+        return list(feature.split(layer.bincount(minlength=config.num_layers).tolist()))
 
     @torch.no_grad()
     def _update_running_thresholds(self, features: list[LayerFeatures]) -> None:
         """EMA of the smallest selected positive pre-activation; a batch without one leaves it."""
-        smallest = [f.values.min() if f.values.numel() else None for f in features]
+        infinite = self.thresholds[0].value.new_full((1,), torch.inf)
+        smallest = [torch.cat([infinite, torch.where(f.values > 0, f.values, torch.inf)]).amin() for f in features]
         if self.config.k_scope == "token":  # one budget over all layers has one threshold
-            found = [value for value in smallest if value is not None]
-            smallest = [torch.stack(found).min() if found else None] * len(features)
+            smallest = [torch.stack(smallest).amin()] * len(features)
         for threshold, value in zip(self.thresholds, smallest, strict=True):
-            if value is not None:
-                threshold.update(value)
+            threshold.update(value)
 
     @torch.no_grad()
     def restart_running_thresholds(self) -> None:
@@ -359,33 +438,42 @@ class CrossLayerTranscoder(PreTrainedModel):
         for threshold in self.thresholds:
             threshold.value.fill_(torch.inf)
 
-    def _decode(self, features: list[LayerFeatures], x: Tensor | None) -> Tensor:
-        """ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D)."""
+    def _decode(
+        self, features: list[LayerFeatures], x: Tensor | None, with_norms: bool = False
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """
+        ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D); and on demand
+        ‖W_dec[s][f]‖ over all targets and dimensions, one (F,) tensor per source layer, with a finite gradient at 0.
+        """
         bias = torch.stack([decoder.bias for decoder in self.decoders])
         start = bias.to(promoted(bias.dtype)).expand(features[0].num_tokens, -1, -1)
         if self.config.skip_connection:
             start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
-        return self._add_features(start.clone(), features)
+        normalized, squares = self._add_features(start.clone(), features, with_norms)
+        if not with_norms:
+            return normalized, None
+        reached = [range(s, s + self.config.num_targets(s)) for s in range(self.config.num_layers)]
+        if self.config.decoder_tying == "per_source":
+            squares = [square * len(targets) for square, targets in zip(squares, reached, strict=True)]
+        elif self.config.decoder_tying == "per_target":
+            squares = [torch.stack([squares[t] for t in targets]).sum(dim=0) for targets in reached]
+        return normalized, [safe_sqrt(square) for square in squares]
 
-    def _add_features(self, reconstruction: Tensor, features: list[LayerFeatures]) -> Tensor:
+    def _add_features(
+        self, reconstruction: Tensor, features: list[LayerFeatures], with_squares: bool = False
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Adds what all features write, in place; with it the squared norms of each decoder's rows, as stored."""
+        squares = []
         for s, layer_features in enumerate(features):
             num_targets = self.config.num_targets(s)
-            if self.config.decoder_tying == "per_target":
-                for t in range(s, s + num_targets):
-                    reconstruction = self.decoders[t](reconstruction, layer_features, t, 1)
+            if self.config.decoder_tying != "per_target":
+                reconstruction, square = self.decoders[s](reconstruction, layer_features, s, num_targets, with_squares)
             else:
-                reconstruction = self.decoders[s](reconstruction, layer_features, s, num_targets)
-        return reconstruction
-
-    def decoder_norms(self) -> list[Tensor]:
-        """‖W_dec[s][f]‖ over all targets and dimensions, one (F,) tensor per source layer; finite gradient at 0."""
-        squares = [decoder.squared_norms() for decoder in self.decoders]
-        targets = [range(s, s + self.config.num_targets(s)) for s in range(self.config.num_layers)]
-        if self.config.decoder_tying == "per_source":
-            squares = [square * len(t) for square, t in zip(squares, targets, strict=True)]
-        elif self.config.decoder_tying == "per_target":
-            squares = [torch.stack([squares[t] for t in reached]).sum(dim=0) for reached in targets]
-        return [safe_sqrt(square) for square in squares]
+                reconstruction, square = self.decoders[s](reconstruction, layer_features, s, 1, with_squares)
+                for t in range(s + 1, s + num_targets):
+                    reconstruction, _ = self.decoders[t](reconstruction, layer_features, t, 1, False)
+            squares.append(square)
+        return reconstruction, squares
 
     def _thresholds_or_zero(self) -> list[Tensor]:
         if self.config.activation_fn == "jumprelu":
@@ -544,19 +632,29 @@ class CrossLayerTranscoder(PreTrainedModel):
                 self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config: CLTConfig | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config: CLTConfig | None = None, lazy: bool = False, **kwargs
+    ):
         """
         Loads a CLT from a folder or from the Hub, or a folder that has circuit-tracer's files alone.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository name on the Hub.
             config ([`CLTConfig`], *optional*): Used instead of the one in the folder.
+            lazy (`bool`, defaults to `False`): Leaves the encoders and the decoders in their files, for the analysis
+                of a CLT that may be larger than memory: `encode` streams the encoders, `decode` reads the rows of
+                active features. On the CPU and in the dtype of the files, on Linux; such a CLT cannot be trained, and
+                its files must not be changed in place. Tied decoders, which are written out on disk and whose files
+                are read once to check the tie, lie in memory, each once. `forward` with labels reads all decoders
+                where λ > 0, whose penalty takes their norms.
             kwargs: Fields of `CLTConfig` to override, and what `PreTrainedModel.from_pretrained` takes (`revision`,
                 `subfolder`, `dtype`, `device_map`, `token`, `cache_dir`, `output_loading_info`, ...).
 
         Raises:
             FileNotFoundError: If a weight file is missing.
-            ValueError: If a file is truncated or does not fit the configuration; the message names it.
+            ValueError: If a file is truncated or does not fit the configuration; the message names it. With `lazy`,
+                also for a `dtype` other than the files' and for a `device_map`.
+            RuntimeError: If the weights cannot stay in their files, as on some network mounts.
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name).expanduser()
@@ -581,11 +679,31 @@ class CrossLayerTranscoder(PreTrainedModel):
         if config is None:
             config = files.read_config(folder, overrides)
         files.check_files(folder, config)
+        if lazy:
+            kwargs["dtype"] = files.lazy_dtype(folder, config, kwargs)
         with files.as_transformers_folder(folder, config) as source:
             loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = name
+        if lazy:
+            model._stay_in_files()
         return loaded
+
+    def _stay_in_files(self) -> None:
+        """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""
+        untied = self.config.decoder_tying == "none"
+        modules = [("encoders", self.encoders)] + ([("decoders", self.decoders)] if untied else [])
+        files.check_mapped({f"{name}.{s}.weight": m.weight for name, layers in modules for s, m in enumerate(layers)})
+        self.requires_grad_(False)
+        self.lazy = True
+        for decoder in self.decoders:
+            decoder.in_file = untied
+
+    def train(self, mode: bool = True):
+        """Sets training mode; a CLT loaded with `lazy=True` refuses, since a step would copy its files to memory."""
+        if mode and self.lazy:
+            raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to train it")
+        return super().train(mode)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""

@@ -1,14 +1,20 @@
 """
 The four activation functions, and the sparse form of feature activations.
 
-Every activation function is written in two steps, so that nothing that is zero has to be computed afterwards:
-`support` says *where* an activation or its gradient can be non-zero, `activate` says *what* stands there.
+Every activation function is written in two steps, so that nothing that is zero has to be computed afterwards: a
+selection says *where* an activation or its gradient can be non-zero (the `positions_*` functions), an elementwise
+function says *what* stands there.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+GROUP = 16  # entries whose maximum stands for them in the first round of an exact top-k
+WORD = 8  # flags that are searched at once, as one int64
 
 
 @dataclass
@@ -33,16 +39,35 @@ class LayerFeatures:
     def num_tokens(self) -> int:
         return self.offsets.numel() - 1
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
         """Token of each entry, shape `(nnz,)`."""
         tokens = torch.arange(self.num_tokens, device=self.offsets.device)
         return tokens.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
 
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor]:
+        """
+        The posting lists: the order of the entries by feature, shape `(nnz,)`, tokens ascending within a feature; and
+        the offsets (F + 1,) of each feature's entries in this order.
+        """
+        offsets = torch.zeros(self.num_features + 1, dtype=torch.int64, device=self.indices.device)
+        torch.cumsum(self.indices.bincount(minlength=self.num_features), dim=0, out=offsets[1:])
+        return self.indices.argsort(stable=True), offsets
+
+    def dense(self, values: Tensor) -> Tensor:
+        """(N, F) with `values` (nnz,) at the listed entries and 0 elsewhere."""
+        dense = values.new_zeros(self.num_tokens, self.num_features)
+        return dense.index_put((self.tokens, self.indices), values)
+
     def to_dense(self) -> Tensor:
         """Activations of shape (N, F)."""
-        dense = self.values.new_zeros(self.num_tokens, self.num_features)
-        return dense.index_put((self.tokens, self.indices), self.values)
+        return self.dense(self.values)
+
+    def take(self, entries: Tensor) -> "LayerFeatures":
+        """Only the given entries, a vector of ascending numbers below nnz."""
+        offsets = torch.searchsorted(entries, self.offsets)
+        return LayerFeatures(self.values[entries], self.indices[entries], offsets, self.num_features)
 
 
 @dataclass
@@ -78,14 +103,18 @@ class SparseFeatures:
         return active.float() / max(1, self.layers[0].num_tokens)
 
 
+def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:
+    """The entries of `values` (N, F) at ascending flat `positions` (nnz,); differentiable in `values`."""
+    num_tokens, num_features = values.shape
+    starts = torch.arange(num_tokens + 1, device=values.device) * num_features
+    return LayerFeatures(
+        values.flatten()[positions], positions % num_features, torch.searchsorted(positions, starts), num_features
+    )
+
+
 def features_at(values: Tensor, support: Tensor) -> LayerFeatures:
-    """
-    Takes the entries of `values` (N, F) at the true entries of `support` (N, F); differentiable in `values`.
-    """
-    flat = support.flatten().nonzero().squeeze(1)
-    offsets = torch.zeros(support.shape[0] + 1, dtype=torch.int64, device=support.device)
-    torch.cumsum(support.sum(dim=1), dim=0, out=offsets[1:])
-    return LayerFeatures(values.flatten()[flat], flat % support.shape[1], offsets, support.shape[1])
+    """The entries of `values` (N, F) at the true entries of `support` (N, F); differentiable in `values`."""
+    return entries_at(values, true_positions(support))
 
 
 def sparse_from_dense(acts: Tensor) -> SparseFeatures:
@@ -114,49 +143,89 @@ class JumpReLU(torch.autograd.Function):
         return grad * (pre_activation > threshold), grad_threshold.to(threshold.dtype), None
 
 
-def topk_support(pre_activations: list[Tensor], k: int, scope: str) -> list[Tensor]:
+class AtEntries(torch.autograd.Function):
     """
-    Where the k largest pre-activations of each token are.
-
-    Args:
-        pre_activations: One (N, F) tensor per layer.
-        k: Budget per layer and token.
-        scope: "layer" selects k in each layer, "token" selects k·L over all layers of a token.
-
-    Returns:
-        One (N, F) bool tensor per layer, k (or together k·L) entries of each row true.
+    vector[indices] of a vector with one value per feature, (F,) to (nnz,). Its gradient is summed over each feature's
+    entries in a fixed order, so that it is the same in every run.
     """
-    if scope == "layer":
-        supports = []
-        for h in pre_activations:
-            support = torch.zeros_like(h, dtype=torch.bool)
-            supports.append(support.scatter_(1, h.topk(k, dim=1, sorted=False).indices, True))
-        return supports
-    all_layers = topk_support([torch.cat(pre_activations, dim=1)], k * len(pre_activations), "layer")[0]
-    return list(all_layers.split(pre_activations[0].shape[1], dim=1))
+
+    @staticmethod
+    def forward(ctx, vector: Tensor, features: LayerFeatures) -> Tensor:
+        ctx.features = features
+        return vector[features.indices]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum_by_feature(ctx.features, grad), None
 
 
-def batchtopk_support(pre_activations: list[Tensor], k: int, scope: str) -> list[Tensor]:
+def sum_by_feature(features: LayerFeatures, values: Tensor) -> Tensor:
+    """Σ over the entries of each feature of `values` (nnz,), (F,)."""
+    order, offsets = features.by_feature
+    return torch.segment_reduce(values[order], "sum", offsets=offsets, initial=0)
+
+
+def true_positions(mask: Tensor) -> Tensor:
     """
-    Where the k·N largest pre-activations of the batch are (Bussmann et al. 2024).
+    Flat positions of the true entries of a bool tensor, ascending.
 
-    Args:
-        pre_activations: One (N, F) tensor per layer.
-        k: Mean number of selected features per layer and token.
-        scope: "layer" selects k·N in each layer, "token" selects k·L·N over all layers.
-
-    Returns:
-        One (N, F) bool tensor per layer with k·N (or together k·L·N) true entries.
+    On a CPU, where `nonzero` looks at one entry after the other, eight flags at a time are compared with zero.
     """
-    if scope == "layer":
-        supports = []
-        for h in pre_activations:
-            support = torch.zeros(h.numel(), dtype=torch.bool, device=h.device)
-            support[largest(h.flatten(), k * h.shape[0])] = True
-            supports.append(support.view_as(h))
-        return supports
-    all_layers = batchtopk_support([torch.cat(pre_activations, dim=1)], k * len(pre_activations), "layer")[0]
-    return list(all_layers.split(pre_activations[0].shape[1], dim=1))
+    flat = mask.flatten()
+    if flat.device.type != "cpu" or flat.numel() % WORD:
+        return flat.nonzero().squeeze(1)
+    words = flat.view(torch.int64).nonzero()
+    if words.numel() > flat.numel() // (4 * WORD):  # crowded: looking at the words was in vain
+        return flat.nonzero().squeeze(1)
+    positions = (words * WORD + torch.arange(WORD)).flatten()
+    return positions[flat[positions]]
+
+
+def positions_topk(h: Tensor, k: int) -> Tensor:
+    """
+    Flat positions of the k largest entries of each row of `h` (N, F), ascending, k·N in all.
+    """
+    num_tokens, num_features = h.shape
+    width = num_features // GROUP
+    if num_features % GROUP or k * GROUP > num_features // 2:
+        columns = h.topk(k, dim=1, sorted=False).indices
+    else:
+        # Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima. A
+        # group is every `width`-th column, so that the maxima are taken over whole rows at a time.
+        groups = h.view(num_tokens, GROUP, width).amax(dim=1).topk(k, dim=1, sorted=False).indices
+        members = torch.arange(0, num_features, width, device=h.device)
+        candidates = (groups[:, None, :] + members[:, None]).flatten(1)
+        best = h.gather(1, candidates).topk(k, dim=1, sorted=False).indices
+        columns = candidates.gather(1, best)
+    starts = torch.arange(num_tokens, device=h.device) * num_features
+    return (columns.sort(dim=1).values + starts[:, None]).flatten()
+
+
+def positions_batchtopk(h: Tensor, count: int) -> Tensor:
+    """Flat positions of the `count` largest entries of `h` (N, F) (Bussmann et al. 2024), ascending."""
+    return largest(h.flatten(), count).sort().values
+
+
+def topk_over_layers(candidates: list[LayerFeatures], k: int) -> list[LayerFeatures]:
+    """
+    The k largest entries of each token over all layers, from the k largest of each layer (every token has as many).
+    """
+    if candidates[0].num_tokens == 0:
+        return candidates
+    rows = [layer.values.view(layer.num_tokens, -1) for layer in candidates]
+    chosen = torch.cat(rows, dim=1).topk(k, dim=1, sorted=False).indices
+    kept = torch.zeros_like(torch.cat(rows, dim=1), dtype=torch.bool).scatter_(1, chosen, True)
+    kept = kept.split([row.shape[1] for row in rows], dim=1)
+    return [layer.take(true_positions(mask)) for layer, mask in zip(candidates, kept, strict=True)]
+
+
+def batchtopk_over_layers(candidates: list[LayerFeatures], count: int) -> list[LayerFeatures]:
+    """The `count` largest entries of the batch over all layers, from the `count` largest of each layer."""
+    values = torch.cat([layer.values for layer in candidates])
+    kept = torch.zeros_like(values, dtype=torch.bool)
+    kept[largest(values, count)] = True
+    kept = kept.split([layer.values.numel() for layer in candidates])
+    return [layer.take(true_positions(mask)) for layer, mask in zip(candidates, kept, strict=True)]
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -164,25 +233,32 @@ def largest(values: Tensor, count: int) -> Tensor:
     Positions of exactly the `count` largest entries of a vector, in no particular order.
 
     A sample bounds the cut from below, so that the selection itself only sees the few entries above the bound; where
-    the sample misleads (too few entries above it), the whole vector is searched, so the result is always exact.
+    the sample misleads (too few entries above it), the whole vector is searched, so the result is always exact. On a
+    GPU, where a selection is one fast operation and counting the candidates would wait for it, there is no sample.
     """
     size = values.numel()
-    if size > 16 * count and size > 100_000:
+    if values.device.type == "cpu" and size > 16 * count and size > 100_000:
         sample = values[:: size // 20_000]
         keep = min(sample.numel(), int(1.5 * sample.numel() * count / size) + 20)
-        candidates = (values >= sample.topk(keep, sorted=False).values.min()).nonzero().squeeze(1)
+        candidates = true_positions(values >= sample.topk(keep, sorted=False).values.min())
         if candidates.numel() >= count:
             return candidates[values[candidates].topk(count, sorted=False).indices]
     return values.topk(count, sorted=False).indices
 
 
 __all__ = [
+    "AtEntries",
     "JumpReLU",
     "LayerFeatures",
     "SparseFeatures",
-    "batchtopk_support",
+    "batchtopk_over_layers",
+    "entries_at",
     "features_at",
     "largest",
+    "positions_batchtopk",
+    "positions_topk",
     "sparse_from_dense",
-    "topk_support",
+    "sum_by_feature",
+    "topk_over_layers",
+    "true_positions",
 ]

@@ -57,31 +57,33 @@ def test_sparsity_loss_gradients():
 def test_preactivation_loss_by_hand():
     h = [torch.tensor([[0.2, -1.0, 3.0], [0.6, -2.0, 3.0]], dtype=torch.float64)]
     theta, norms = [torch.tensor([0.5, 0.5, 0.5]).double()], [torch.tensor([2.0, 1.0, 1.0]).double()]
-    dead = torch.tensor([[True, True, False]])
+    dead = [torch.tensor([0, 1])]
+    h = [h[0][:, :2]]
     expected = (0.3 * 2 + 0 + 1.5 + 2.5) / 2
     assert preactivation_loss(h, theta, norms, dead).item() == pytest.approx(expected)
-    assert preactivation_loss(h, theta, norms, torch.zeros(1, 3, dtype=torch.bool)).item() == 0
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert preactivation_loss([h[0][:, :0]], theta, norms, [nothing]).item() == 0
     # θ = 0 is relu's: only the negative pre-activations are missing something.
     zero = [torch.zeros(3).double()]
     assert preactivation_loss(h, zero, norms, dead).item() == pytest.approx((1 + 2) / 2)
 
 
 def test_preactivation_loss_gradient_flows_through_h_threshold_and_norm():
-    h, theta, norms = randn(4, 6), randn(6, seed=1).abs(), randn(6, seed=2).abs()
-    dead = torch.tensor([[True, False, True, True, False, True]])
+    h, theta, norms = randn(4, 4), randn(6, seed=1).abs(), randn(6, seed=2).abs()
+    dead = torch.tensor([0, 2, 3, 5])
     leaves = [tensor.requires_grad_() for tensor in (h, theta, norms)]
-    assert torch.autograd.gradcheck(lambda h, t, n: preactivation_loss([h], [t], [n], dead), leaves)
-    grads = torch.autograd.grad(preactivation_loss([h], [theta], [norms], dead), leaves)
-    for leaf, grad in zip(leaves, grads, strict=True):
-        grad = grad.expand(4, 6) if leaf.dim() == 1 else grad
-        assert (grad[:, ~dead[0]] == 0).all() and grad[:, dead[0]].any()
+    assert torch.autograd.gradcheck(lambda h, t, n: preactivation_loss([h], [t], [n], [dead]), leaves)
+    grads = torch.autograd.grad(preactivation_loss([h], [theta], [norms], [dead]), leaves)
+    assert grads[0].any()
+    for grad in grads[1:]:
+        assert (grad[[1, 4]] == 0).all() and (grad[dead] != 0).any()
 
 
 @pytest.mark.parametrize("aux_k, kept", [(1, 1), (2, 2), (3, 3), (10, 3)])
 def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
     h = randn(7, 6) + 2
-    dead = torch.tensor([False, True, False, True, True, False])
-    features = dead_features(h, dead, aux_k)
+    dead = torch.tensor([1, 3, 4])
+    features = dead_features(h[:, dead], dead, aux_k, 6)
     assert features.indices.numel() == 7 * kept and features.num_features == 6
     dense = features.to_dense()
     for n in range(7):
@@ -93,7 +95,8 @@ def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
 
 
 def test_dead_features_are_rectified_after_the_selection():
-    h = torch.tensor([[5.0, -1.0, -3.0, 0.5]])
-    dead = torch.tensor([False, True, True, True])
-    assert dead_features(h, dead, 2).to_dense().tolist() == [[0, 0, 0, 0.5]]
-    assert (dead_features(h, torch.zeros(4, dtype=torch.bool), 2).to_dense() == 0).all()
+    h = torch.tensor([[-1.0, -3.0, 0.5]])
+    dead = torch.tensor([1, 2, 3])
+    assert dead_features(h, dead, 2, 4).to_dense().tolist() == [[0, 0, 0, 0.5]]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert (dead_features(h[:, :0], nothing, 2, 4).to_dense() == 0).all()

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from tests.reference import STATISTICS, parameters_of, random_batch, random_clt, random_statistics, reference
@@ -102,7 +103,7 @@ def test_forward_and_gradients_match_the_dense_reference(activation, tying, reac
 @pytest.mark.parametrize("tying", TYINGS)
 @pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
 def test_both_ways_to_decode_give_the_same_gradients(monkeypatch, activation, tying, dense_above):
-    monkeypatch.setattr("hf_clt.kernels.decode.DENSE_ABOVE", dense_above)
+    monkeypatch.setattr("hf_clt.kernels.rows.DENSE_ABOVE", dense_above)
     clt = random_clt(decoder_tying=tying, **ACTIVATIONS[activation], **LOSSES)
     inputs, labels = random_batch(clt)
     parameters, dead = parameters_of(clt), dead_mask(clt)
@@ -242,7 +243,8 @@ def test_decoder_rows_of_zeros_give_finite_gradients(activation, tying):
     out = clt(inputs, labels=labels, dead=dead_mask(clt))
     for name, grad in gradients(clt, out.loss).items():
         assert grad.isfinite().all(), name
-    for norms in clt.decoder_norms():
+    _, norms_per_layer = clt._decode(out.features.layers, inputs, with_norms=True)
+    for norms in norms_per_layer:
         assert (norms[::2] == 0).all() and (norms[1::2] > 0).all()
 
 
@@ -337,7 +339,7 @@ def test_a_threshold_of_zero_stays_zero_in_training():
     assert all((threshold.value == -torch.inf).all() for threshold in clt.thresholds)
     assert all(not torch.equal(e.weight, old) for e, old in zip(clt.encoders, before, strict=True))
     inputs, _ = random_batch(clt)
-    h = torch.stack([encoder(inputs[:, s]) for s, encoder in enumerate(clt.encoders)], dim=1)
+    h = torch.stack([linear(inputs[:, s], encoder.weight, encoder.bias) for s, encoder in enumerate(clt.encoders)], 1)
     torch.testing.assert_close(clt.encode(inputs), h.relu())
 
 
@@ -355,37 +357,25 @@ def test_encode_gives_no_negative_or_sub_threshold_values_in_train_mode():
 # -- topk and batchtopk ----------------------------------------------------------------------------------------------
 
 
-def count_of_selected(monkeypatch, clt, inputs):
-    """Selected entries per layer, before the ReLU."""
-    from hf_clt import modeling_clt, sparsity
-
-    seen = []
-
-    def spy(*arguments):
-        seen.append(sparsity.batchtopk_support(*arguments))
-        return seen[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(modeling_clt, "batchtopk_support", spy)
-        clt.train()(inputs)
-    (supports,) = seen
-    return [int(support.sum()) for support in supports]
+def count_of_selected(clt, inputs):
+    """Selected entries per layer, before the ReLU: those that it zeroes stay listed."""
+    return [layer.values.numel() for layer in clt.train()(inputs).features.layers]
 
 
-def test_batchtopk_selects_exactly_k_n_before_the_relu(monkeypatch):
+def test_batchtopk_selects_exactly_k_n_before_the_relu():
     clt = random_clt(activation_fn="batchtopk", k=3)
     with torch.no_grad():
         clt.encoders[1].bias -= 3  # few positive pre-activations: the selection must reach into the negative ones
     inputs, _ = random_batch(clt)
-    assert count_of_selected(monkeypatch, clt, inputs) == [36, 36, 36]
+    assert count_of_selected(clt, inputs) == [36, 36, 36]
     assert (clt.encode(inputs) > 0).sum(dim=(0, 2)).tolist()[1] < 36
 
 
-def test_batchtopk_over_all_layers_selects_exactly_k_l_n(monkeypatch):
+def test_batchtopk_over_all_layers_selects_exactly_k_l_n():
     clt = random_clt(activation_fn="batchtopk", k_scope="token", k=3)
     with torch.no_grad():
         clt.encoders[1].bias += 2
-    counts = count_of_selected(monkeypatch, clt, random_batch(clt)[0])
+    counts = count_of_selected(clt, random_batch(clt)[0])
     assert sum(counts) == 3 * 3 * 12
     assert counts[1] > counts[0]
 

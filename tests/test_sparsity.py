@@ -4,14 +4,20 @@ import pytest
 import torch
 
 from hf_clt.sparsity import (
+    AtEntries,
     JumpReLU,
     LayerFeatures,
     SparseFeatures,
-    batchtopk_support,
+    batchtopk_over_layers,
+    entries_at,
     features_at,
     largest,
+    positions_batchtopk,
+    positions_topk,
     sparse_from_dense,
-    topk_support,
+    sum_by_feature,
+    topk_over_layers,
+    true_positions,
 )
 
 
@@ -104,54 +110,123 @@ def test_jumprelu_of_half_precision_with_a_float32_threshold(dtype):
     assert grad_theta.tolist() == [0.0, -0.5]  # |1 - 0.5| < 0.5 is false
 
 
-# -- supports ---------------------------------------------------------------------------------------------------------
+# -- where the largest are --------------------------------------------------------------------------------------------
 
 
-def stack_of(supports):
-    return torch.stack(supports, dim=1)
+def check_positions(positions, h, count):
+    assert positions.shape == (count,) and positions.dtype == torch.int64
+    assert (positions.diff() > 0).all()  # ascending, none twice
+    expected = h.flatten().sort(descending=True).values[:count]
+    torch.testing.assert_close(h.flatten()[positions].sort(descending=True).values, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_features, k", [(8, 1), (8, 3), (8, 8), (37, 5), (256, 1), (256, 8), (256, 9), (640, 20)])
+@pytest.mark.parametrize("kind", ["random", "few values", "ascending", "one group", "all the same", "bfloat16"])
+def test_topk_of_each_token(num_features, k, kind):
+    """In one round and in two; ties, and the largest all in one group of the first round or next to each other."""
+    h = torch.randn(6, num_features, generator=generator())
+    if kind == "few values":
+        h = (2 * h).round()
+    elif kind == "ascending":
+        h = h.sort(dim=1).values
+    elif kind == "one group":
+        h[:, :: max(1, num_features // 16)] += 100
+    elif kind == "all the same":
+        h = torch.zeros_like(h)
+    elif kind == "bfloat16":
+        h = h.bfloat16()
+    positions = positions_topk(h, k).view(6, k)
+    for n in range(6):
+        check_positions(positions[n] - n * num_features, h[n], k)
+
+
+@pytest.mark.parametrize("count", [1, 6, 18, 48])
+def test_batchtopk(count):
+    h = torch.randn(6, 8, generator=generator())
+    check_positions(positions_batchtopk(h, count), h, count)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_topk_support_per_layer(k):
-    h = [torch.randn(6, 8, generator=generator(s)) for s in range(3)]
-    for h_s, support in zip(h, topk_support(h, k, "layer"), strict=True):
-        for row, selected in zip(h_s, support, strict=True):
-            assert set(selected.nonzero().flatten().tolist()) == set(row.sort(descending=True).indices[:k].tolist())
-
-
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_topk_support_over_all_layers(k):
+def test_topk_over_all_layers(k):
     h = [torch.randn(6, 8, generator=generator(s)) + s for s in range(3)]
-    support = stack_of(topk_support(h, k, "token"))
-    assert (support.sum(dim=(1, 2)) == 3 * k).all()
-    for row, selected in zip(stack_of(h), support, strict=True):
-        assert row[selected].min() >= row[~selected].max() if (~selected).any() else k == 8
+    candidates = [entries_at(layer, positions_topk(layer, min(3 * k, 8))) for layer in h]
+    kept = topk_over_layers(candidates, 3 * k)
+    for n in range(6):
+        values = torch.cat([layer.values[layer.tokens == n] for layer in kept])
+        expected = torch.cat([layer[n] for layer in h]).sort(descending=True).values[: 3 * k]
+        torch.testing.assert_close(values.sort(descending=True).values, expected, rtol=0, atol=0)
+    check_entries(kept, h)
 
 
-@pytest.mark.parametrize("scope", ["layer", "token"])
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_batchtopk_support(k, scope):
+def test_batchtopk_over_all_layers(k):
     h = [torch.randn(6, 8, generator=generator(s)) + s - 3 for s in range(3)]
-    values, support = stack_of(h), stack_of(batchtopk_support(h, k, scope))
-    groups = [(values[:, s], support[:, s], 6 * k) for s in range(3)]
-    if scope == "token":
-        groups = [(values, support, 3 * 6 * k)]
-    for h_here, selected, count in groups:
-        assert selected.sum() == count
-        expected = h_here.flatten().sort(descending=True).values[:count]
-        torch.testing.assert_close(h_here[selected].sort(descending=True).values, expected, rtol=0, atol=0)
+    candidates = [entries_at(layer, positions_batchtopk(layer, min(3 * k, 8) * 6)) for layer in h]
+    kept = batchtopk_over_layers(candidates, 3 * 6 * k)
+    values = torch.cat([layer.values for layer in kept])
+    expected = torch.cat(h).flatten().sort(descending=True).values[: 3 * 6 * k]
+    torch.testing.assert_close(values.sort(descending=True).values, expected, rtol=0, atol=0)
+    check_entries(kept, h)
 
 
-@pytest.mark.parametrize("select", [topk_support, batchtopk_support])
-@pytest.mark.parametrize("scope", ["layer", "token"])
-def test_the_budget_is_exact_among_ties(select, scope):
+def check_entries(layers, h):
+    for layer, values in zip(layers, h, strict=True):
+        torch.testing.assert_close(layer.values, values[layer.tokens, layer.indices], rtol=0, atol=0)
+
+
+def test_the_budget_is_exact_among_ties():
     h = [torch.zeros(6, 8) for _ in range(3)]
-    support = stack_of(select(h, 2, scope))
-    assert support.sum() == 2 * 3 * 6
-    if scope == "layer":
-        assert (support.sum(dim=(0, 2)) == 2 * 6).all()
-    if select is topk_support:
-        assert (support.sum(dim=(1, 2)) == 2 * 3).all()
+    candidates = [entries_at(layer, positions_topk(layer, 6)) for layer in h]
+    assert sum(layer.values.numel() for layer in topk_over_layers(candidates, 6)) == 6 * 6
+    assert sum(layer.values.numel() for layer in batchtopk_over_layers(candidates, 36)) == 36
+    assert positions_batchtopk(h[0], 12).numel() == 12
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (1, 8), (0, 8), (64, 1024)])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+def test_true_positions(shape, density):
+    mask = torch.rand(shape, generator=generator()) < density
+    assert torch.equal(true_positions(mask), mask.flatten().nonzero().squeeze(1))
+    assert torch.equal(true_positions(mask.T), mask.T.flatten().nonzero().squeeze(1))  # not contiguous
+
+
+def some_entries():
+    values = torch.randn(9, 5, generator=generator(), dtype=torch.float64)
+    support = torch.rand(9, 5, generator=generator(1)) < 0.5
+    support[:, 3] = False
+    return values, support, features_at(values, support)
+
+
+def test_posting_lists():
+    _, support, features = some_entries()
+    order, offsets = features.by_feature
+    for f in range(5):
+        entries = order[offsets[f] : offsets[f + 1]]
+        assert (features.indices[entries] == f).all()
+        assert features.tokens[entries].tolist() == support[:, f].nonzero().flatten().tolist()
+    assert offsets[-1] == order.numel() == features.values.numel()
+
+
+def test_sum_by_feature():
+    values, support, features = some_entries()
+    torch.testing.assert_close(sum_by_feature(features, features.values), (values * support).sum(dim=0))
+
+
+def test_values_of_a_vector_at_the_entries_and_their_gradient():
+    _, support, features = some_entries()
+    vector = torch.randn(5, generator=generator(2), dtype=torch.float64).requires_grad_()
+    out = AtEntries.apply(vector, features)
+    torch.testing.assert_close(out, vector.expand(9, 5)[support], rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda v: AtEntries.apply(v, features), (vector,))
+
+
+@pytest.mark.parametrize("entries", [[], [0], [1, 3, 4, 9], list(range(12))])
+def test_taking_some_entries(entries):
+    _, _, features = some_entries()
+    taken = features.take(torch.tensor(entries, dtype=torch.int64))
+    assert taken.values.tolist() == [features.values[e].item() for e in entries]
+    assert taken.tokens.tolist() == [features.tokens[e].item() for e in entries]
+    assert taken.indices.tolist() == [features.indices[e].item() for e in entries]
 
 
 # -- the exact selection ----------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..kernels.encode import encode_dense
+
 
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 
@@ -132,11 +134,13 @@ def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
     thresholds = clt._thresholds_or_zero()
     for encoder in clt.encoders:
         encoder.bias.zero_()
-    for s, h in enumerate(clt._pre_activations(clt._normalized_inputs(inputs))):
+    x = clt._normalized_inputs(inputs)
+    for s, encoder in enumerate(clt.encoders):
+        h = encode_dense(x[:, s].to(encoder.weight.dtype), encoder.weight, encoder.bias)
         # Midway between the last one above and the first one below, so that exactly `above` tokens fire.
         top = h.topk(min(above + 1, len(h)), dim=0).values
         quantile = (top[above - 1] + top[-1]) / 2
-        clt.encoders[s].bias.copy_(thresholds[s] - quantile)
+        encoder.bias.copy_(thresholds[s] - quantile)
 
 
 @torch.no_grad()

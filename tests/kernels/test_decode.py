@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_clt.kernels import decode
+from hf_clt.kernels import rows
 from hf_clt.kernels.decode import add_decoded, decode_dense
 from hf_clt.sparsity import features_at
 
@@ -14,7 +14,7 @@ BRANCHES = pytest.mark.parametrize("dense_above", [-1.0, 1.0], ids=["matrix prod
 
 @pytest.fixture
 def branch(monkeypatch, dense_above):
-    monkeypatch.setattr(decode, "DENSE_ABOVE", dense_above)
+    monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
     return dense_above
 
 
@@ -43,7 +43,7 @@ def test_adds_to_the_reached_targets_alone(branch, first, tied):
     num_targets = L - first
     weight = random_tensor(F, 1 if tied else num_targets, D)
     start = random_tensor(N, L, D, seed=2)
-    out = add_decoded(start.clone(), features_at(acts, support), weight, first, num_targets)
+    out, _ = add_decoded(start.clone(), features_at(acts, support), weight, first, num_targets)
     torch.testing.assert_close(out[:, :first], start[:, :first], rtol=0, atol=0)
     for j in range(num_targets):
         expected = start[:, first + j] + acts @ weight[:, 0 if tied else j]
@@ -64,7 +64,7 @@ def test_gradients_by_finite_differences(branch, density, tied):
 
     def function(start, values, weight):
         features.values = values
-        return add_decoded(start.clone(), features, weight, 1, 2)
+        return add_decoded(start.clone(), features, weight, 1, 2)[0]
 
     assert values.numel() == support.sum()
     assert torch.autograd.gradcheck(function, (start, values, weight))
@@ -80,7 +80,7 @@ def test_gradients_match_the_dense_formula_where_some_rows_never_fire(branch):
     grad = random_tensor(N, L, D, seed=3)
     leaves = [acts.clone().requires_grad_(), weight.clone().requires_grad_()]
     start = torch.zeros(N, L, D, dtype=torch.float64)
-    out = add_decoded(start, features_at(leaves[0], support), leaves[1], 0, L)
+    out, _ = add_decoded(start, features_at(leaves[0], support), leaves[1], 0, L)
     found = torch.autograd.grad(out, leaves, grad)
     dense = [acts.clone().requires_grad_(), weight.clone().requires_grad_()]
     wanted = torch.autograd.grad(decode_dense(*dense), dense, grad)
@@ -95,7 +95,7 @@ def test_listed_zeros_receive_gradient(branch):
     acts, support = random_features()
     zeros = torch.zeros_like(acts).requires_grad_()
     weight = random_tensor(F, L, D)
-    out = add_decoded(torch.zeros(N, L, D, dtype=torch.float64), features_at(zeros, support), weight, 0, L)
+    out, _ = add_decoded(torch.zeros(N, L, D, dtype=torch.float64), features_at(zeros, support), weight, 0, L)
     assert (out == 0).all()
     (found,) = torch.autograd.grad(out.sum(), zeros)
     torch.testing.assert_close(found, weight.sum(dim=(1, 2)).expand(N, F) * support)
@@ -110,7 +110,7 @@ def test_chained_sources_accumulate(branch):
     out = bias.expand(N, -1, -1).clone()
     expected = [bias[t].expand(N, -1) for t in range(L)]
     for s, (acts, support) in enumerate(sources):
-        out = add_decoded(out, features_at(acts, support), weights[s], s, L - s)
+        out, _ = add_decoded(out, features_at(acts, support), weights[s], s, L - s)
         for t in range(s, L):
             expected[t] = expected[t] + acts @ weights[s][:, t - s]
     expected = torch.stack(expected, dim=1)
@@ -126,7 +126,7 @@ def test_only_what_is_asked_for_gets_a_gradient(branch):
     acts, support = random_features()
     weight = random_tensor(F, L, D).requires_grad_()
     start = torch.zeros(N, L, D, dtype=torch.float64)
-    out = add_decoded(start, features_at(acts, support), weight, 0, L)
+    out, _ = add_decoded(start, features_at(acts, support), weight, 0, L)
     (found,) = torch.autograd.grad(out.sum(), [weight])
     torch.testing.assert_close(found, acts.sum(0)[:, None, None].expand_as(weight))
 
@@ -134,7 +134,7 @@ def test_only_what_is_asked_for_gets_a_gradient(branch):
 @pytest.mark.parametrize("density, dense", [(0.0, False), (0.02, False), (0.2, True)])
 def test_the_choice_follows_the_share_of_listed_entries(density, dense):
     acts, support = random_features(density, num_tokens=400)
-    assert decode.use_dense(features_at(acts, support)) is dense
+    assert rows.use_dense(features_at(acts, support).values.numel(), 400, F) is dense
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -144,7 +144,7 @@ def test_half_precision_decoders_add_into_float32(dtype):
     weight = random_tensor(F, L, D).to(dtype).requires_grad_()
     values = acts.float().requires_grad_()
     start = torch.ones(50, L, D)
-    out = add_decoded(start, features_at(values, support), weight, 0, L)
+    out, _ = add_decoded(start, features_at(values, support), weight, 0, L)
     expected = 1 + decode_dense(acts.to(dtype).double(), weight.detach().double())
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
     grads = torch.autograd.grad(out.sum(), [values, weight])

@@ -1,0 +1,82 @@
+"""
+Encoding: pre-activations where an activation function needs them, and their gradients there alone.
+
+The product of inputs and encoder is computed whole, since nothing says beforehand which features it makes active. Then
+it is thrown away but for the selected entries, and the backward pass sums only over those: it is as much cheaper than
+the dense one as the features are sparse.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..sparsity import LayerFeatures, sum_by_feature
+from .rows import row_dots, row_sums, transposed_row_sums
+
+
+def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """h = W x + b: (N, D) inputs and (F, D) encoder rows to (N, F). The reference."""
+    return F.linear(x, weight, bias)
+
+
+class _PreActivations(torch.autograd.Function):
+    """
+    h at the entries of `features`, (nnz,), and at the columns `dead`, (N, dead), both computed before: what is
+    differentiated is where they came from.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, values, columns, features: LayerFeatures, dead: Tensor | None):
+        ctx.save_for_backward(x, weight)
+        ctx.features, ctx.dead = features, dead
+        return values.view_as(values), None if columns is None else columns.view_as(columns)
+
+    @staticmethod
+    def backward(ctx, grad_values, grad_columns):
+        x, weight = ctx.saved_tensors
+        features, dead = ctx.features, ctx.dead
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = row_sums(weight, features.indices, features.offsets, grad_values).to(x.dtype)
+            if dead is not None:
+                grad_x += (grad_columns.to(weight.dtype) @ weight[dead]).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = transposed_row_sums(x.to(weight.dtype), features, grad_values)
+            if dead is not None:
+                grad_weight[dead] += grad_columns.to(weight.dtype).T @ x.to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum_by_feature(features, grad_values).to(weight.dtype)
+            if dead is not None:
+                grad_bias[dead] += grad_columns.sum(dim=0).to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def pre_activations_at(
+    x: Tensor, weight: Tensor, bias: Tensor, features: LayerFeatures, columns: Tensor | None, dead: Tensor | None
+) -> tuple[LayerFeatures, Tensor | None]:
+    """
+    Makes selected pre-activations differentiable in what they were computed from.
+
+    Args:
+        x: (N, D) inputs.
+        weight: (F, D).
+        bias: (F,).
+        features: The selected entries of h = W x + b with their values. Where h was computed in a lower precision
+            than the weight's (autocast), they are computed again in the weight's, so that only the selection is rough.
+        columns: (N, dead), the columns `dead` of h, or None.
+        dead: (dead,) int64 features, or None.
+
+    Returns:
+        `features` and `columns`, differentiable in `x`, `weight` and `bias`.
+    """
+    values = features.values
+    with torch.no_grad():
+        if torch.finfo(values.dtype).eps > torch.finfo(weight.dtype).eps:
+            values = row_dots(x.to(weight.dtype), features.tokens, weight, features.indices)
+            values = values.to(weight.dtype) + bias[features.indices]
+            columns = None if columns is None else columns.to(weight.dtype)
+    features.values, columns = _PreActivations.apply(x, weight, bias, values, columns, features, dead)
+    return features, columns
+
+
+__all__ = ["encode_dense", "pre_activations_at"]

@@ -1,0 +1,89 @@
+"""Encoding the selected entries alone against the dense product, forward and backward."""
+
+import pytest
+import torch
+
+from hf_clt.kernels import rows
+from hf_clt.kernels.encode import encode_dense, pre_activations_at
+from hf_clt.sparsity import LayerFeatures, features_at
+
+
+N, F, D = 7, 12, 5
+BRANCHES = pytest.mark.parametrize("dense_above", [-1.0, 1.0], ids=["matrix product", "gathered rows"])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def leaves():
+    return [tensor.requires_grad_() for tensor in (randn(N, D), randn(F, D, seed=1), randn(F, seed=2))]
+
+
+def selected(x, weight, bias, dead=None):
+    h = encode_dense(x, weight, bias).detach()
+    support = h > 0.7
+    support[2] = False
+    support[:, 4] = False
+    features = features_at(h, support)
+    return pre_activations_at(x, weight, bias, features, None if dead is None else h[:, dead], dead), support
+
+
+def test_encode_dense_by_hand():
+    x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert encode_dense(x, weight, torch.tensor([0.5, -1.0])).tolist() == [[11.5, 1.0]]
+
+
+@BRANCHES
+@pytest.mark.parametrize("dead", [None, [4], [0, 4, 11]])
+def test_equals_the_dense_product_forward_and_backward(monkeypatch, dense_above, dead):
+    monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
+    dead = None if dead is None else torch.tensor(dead)
+    found = leaves()
+    (features, columns), support = selected(*found, dead=dead)
+    wanted = leaves()
+    h = encode_dense(*wanted)
+    torch.testing.assert_close(features.to_dense(), h * support)
+    loss, expected = features.values.square().sum(), (h * support).square().sum()
+    if dead is not None:
+        torch.testing.assert_close(columns, h[:, dead])
+        loss, expected = loss + columns.pow(3).sum(), expected + h[:, dead].pow(3).sum()
+    for a, b in zip(torch.autograd.grad(loss, found), torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@BRANCHES
+def test_gradients_by_finite_differences(monkeypatch, dense_above):
+    """The entries are held fixed: where they are is not differentiated."""
+    monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
+    dead = torch.tensor([1, 4])
+    (features, _), _ = selected(*leaves(), dead=dead)
+
+    def function(x, weight, bias):
+        h = encode_dense(x, weight, bias).detach()
+        entries = LayerFeatures(h[features.tokens, features.indices], features.indices, features.offsets, F)
+        entries, columns = pre_activations_at(x, weight, bias, entries, h[:, dead], dead)
+        return entries.values, columns
+
+    assert torch.autograd.gradcheck(function, leaves())
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    x, weight, bias = leaves()
+    (features, _), support = selected(x.detach(), weight, bias.detach())
+    (grad,) = torch.autograd.grad(features.values.sum(), [weight])
+    torch.testing.assert_close(grad, support.double().T @ x.detach())
+
+
+def test_a_rough_product_only_selects():
+    """Under autocast the product is bfloat16; the values are those of the weights' own precision."""
+    x, weight, bias = (tensor.detach().float() for tensor in leaves())
+    with torch.autocast("cpu", torch.bfloat16):
+        h = encode_dense(x, weight, bias)
+        assert h.dtype == torch.bfloat16
+        features = features_at(h, h > 0.7)
+        features, columns = pre_activations_at(x, weight, bias, features, h[:, :2], torch.arange(2))
+    exact = encode_dense(x, weight, bias)
+    assert features.values.dtype == torch.float32 and features.values.numel() > 5
+    torch.testing.assert_close(features.values, exact[features.tokens, features.indices], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(columns, exact[:, :2], rtol=2e-2, atol=5e-2)

@@ -1,0 +1,388 @@
+"""
+The Triton kernels against the float64 formulas: under Triton's interpreter on the CPU, compiled (but not run) for an
+H100, and on a GPU where there is one.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_clt.kernels import triton_rows
+from hf_clt.sparsity import LayerFeatures
+
+
+triton = pytest.importorskip("triton")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+COLUMNS = pytest.mark.parametrize("num_columns", [1, 7, 300, 2304])
+# Empty, one entry, a round, rounds with every possible rest, empty at the end.
+LENGTHS = [0, 1, 4, 5, 2, 11, 0]
+# One rounding of the result, relative. For bfloat16 the interpreter truncates where a GPU rounds to nearest.
+RESULT_ROUNDING = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+
+
+def load_copy(name):
+    """A second copy of the module, to be loaded under other circumstances."""
+    spec = importlib.util.spec_from_file_location(f"hf_clt.kernels.{name}", triton_rows.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """
+    The module with the interpreter on: Triton looks at the variable when a kernel is defined. Setting it for the whole
+    process would send every CPU tensor of every test through the kernels.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return load_copy("interpreted")
+
+
+def random_rows(num_rows, num_columns, dtype, seed, device="cpu"):
+    """Rows that are a slice of a larger tensor, which is NaN all around them; the strides of two seeds differ."""
+    generator = torch.Generator(device).manual_seed(seed)
+    buffer = torch.full((num_rows + 2, num_columns + 8 * seed), torch.nan, dtype=dtype, device=device)
+    rows = buffer[1:-1, 3 : 3 + num_columns]
+    return rows.copy_(torch.randn(rows.shape, generator=generator, device=device))
+
+
+def random_bags(num_rows, dtype):
+    """indices, offsets, weights; row 0 is in no bag, and the last row several times in the longest."""
+    generator = torch.Generator().manual_seed(2)
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    indices = torch.randint(1, num_rows, (sum(LENGTHS),), generator=generator)
+    longest = LENGTHS.index(max(LENGTHS))
+    indices[offsets[longest] : offsets[longest] + 3] = num_rows - 1
+    return indices, offsets, torch.randn(sum(LENGTHS), generator=generator).to(dtype)
+
+
+def random_features(num_tokens, num_features, dtype, always=(), device="cpu", density=0.1, seed=4):
+    """Features that fire at random, except those in `always`; feature 1 never does. And their dense activations."""
+    generator = torch.Generator(device).manual_seed(seed)
+    support = torch.rand(num_tokens, num_features, generator=generator, device=device) < density
+    support[:, list(always)] = True
+    support[:, 1] = False
+    tokens, indices = support.nonzero(as_tuple=True)
+    offsets = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
+    torch.cumsum(support.sum(dim=1), dim=0, out=offsets[1:])
+    values = torch.randn(indices.numel(), generator=generator, device=device).to(dtype)
+    acts = torch.zeros(num_tokens, num_features, dtype=torch.float64, device=device)
+    acts[tokens, indices] = values.double()
+    return LayerFeatures(values, indices, offsets, num_features), acts
+
+
+def dense_bags(indices, offsets, weights, num_rows):
+    """The bags as a matrix (B, R) in float64."""
+    bags = torch.arange(offsets.numel() - 1).repeat_interleave(offsets.diff())
+    return torch.zeros(offsets.numel() - 1, num_rows, dtype=torch.float64).index_put_(
+        (bags, indices), weights.double(), accumulate=True
+    )
+
+
+def assert_within_rounding(found, exact, magnitude, num_terms, dtype):
+    """
+    A float32 sum of n terms errs by at most n · 2^-24 · Σ|term|, and typically by √n instead of n since the roundings
+    are independent; 4 √n is asked for. Then one rounding to the result's dtype.
+
+    Args:
+        found, exact: Any shape; `exact` in float64.
+        magnitude: Σ|term|.
+        num_terms: Largest n.
+        dtype: Of the result.
+    """
+    assert found.dtype == dtype and found.shape == exact.shape
+    bound = 4 * num_terms**0.5 * 2**-24 * magnitude + RESULT_ROUNDING[dtype] * exact.abs() + 1e-7
+    excess = (found.double() - exact).abs() / bound
+    assert not excess.isnan().any() and (excess <= 1).all(), f"{excess.max():.1f} times the bound"
+
+
+def test_nothing_is_written_past_the_end(interpreted):
+    """In both directions a block reaches past the last element. First, since elsewhere it would corrupt memory."""
+    rows = random_rows(9, 300, torch.float32, seed=1)
+    bags = random_bags(9, torch.float32)
+    buffer = torch.full((len(LENGTHS) + 1, 310), 7.0)
+    interpreted.write_row_sums(rows, *bags, None, buffer[:-1, :300])
+    assert (buffer[-1] == 7).all() and (buffer[:, 300:] == 7).all()
+    assert torch.equal(buffer[:-1, :300], interpreted.row_sums(rows, *bags))
+
+    indices, dots = torch.arange(6), torch.full((8,), 7.0)
+    interpreted.row_dots_kernel[(2,)](
+        rows, indices, rows, indices, dots, 6, 300, rows.stride(0), rows.stride(0), BLOCK_E=4, BLOCK_C=128
+    )
+    torch.testing.assert_close(dots, torch.tensor([*rows[:6].square().sum(1), 7, 7]))
+
+
+@DTYPES
+@COLUMNS
+def test_row_sums(interpreted, dtype, num_columns):
+    rows = random_rows(9, num_columns, dtype, seed=1)
+    bags = random_bags(9, dtype)
+    rows[0] = torch.nan  # must not enter where entries past the end of a bag stand in for a full round
+    found = interpreted.row_sums(rows, *bags)
+    rows[0] = 0
+    acts = dense_bags(*bags, 9)
+    assert (found[0] == 0).all() and (found[-1] == 0).all()
+    assert_within_rounding(found, acts @ rows.double(), acts.abs() @ rows.double().abs(), max(LENGTHS), dtype)
+
+
+@DTYPES
+@COLUMNS
+def test_row_dots(interpreted, dtype, num_columns):
+    left, right = random_rows(9, num_columns, dtype, seed=1), random_rows(5, num_columns, dtype, seed=2)
+    left_indices = torch.tensor([8, 0, 3, 3, 3, 5])  # one program and a rest
+    right_indices = torch.tensor([4, 0, 1, 1, 2, 3])
+    found = interpreted.row_dots(left, left_indices, right, right_indices)
+    products = left.double()[left_indices] * right.double()[right_indices]
+    assert_within_rounding(found, products.sum(1), products.abs().sum(1), num_columns, torch.float32)
+    assert found[2] == found[3]
+
+
+def test_row_dots_of_two_dtypes(interpreted):
+    left, right = random_rows(3, 7, torch.float32, seed=1), random_rows(3, 7, torch.bfloat16, seed=2)
+    indices = torch.arange(3)
+    products = left.double() * right.double()
+    found = interpreted.row_dots(left, indices, right, indices)
+    assert_within_rounding(found, products.sum(1), products.abs().sum(1), 7, torch.float32)
+
+
+def test_skipped_bags_stay_zero_and_are_not_computed(interpreted):
+    rows = random_rows(9, 7, torch.float32, seed=1)
+    indices, offsets, weights = random_bags(9, torch.float32)
+    skip = torch.zeros(len(LENGTHS), dtype=torch.bool)
+    skip[[0, 3]] = True
+    expected = interpreted.row_sums(rows, indices, offsets, weights)
+    expected[3] = 0
+    weights[offsets[3] : offsets[4]] = torch.nan
+    assert torch.equal(interpreted.row_sums(rows, indices, offsets, weights, skip), expected)
+
+
+def test_no_entries_and_no_bags(interpreted):
+    rows = random_rows(3, 7, torch.float32, seed=1)
+    nothing, empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    found = interpreted.row_sums(rows, nothing, torch.zeros(5, dtype=torch.int64), empty)
+    assert torch.equal(found, torch.zeros(4, 7))
+    assert interpreted.row_sums(rows, nothing, torch.zeros(1, dtype=torch.int64), empty).shape == (0, 7)
+    assert interpreted.row_dots(rows, nothing, rows, nothing).shape == (0,)
+    features = LayerFeatures(empty, nothing, torch.zeros(4, dtype=torch.int64), 5)
+    assert torch.equal(interpreted.transposed_row_sums(rows, features, empty, num_hot=2), torch.zeros(5, 7))
+
+
+def test_sums_do_not_depend_on_the_block_sizes(interpreted, monkeypatch):
+    rows = random_rows(9, 300, torch.float32, seed=1)
+    bags = random_bags(9, torch.float32)
+    first = interpreted.row_sums(rows, *bags)
+    assert torch.equal(interpreted.row_sums(rows, *bags), first)
+    monkeypatch.setattr(interpreted, "column_block", lambda rows: 64)
+    monkeypatch.setattr(interpreted, "SUM_ENTRIES", 3)
+    assert torch.equal(interpreted.row_sums(rows, *bags), first)
+
+
+@pytest.mark.parametrize("num_rows, num_columns, dtype, block", [
+    (4096, 9216, torch.bfloat16, 512),
+    (4096, 9216, torch.float32, 512),
+    (24576, 9216, torch.bfloat16, 256),  # 512 columns of all rows would be 24 MiB of L2
+    (24576, 9216, torch.float32, 256),
+    (9, 300, torch.float32, 512),
+    (9, 7, torch.float32, 8),
+    (9, 1, torch.float32, 1),
+])  # fmt: skip
+def test_column_block(num_rows, num_columns, dtype, block):
+    assert triton_rows.column_block(torch.empty(num_rows, num_columns, dtype=dtype, device="meta")) == block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_hot", [0, 3, 64])
+def test_transposed_row_sums(interpreted, monkeypatch, dtype, num_hot):
+    num_tokens, num_features = 12, 70
+    rows = random_rows(num_tokens, 7, dtype, seed=1)
+    features, acts = random_features(num_tokens, num_features, dtype, always=[0, 40])
+    skipped = []
+
+    def row_sums(*arguments):
+        skipped.append(arguments[-1])
+        return original(*arguments)
+
+    original = interpreted.row_sums
+    monkeypatch.setattr(interpreted, "row_sums", row_sums)
+    found = interpreted.transposed_row_sums(rows, features, features.values, num_hot)
+    assert_within_rounding(found, acts.T @ rows.double(), acts.abs().T @ rows.double().abs(), num_tokens, dtype)
+    assert (found[1] == 0).all()
+    assert skipped[0].sum() == num_hot
+    assert num_hot == 0 or skipped[0][[0, 40]].all()
+    assert torch.equal(interpreted.transposed_row_sums(rows, features, features.values, num_hot), found)
+
+
+def test_transposed_row_sums_of_few_features_are_one_product(interpreted, monkeypatch):
+    rows = random_rows(12, 7, torch.float32, seed=1)
+    features, acts = random_features(12, 10, torch.float32)
+    monkeypatch.delattr(interpreted, "row_sums")
+    found = interpreted.transposed_row_sums(rows, features, features.values, num_hot=10)
+    magnitude = acts.abs().T @ rows.double().abs()
+    assert_within_rounding(found, acts.T @ rows.double(), magnitude, 12, torch.float32)
+
+
+def test_shapes_do_not_depend_on_values(interpreted, monkeypatch):
+    """A shape that depends on values would make the host wait for the GPU; tensors without values refuse it."""
+    monkeypatch.setattr(interpreted, "row_sums", lambda rows, indices, offsets, *_: rows.new_empty(70, rows.shape[1]))
+    features, _ = random_features(12, 70, torch.float32)
+    order, starts = features.by_feature
+    with FakeTensorMode() as mode:
+        fake = LayerFeatures(*map(mode.from_tensor, (features.values, features.indices, features.offsets)), 70)
+        fake.by_feature = mode.from_tensor(order), mode.from_tensor(starts)
+        assert interpreted.transposed_row_sums(torch.empty(12, 7), fake, fake.values).shape == (70, 7)
+
+
+def test_what_the_kernels_do_not_take_is_refused(interpreted):
+    rows = torch.randn(4, 7)
+    indices, offsets, weights = torch.tensor([0, 3]), torch.tensor([0, 1, 2]), torch.ones(2)
+    for message, arguments in [
+        ("rows is torch.float64: the Triton kernels take", (rows.double(), indices, offsets, weights)),
+        ("pass 2-D rows with contiguous columns", (rows.T, indices, offsets, weights)),
+        ("pass 2-D rows with contiguous columns", (rows[0], indices, offsets, weights)),
+        ("indices is torch.int32: pass int64", (rows, indices.int(), offsets, weights)),
+        ("offsets is torch.int32: pass int64", (rows, indices, offsets.int(), weights)),
+        (r"'weights': \(3,\)}: pass one element per entry", (rows, indices, offsets, torch.ones(3))),
+        ("pass one bool per bag, \\(2,\\)", (rows, indices, offsets, weights, torch.ones(3, dtype=torch.bool))),
+        ("pass one bool per bag, \\(2,\\)", (rows, indices, offsets, weights, torch.ones(2))),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            interpreted.row_sums(*arguments)
+    for message, arguments in [
+        ("right is torch.float64: the Triton kernels take", (rows, indices, rows.double(), indices)),
+        ("left has 7 columns and right 6", (rows, indices, rows[:, :6], indices)),
+        ("'right_indices': \\(3,\\)}: pass one element per entry", (rows, indices, rows, offsets)),
+        ("left_indices is torch.int32: pass int64", (rows, indices.int(), rows, indices)),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            interpreted.row_dots(*arguments)
+    features, _ = random_features(5, 70, torch.float32)
+    with pytest.raises(ValueError, match="rows has 4 rows for 5 tokens"):
+        interpreted.transposed_row_sums(rows, features, features.values)
+
+
+def test_available(interpreted, monkeypatch):
+    cpu = torch.zeros(1)
+    assert interpreted.available(cpu) and interpreted.available(cpu.bfloat16()) and interpreted.available(cpu.half())
+    assert not interpreted.available(cpu.double())
+    assert not triton_rows.available(cpu)
+    monkeypatch.setattr(interpreted, "triton", None)
+    assert not interpreted.available(cpu)
+
+
+def test_the_module_is_there_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    assert not load_copy("without_triton").available(torch.zeros(1))
+
+
+@pytest.fixture
+def compile_for_h100(tmp_path, monkeypatch):
+    """Compiles a kernel as a launch with 16-divisible shapes and pointers would; no GPU needed."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def compile_kernel(kernel, types, constants, num_warps):
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in signature}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", tmp_path / "cubin"], check=True, capture_output=True, text=True
+        )
+        return compiled.asm["ptx"], usage.stdout + usage.stderr
+
+    return compile_kernel
+
+
+@pytest.mark.parametrize("dtype, block", [("fp32", 256), ("fp32", 512), ("bf16", 256), ("bf16", 512), ("fp16", 512)])
+def test_row_sums_compile_for_an_h100(compile_for_h100, dtype, block):
+    types = dict.fromkeys(["rows", "weights", "out"], f"*{dtype}") | {"skip": "*i1"}
+    types |= dict.fromkeys(["indices", "offsets"], "*i64")
+    constants = {"HAS_SKIP": True, "BLOCK_E": triton_rows.SUM_ENTRIES, "BLOCK_C": block}
+    check_compiled(*compile_for_h100(triton_rows.row_sums_kernel, types, constants, 1))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_row_dots_compile_for_an_h100(compile_for_h100, dtype):
+    types = dict.fromkeys(["left", "right"], f"*{dtype}") | {"out": "*fp32"}
+    types |= dict.fromkeys(["left_indices", "right_indices"], "*i64")
+    constants = {"BLOCK_E": triton_rows.DOT_ENTRIES, "BLOCK_C": triton_rows.DOT_COLUMNS}
+    check_compiled(*compile_for_h100(triton_rows.row_dots_kernel, types, constants, triton_rows.DOT_WARPS))
+
+
+def check_compiled(ptx, usage):
+    assert "ld.global.v4.b32" in ptx, "rows are not loaded 16 bytes at a time"
+    assert not re.search(r"\b(atom|red)\.", ptx), "atomics make results differ from run to run"
+    assert "STACK:0" in usage and "LOCAL:0" in usage, f"registers are spilled: {usage}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@DTYPES
+def test_on_a_gpu_at_a_real_size(dtype):
+    """GPT-2's CLT: 12 target layers of 768, 24,576 features; 1,024 tokens with about 32 features, three hot ones."""
+    num_tokens, num_features, num_columns = 1024, 24576, 12 * 768
+    device = torch.device("cuda")
+    weight = random_rows(num_features, num_columns, dtype, seed=1, device=device)
+    grad = random_rows(num_tokens, num_columns, dtype, seed=2, device=device)
+    density = 29 / num_features
+    features, acts = random_features(num_tokens, num_features, dtype, [5, 77, 24575], device, density)
+    counts = features.by_feature[1].diff()  # computed here, since it may wait for the GPU
+
+    def run():
+        return (
+            triton_rows.row_sums(weight, features.indices, features.offsets, features.values),
+            triton_rows.row_dots(grad, features.tokens, weight, features.indices),
+            triton_rows.transposed_row_sums(grad, features, features.values),
+        )
+
+    assert triton_rows.available(weight)
+    first = run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+    sums, dots, transposed = first
+    # Some columns of everything in float64: the first, the last, and some around the border between two tiles.
+    columns = torch.tensor([*range(4), *range(508, 516), *range(num_columns - 4, num_columns)], device=device)
+    rows = weight[:, columns].double()
+    longest = int(features.offsets.diff().max())
+    assert_within_rounding(sums[:, columns], acts @ rows, acts.abs() @ rows.abs(), longest, dtype)
+    tokens, indices = features.tokens[-500:], features.indices[-500:]
+    products = grad[tokens].double() * weight[indices].double()
+    assert_within_rounding(dots[-500:], products.sum(1), products.abs().sum(1), num_columns, torch.float32)
+    rows = grad[:, columns].double()
+    exact, magnitude = acts.T @ rows, acts.abs().T @ rows.abs()
+    # PyTorch lets partial sums of the dense product of the hot features be rounded to half precision.
+    magnitude[counts.topk(64).indices] *= RESULT_ROUNDING[dtype] * 2**24
+    assert_within_rounding(transposed[:, columns], exact, magnitude, num_tokens, dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_with_offsets_beyond_32_bits():
+    """2^31 elements and more, read and written: 4 GiB each."""
+    num_rows, num_columns = 2**22 + 2, 512
+    rows = torch.zeros(num_rows, num_columns, dtype=torch.bfloat16, device="cuda")
+    rows[-1], rows[-2] = 3, 2
+    indices = torch.tensor([num_rows - 1, num_rows - 2], device="cuda")
+    offsets = torch.zeros(num_rows + 1, dtype=torch.int64, device="cuda")
+    offsets[-2:] = torch.tensor([1, 2])
+    out = triton_rows.row_sums(rows, indices, offsets, torch.ones(2, device="cuda"))
+    assert (out[-2] == 3).all() and (out[-1] == 2).all() and (out[:-2] == 0).all()
+    assert triton_rows.row_dots(rows, indices, rows, indices).tolist() == [9 * 512, 4 * 512]
