@@ -21,9 +21,9 @@ except ModuleNotFoundError:  # only Linux has it; `available` says so to whoever
     triton = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# A program of row_sums is one warp: this many columns, and in each round this many entries. The compiler then loads
-# the rows of a round before it adds up any, in 50 to 66 registers and without spilling (read off the machine code for
-# an H100; with several warps or longer rounds it loaded one row after the other).
+# A program of row_sums is one warp: this many columns (or twice as many), and in each round this many entries. The
+# compiler then has most or all rows of a round under way before it adds up any, in 51 to 66 registers without spilling
+# (read off the machine code for an H100; with several warps or longer rounds it loaded one row after the other).
 SUM_COLUMNS, SUM_ENTRIES = 256, 4
 # What one column tile of all rows may take of the L2 cache (50 MB on an H100), so that a row which several bags use
 # comes from memory once.
