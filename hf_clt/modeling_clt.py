@@ -500,6 +500,8 @@ class CrossLayerTranscoder(PreTrainedModel):
             ValueError: For a wrong shape, a value that is not finite, or `reparametrize` on a `per_source` CLT whose
                 `std_out` differs between layers (one row cannot carry several output scales).
         """
+        if self.lazy:
+            raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to normalise it")
         given = dict(zip(STATISTICS, (mean_in, std_in, mean_out, std_out), strict=True))
         shape = (self.config.num_layers, self.config.d_model)
         for name, value in given.items():

@@ -9,6 +9,7 @@ function says *what* stands there.
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,9 +52,15 @@ class LayerFeatures:
         The posting lists: the order of the entries by feature, shape `(nnz,)`, tokens ascending within a feature; and
         the offsets (F + 1,) of each feature's entries in this order.
         """
-        offsets = torch.zeros(self.num_features + 1, dtype=torch.int64, device=self.indices.device)
-        torch.cumsum(self.indices.bincount(minlength=self.num_features), dim=0, out=offsets[1:])
-        return self.indices.argsort(stable=True), offsets
+        indices = self.indices
+        offsets = torch.zeros(self.num_features + 1, dtype=torch.int64, device=indices.device)
+        torch.cumsum(count_by_feature(indices, self.num_features), dim=0, out=offsets[1:])
+        if indices.device.type == "cpu" and self.num_features <= 2**16:
+            # numpy sorts 16-bit numbers by radix, several times faster.
+            order = torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
+        else:
+            order = indices.argsort(stable=True)
+        return order, offsets
 
     def dense(self, values: Tensor) -> Tensor:
         """(N, F) with `values` (nnz,) at the listed entries and 0 elsewhere."""
@@ -91,16 +98,19 @@ class SparseFeatures:
     def active_counts(self) -> Tensor:
         """Number of tokens on which each feature is active, (L, F) int64."""
         return torch.stack(
-            [
-                torch.bincount(layer.indices[layer.values.detach() > 0], minlength=layer.num_features)
-                for layer in self.layers
-            ]
+            [count_by_feature(layer.indices, layer.num_features, layer.values.detach() > 0) for layer in self.layers]
         )
 
     def l0_per_layer(self) -> Tensor:
         """Mean number of active features per token in each layer, (L,) float32."""
         active = torch.stack([(layer.values.detach() > 0).sum() for layer in self.layers])
         return active.float() / max(1, self.layers[0].num_tokens)
+
+
+def count_by_feature(indices: Tensor, num_features: int, counted: Tensor | None = None) -> Tensor:
+    """Number of entries of each feature, (F,) int64, or of its `counted` ones. (`bincount` would wait for a GPU.)"""
+    ones = torch.ones_like(indices) if counted is None else counted.to(torch.int64)
+    return torch.zeros(num_features, dtype=torch.int64, device=indices.device).index_add_(0, indices, ones)
 
 
 def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:

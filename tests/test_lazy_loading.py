@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt import checkpoint_format as files
 from tests.reference import random_batch
 from tests.test_checkpoint_format import ALL_VARIANTS, VARIANTS, circuit_tracer_files_alone, trained
@@ -263,6 +263,11 @@ def test_training_is_refused(saved):
     with pytest.raises(ValueError, match=r"lazy=True.*load it without lazy to train"):
         lazy.train()
     lazy.eval()
+    with pytest.raises(ValueError, match=r"lazy=True.*load it without lazy to train"):
+        CLTTrainer(CLTTrainingArguments(output_dir="unused"), model=lazy)
+    ones = torch.ones(lazy.config.num_layers, lazy.config.d_model)
+    with pytest.raises(ValueError, match=r"lazy=True.*load it without lazy to normalise"):
+        lazy.set_normalization(ones, ones, ones, ones)
 
 
 def test_incomplete_files_are_refused_at_load(saved):

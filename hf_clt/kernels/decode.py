@@ -27,23 +27,24 @@ class _AddDecoded(torch.autograd.Function):
         rows = weight.reshape(weight.shape[0], -1)
         # jumprelu lists inactive features of its window: they write nothing, and get a gradient all the same. The GPU
         # kernels skip them by themselves; counting them here would wait for the GPU.
-        active = LayerFeatures(values, features.indices, features.offsets, features.num_features)
+        active, active_values = features, values
         if values.device.type == "cpu" and not values.all():
-            active = active.take(values.nonzero().squeeze(1))
-        if use_dense(active.values.numel(), active.num_tokens, active.num_features):
-            written = active.to_dense().to(rows.dtype) @ rows
+            entries = values.nonzero().squeeze(1)
+            active, active_values = features.take(entries), values[entries]
+        if use_dense(active_values.numel(), active.num_tokens, active.num_features):
+            written = active.dense(active_values).to(rows.dtype) @ rows
         else:
-            written = row_sums(rows, active.indices, active.offsets, active.values)
+            written = row_sums(rows, active.indices, active.offsets, active_values)
         # A tied decoder has J = 1 and writes the same to all its targets.
         reconstruction[:, targets] += written.view(-1, *weight.shape[1:])
         ctx.mark_dirty(reconstruction)
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, active_values)
         ctx.features, ctx.active, ctx.targets = features, active, targets
         return reconstruction, squared_norms(rows) if with_squares else None
 
     @staticmethod
     def backward(ctx, grad, grad_squares):
-        (weight,) = ctx.saved_tensors
+        weight, active_values = ctx.saved_tensors
         features, active = ctx.features, ctx.active
         rows = weight.reshape(weight.shape[0], -1)
         grad_values = grad_rows = None
@@ -53,9 +54,9 @@ class _AddDecoded(torch.autograd.Function):
                 grad_written = grad_written.sum(dim=1, keepdim=True)
             grad_written = grad_written.reshape(grad.shape[0], -1).to(rows.dtype)
             if ctx.needs_input_grad[1]:
-                grad_values = entry_dots(grad_written, rows, features).to(active.values.dtype)
+                grad_values = entry_dots(grad_written, rows, features).to(active_values.dtype)
             if ctx.needs_input_grad[2]:
-                grad_rows = transposed_row_sums(grad_written, active, active.values)
+                grad_rows = transposed_row_sums(grad_written, active, active_values)
         if grad_squares is not None and ctx.needs_input_grad[2]:
             slope = 2 * grad_squares.to(rows.dtype)[:, None]
             grad_rows = slope * rows if grad_rows is None else grad_rows.addcmul_(slope, rows)

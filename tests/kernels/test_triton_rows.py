@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_clt.kernels import rows as rows_module
 from hf_clt.kernels import triton_rows
 from hf_clt.sparsity import LayerFeatures
+from tests.reference import random_batch, random_clt
 
 
 triton = pytest.importorskip("triton")
 
+STEP = {"jumprelu_bandwidth": 0.5, "sparsity_lambda": 0.7, "preactivation_coef": 0.2, "aux_coef": 0.4, "aux_k": 2}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 COLUMNS = pytest.mark.parametrize("num_columns", [1, 7, 300, 2304])
 # Empty, one entry, a round, rounds with every possible rest, empty at the end.
@@ -386,3 +389,32 @@ def test_on_a_gpu_with_offsets_beyond_32_bits():
     out = triton_rows.row_sums(rows, indices, offsets, torch.ones(2, device="cuda"))
     assert (out[-2] == 3).all() and (out[-1] == 2).all() and (out[:-2] == 0).all()
     assert triton_rows.row_dots(rows, indices, rows, indices).tolist() == [9 * 512, 4 * 512]
+
+
+@pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
+def test_a_training_step_of_the_model_through_the_kernels(interpreted, monkeypatch, activation, tying):
+    """Loss and every gradient as with the CPU operators, in float32; rounding of sums of at most 100 products."""
+    clt = random_clt(double=False, activation_fn=activation, decoder_tying=tying, **STEP)
+    inputs, labels = (tensor.float() for tensor in random_batch(clt))
+    dead = torch.zeros(clt.config.num_layers, clt.config.num_features, dtype=torch.bool)
+    dead[1, 3:6] = True
+
+    def step():
+        loss = clt.train()(inputs, labels=labels, dead=dead).loss
+        return [loss, *torch.autograd.grad(loss, list(clt.parameters()), allow_unused=True)]
+
+    monkeypatch.setattr(rows_module, "DENSE_ABOVE", 1.0)
+    wanted = step()
+    calls = []
+
+    def use_triton(rows):
+        calls.append(rows.shape)
+        return True
+
+    monkeypatch.setattr(rows_module, "triton_rows", interpreted)
+    monkeypatch.setattr(rows_module, "use_triton", use_triton)
+    found = step()
+    assert len(calls) > 3 * clt.config.num_layers
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
