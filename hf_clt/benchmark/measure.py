@@ -23,7 +23,7 @@ from ..harvest.normalization import set_firing_rate
 from ..harvest.tokens import TokenStream, load_text_dataset
 from ..modeling_clt import CrossLayerTranscoder
 from ..training.arguments import CLTTrainingArguments
-from ..training.setup import keep_freed_memory, make_optimizer
+from ..training.setup import make_optimizer, prepare_cpu
 from ..training.trainer import CLTTrainer
 from .cases import Case
 from .dense_reference import dense_losses
@@ -156,6 +156,8 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
     device = torch.device(case.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # events are recorded on the current one
+    if device.type == "cpu":
+        prepare_cpu()  # as the trainer does; both sides gain
     pool = load_file(activations) if activations is not None else None
     before = memory_in_use(device)
     clt = make_clt(case, pool)
@@ -166,8 +168,6 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         )
     else:
         optimizer = torch.optim.Adam(clt.parameters(), lr=case.learning_rate, fused=True)
-    if device.type == "cpu":
-        keep_freed_memory()  # as the trainer does; both sides gain
     reset_peak_memory(device)
 
     data = batches(case, pool)

@@ -154,12 +154,18 @@ class CLTTrainingArguments:
         "Optimizer updates to make. Each sees --batch-size x --gradient-accumulation-steps tokens per process; the "
         "text is read again when it runs out.",
     )
-    optimizer: Literal["adam", "adamw"] = _arg("optimisation", "adam", "adam, or adamw for --weight-decay.")
+    optimizer: Literal["adam", "adamw", "adam_compact"] = _arg(
+        "optimisation",
+        "adam",
+        "adam, or adamw for --weight-decay: 8 bytes of state per float32 weight. adam_compact: 2 bytes, with one "
+        "second moment per feature and the first moment in float16 (NMSE 1 to 3 % below adam's on a made dictionary); "
+        "almost none with --adam-beta1 0 (4 % above with topk, a third with jumprelu).",
+    )
     adam_beta1: float = _arg("optimisation", 0.9, "Decay of the optimizer's mean of gradients, per update.")
     adam_beta2: float = _arg("optimisation", 0.999, "Decay of the optimizer's mean of squared gradients, per update.")
     adam_epsilon: float = _arg("optimisation", 1e-8, "Added to the root of the mean squared gradient.")
     weight_decay: float = _arg(
-        "optimisation", 0.0, "Decoupled weight decay of adamw; never applied to biases and thresholds."
+        "optimisation", 0.0, "Decoupled weight decay of adamw and adam_compact; never on biases and thresholds."
     )
     lr_scheduler: Literal["linear", "cosine", "constant", "none"] = _arg(
         "optimisation",
@@ -295,7 +301,7 @@ class CLTTrainingArguments:
                 f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler='none'; choose "
                 "lr_scheduler='constant'"
             )
-        if self.weight_decay and self.optimizer != "adamw":
+        if self.weight_decay and self.optimizer == "adam":
             raise ValueError(
                 f"weight_decay={self.weight_decay} has no effect with optimizer={self.optimizer!r}; choose "
                 "optimizer='adamw'"

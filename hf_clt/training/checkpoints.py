@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .optimizers import state_entries
+
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -130,8 +132,19 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def load_optimizer_tensors(model, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Restores what `optimizer_tensors` gave."""
+    """
+    Restores what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: If they are of another optimizer.
+    """
     parameters = dict(model.named_parameters())
+    found, expected = {key.rpartition(":")[2] for key in tensors}, state_entries(optimizer)
+    if tensors and found != expected:
+        raise ValueError(
+            f"the checkpoint's optimizer state is {', '.join(sorted(found))}, and this run's would be "
+            f"{', '.join(sorted(expected))}; resume with the same --optimizer and --adam-beta1"
+        )
     for key, value in tensors.items():
         name, _, entry = key.rpartition(":")
         optimizer.state[parameters[name]][entry] = value.to(parameters[name].device).clone()

@@ -37,9 +37,9 @@ from .schedules import learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
     check_fit,
     check_output_dir,
-    keep_freed_memory,
     make_accelerator,
     make_optimizer,
+    prepare_cpu,
     remove_run,
     start_trackers,
 )
@@ -82,6 +82,8 @@ class CLTTrainer:
         self.config = model.config if config is None else config
         self.output_dir = Path(args.output_dir)
         self.accelerator = make_accelerator(args)
+        if self.accelerator.device.type == "cpu":
+            prepare_cpu()
         self.resume_from = None
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
@@ -218,8 +220,6 @@ class CLTTrainer:
         """
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
         shared = own = None
         if self.resume_from is None:
             self._prepare_model()

@@ -25,6 +25,22 @@ print(before, faults())
 """
 
 
+FLUSH = """
+import torch
+from hf_clt.training.setup import prepare_cpu
+
+prepare_cpu()
+torch.set_num_threads(2)
+tiny = torch.full((1 << 22,), 2.0**-130)
+print(int((tiny * 0.5).count_nonzero()))
+"""
+
+
+def test_no_thread_computes_with_denormal_numbers():
+    done = subprocess.run([sys.executable, "-c", FLUSH], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 0
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_freed_memory_is_kept():
     """Counted in page faults: 200 MB are 50,000 small pages or 100 huge ones, each time that they come anew."""
