@@ -31,7 +31,7 @@ class _AddDecoded(torch.autograd.Function):
         if values.device.type == "cpu" and not values.all():
             entries = values.nonzero().squeeze(1)
             active, active_values = features.take(entries), values[entries]
-        if use_dense(active_values.numel(), active.num_tokens, active.num_features):
+        if use_dense(active_values, active.num_tokens, active.num_features):
             written = active.dense(active_values).to(rows.dtype) @ rows
         else:
             written = row_sums(rows, active.indices, active.offsets, active_values)
@@ -75,7 +75,7 @@ def entry_dots(grad_written: Tensor, rows: Tensor, features: LayerFeatures) -> T
     Returns:
         (nnz,).
     """
-    if use_dense(features.indices.numel(), features.num_tokens, features.num_features):
+    if use_dense(features.indices, features.num_tokens, features.num_features):
         return (grad_written @ rows.T)[features.tokens, features.indices]
     order, _ = features.by_feature  # by feature, so that each decoder row is read once
     dots = row_dots(grad_written, features.tokens[order], rows, features.indices[order])

@@ -15,13 +15,15 @@ from ..sparsity import LayerFeatures
 from . import triton_rows
 
 
-# Above this share of listed entries one matrix product is faster than gathering rows (measured on CPU: 4 to 5 %).
-DENSE_ABOVE = 0.04
+# Above this share of listed entries one matrix product is faster than gathering rows: measured on a CPU
+# (scripts/measure_crossover.py); on a GPU only modelled, from the rates of tensor cores and memory of an H100.
+DENSE_ABOVE, DENSE_ABOVE_GPU = 0.08, 0.01
 
 
-def use_dense(num_entries: int, num_tokens: int, num_features: int) -> bool:
-    """Whether one matrix product beats gathering the listed rows."""
-    return num_entries > DENSE_ABOVE * num_tokens * num_features
+def use_dense(entries: Tensor, num_tokens: int, num_features: int) -> bool:
+    """Whether one matrix product beats gathering the rows of the listed entries, a vector with one element each."""
+    share = DENSE_ABOVE_GPU if entries.is_cuda else DENSE_ABOVE
+    return entries.numel() > share * num_tokens * num_features
 
 
 def use_triton(rows: Tensor) -> bool:
@@ -96,7 +98,7 @@ def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor) -
         (F, C), in the dtype of `rows`.
     """
     values = values.to(rows.dtype)
-    if use_dense(values.numel(), features.num_tokens, features.num_features):
+    if use_dense(values, features.num_tokens, features.num_features):
         return features.dense(values).T @ rows
     if use_triton(rows):
         return triton_rows.transposed_row_sums(rows, features, values)
