@@ -256,7 +256,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         x = self._normalized_inputs(inputs)
         dead_lists = None if dead is None or labels is None else self._dead_lists(dead)
         features, dead_pre_activations = self._features(x, self.training, self.training, dead_lists)
-        wants_norms = labels is not None and (config.sparsity_lambda > 0 or dead_lists is not None)
+        penalises = config.sparsity_lambda > 0
+        revives = dead_lists is not None and config.activation_fn not in TOPK_FAMILY
+        wants_norms = labels is not None and (penalises or revives)
         normalized, norms = self._decode(features, x, with_norms=wants_norms)
         reconstruction = self._denormalize(normalized, inputs.shape[:-2])
         sparse = SparseFeatures(features, inputs.shape[:-2])
@@ -268,9 +270,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         targets = self._normalized_targets(labels)
         error = reconstruction_loss(targets, normalized)
         penalty = preactivation = auxiliary = 0 * error  # an absent term can be back-propagated as well
-        if config.sparsity_lambda > 0:
+        if penalises:
             penalty = config.sparsity_lambda * sparsity_scale * sparsity_loss(features, norms, config.sparsity_c)
-        if dead_lists is not None and config.activation_fn not in TOPK_FAMILY:
+        if revives:
             preactivation = config.preactivation_coef * preactivation_loss(
                 dead_pre_activations, self._thresholds_or_zero(), norms, dead_lists
             )
