@@ -34,11 +34,11 @@ from .sparsity import (
     SparseFeatures,
     batchtopk_over_layers,
     entries_at,
+    features_at,
     positions_batchtopk,
     positions_topk,
     sparse_from_dense,
     topk_over_layers,
-    true_positions,
 )
 
 
@@ -402,7 +402,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         if config.activation_fn == "jumprelu" and training and grad:
             # Inactive features inside the straight-through window receive gradient for their threshold.
             lower = theta - config.jumprelu_bandwidth / 2
-        return entries_at(h, true_positions(h > lower))
+        return features_at(h, h > lower)
 
     def _activate(self, features: LayerFeatures, theta: Tensor | None) -> LayerFeatures:
         """The activation function on selected pre-activations; what relu and a fixed gate select, they keep."""

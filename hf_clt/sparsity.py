@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 
-GROUP = 16  # entries whose maximum stands for them in the first round of an exact top-k
-WORD = 8  # flags that are searched at once, as one int64
+GROUPS = (64, 32, 16)  # entries whose maximum stands for them in the first round of an exact top-k
 
 
 @dataclass
@@ -52,15 +51,7 @@ class LayerFeatures:
         The posting lists: the order of the entries by feature, shape `(nnz,)`, tokens ascending within a feature; and
         the offsets (F + 1,) of each feature's entries in this order.
         """
-        indices = self.indices
-        offsets = torch.zeros(self.num_features + 1, dtype=torch.int64, device=indices.device)
-        torch.cumsum(count_by_feature(indices, self.num_features), dim=0, out=offsets[1:])
-        if indices.device.type == "cpu" and self.num_features <= 2**16:
-            # numpy sorts 16-bit numbers by radix, several times faster.
-            order = torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
-        else:
-            order = indices.argsort(stable=True)
-        return order, offsets
+        return stable_order(self.indices, self.num_features), offsets_of(self.indices, self.num_features)
 
     def dense(self, values: Tensor) -> Tensor:
         """(N, F) with `values` (nnz,) at the listed entries and 0 elsewhere."""
@@ -113,18 +104,53 @@ def count_by_feature(indices: Tensor, num_features: int, counted: Tensor | None 
     return torch.zeros(num_features, dtype=torch.int64, device=indices.device).index_add_(0, indices, ones)
 
 
+def offsets_of(indices: Tensor, size: int) -> Tensor:
+    """Where each index below `size` begins when the entries are in ascending order of `indices`, (size + 1,) int64."""
+    offsets = torch.zeros(size + 1, dtype=torch.int64, device=indices.device)
+    torch.cumsum(count_by_feature(indices, size), dim=0, out=offsets[1:])
+    return offsets
+
+
+def stable_order(indices: Tensor, size: int) -> Tensor:
+    """The stable ascending order of `indices` (nnz,), which are below `size`."""
+    if indices.device.type == "cpu" and size <= 2**16:
+        # numpy sorts 16-bit numbers by radix, several times faster.
+        return torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
+    return indices.argsort(stable=True)
+
+
+def is_stored_by_feature(values: Tensor) -> bool:
+    """Whether the memory of `values` (N, F) is an (F, N) matrix, as that of [`encode_dense`] on a CPU is."""
+    return values.T.is_contiguous() and not values.is_contiguous()
+
+
+def in_storage_order(values: Tensor) -> Tensor:
+    """`values` (N, F) as a vector: token by token, or feature by feature where they are stored so."""
+    return values.T.flatten() if is_stored_by_feature(values) else values.flatten()
+
+
 def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:
-    """The entries of `values` (N, F) at ascending flat `positions` (nnz,); differentiable in `values`."""
+    """
+    The entries of `values` (N, F) at ascending flat `positions` (nnz,) in storage order; differentiable in `values`.
+    """
     num_tokens, num_features = values.shape
-    starts = torch.arange(num_tokens + 1, device=values.device) * num_features
-    return LayerFeatures(
-        values.flatten()[positions], positions % num_features, torch.searchsorted(positions, starts), num_features
-    )
+    chosen = in_storage_order(values)[positions]
+    if not is_stored_by_feature(values):
+        starts = torch.arange(num_tokens + 1, device=values.device) * num_features
+        return LayerFeatures(chosen, positions % num_features, torch.searchsorted(positions, starts), num_features)
+    # The positions are the posting lists already; what has to be found is the order by token.
+    indices, tokens = positions // num_tokens, positions % num_tokens
+    order = stable_order(tokens, num_tokens)
+    features = LayerFeatures(chosen[order], indices[order], offsets_of(tokens, num_tokens), num_features)
+    by_feature = torch.empty_like(order)
+    by_feature[order] = torch.arange(len(order), device=order.device)
+    features.by_feature = by_feature, offsets_of(indices, num_features)
+    return features
 
 
 def features_at(values: Tensor, support: Tensor) -> LayerFeatures:
     """The entries of `values` (N, F) at the true entries of `support` (N, F); differentiable in `values`."""
-    return entries_at(values, true_positions(support))
+    return entries_at(values, true_positions(support.T if is_stored_by_feature(values) else support))
 
 
 def sparse_from_dense(acts: Tensor) -> SparseFeatures:
@@ -176,44 +202,79 @@ def sum_by_feature(features: LayerFeatures, values: Tensor) -> Tensor:
 
 
 def true_positions(mask: Tensor) -> Tensor:
-    """
-    Flat positions of the true entries of a bool tensor, ascending.
-
-    On a CPU, where `nonzero` looks at one entry after the other, eight flags at a time are compared with zero.
-    """
+    """Flat positions of the true entries of a bool tensor, ascending. (On a CPU numpy looks at many at a time.)"""
     flat = mask.flatten()
-    if flat.device.type != "cpu" or flat.numel() % WORD:
-        return flat.nonzero().squeeze(1)
-    words = flat.view(torch.int64).nonzero()
-    if words.numel() > flat.numel() // (4 * WORD):  # crowded: looking at the words was in vain
-        return flat.nonzero().squeeze(1)
-    positions = (words * WORD + torch.arange(WORD)).flatten()
-    return positions[flat[positions]]
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flat.numpy()))
+    return flat.nonzero().squeeze(1)
 
 
 def positions_topk(h: Tensor, k: int) -> Tensor:
     """
-    Flat positions of the k largest entries of each row of `h` (N, F), ascending, k·N in all.
+    Flat positions, in storage order, of the k largest entries of each row of `h` (N, F), ascending, k·N in all.
+
+    Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima.
     """
     num_tokens, num_features = h.shape
-    width = num_features // GROUP
-    if num_features % GROUP or k * GROUP > num_features // 2:
+    by_feature = is_stored_by_feature(h)
+    sizes = [size for size in GROUPS if num_features % size == 0 and k * size <= num_features // 2]
+    if sizes and by_feature and h.dtype in (torch.float32, torch.float64):
+        positions = _positions_topk_above_cut(h.T, k, max(sizes))
+        if positions is not None:
+            return positions
+    if not sizes:
         columns = h.topk(k, dim=1, sorted=False).indices
     else:
-        # Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima. A
-        # group is every `width`-th column, so that the maxima are taken over whole rows at a time.
-        groups = h.view(num_tokens, GROUP, width).amax(dim=1).topk(k, dim=1, sorted=False).indices
+        size = min(sizes, key=lambda size: num_features / size + k * size)  # entries seen in both rounds
+        # A group is every `width`-th column, so that the maxima are taken over whole rows at a time.
+        width = num_features // size
+        groups = h.reshape(num_tokens, size, width).amax(dim=1).topk(k, dim=1, sorted=False).indices
         members = torch.arange(0, num_features, width, device=h.device)
         candidates = (groups[:, None, :] + members[:, None]).flatten(1)
         best = h.gather(1, candidates).topk(k, dim=1, sorted=False).indices
         columns = candidates.gather(1, best)
-    starts = torch.arange(num_tokens, device=h.device) * num_features
-    return (columns.sort(dim=1).values + starts[:, None]).flatten()
+    tokens = torch.arange(num_tokens, device=h.device)[:, None]
+    if by_feature:
+        return (columns * num_tokens + tokens).flatten().sort().values
+    return (columns.sort(dim=1).values + tokens * num_features).flatten()
+
+
+def _positions_topk_above_cut(h: Tensor, k: int, size: int) -> Tensor | None:
+    """
+    [`positions_topk`] of `h` (F, N), on a CPU: the k-th largest maximum of a token's groups of `size` features is a
+    cut that hardly more than k of its entries reach, and these are ranked. None where ties or NaN leave more or fewer
+    than k.
+    """
+    num_features, num_tokens = h.shape
+    cut = kth_largest(h.view(num_features // size, size, num_tokens).amax(dim=1).T, k)
+    below = np.less(h.numpy(), cut.numpy())  # NaN is not, and is ranked above all, as topk does
+    candidates = true_positions(torch.from_numpy(np.logical_not(below, out=below)))
+    tokens = candidates % num_tokens
+    counts = count_by_feature(tokens, num_tokens)
+    if len(candidates) > 2 * k * num_tokens or counts.amin() < k:
+        return None
+    # One row per token with its candidates, filled up with -inf.
+    order = stable_order(tokens, num_tokens)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[tokens[order]]
+    values = h.flatten()[candidates]
+    rows = values.new_full((num_tokens, int(counts.amax())), -torch.inf)
+    rows[tokens, places] = values
+    kept = candidates[values >= kth_largest(rows, k)[tokens]]
+    return kept if len(kept) == k * num_tokens else None
+
+
+def kth_largest(rows: Tensor, k: int) -> Tensor:
+    """The k-th largest entry of each row, (rows,); float32 or float64, on a CPU."""
+    place = rows.shape[1] - k
+    return torch.from_numpy(np.partition(rows.contiguous().numpy(), place, axis=1)[:, place].copy())
 
 
 def positions_batchtopk(h: Tensor, count: int) -> Tensor:
-    """Flat positions of the `count` largest entries of `h` (N, F) (Bussmann et al. 2024), ascending."""
-    return largest(h.flatten(), count).sort().values
+    """
+    Flat positions, in storage order, of the `count` largest entries of `h` (N, F) (Bussmann et al. 2024), ascending.
+    """
+    return largest(in_storage_order(h), count).sort().values
 
 
 def topk_over_layers(candidates: list[LayerFeatures], k: int) -> list[LayerFeatures]:
@@ -248,7 +309,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """
     size = values.numel()
     if values.device.type == "cpu" and size > 16 * count and size > 100_000:
-        sample = values[:: size // 20_000]
+        sample = values[:: size // 20_000 | 1]  # odd: a step of N or F would see one token or feature alone
         keep = min(sample.numel(), int(1.5 * sample.numel() * count / size) + 20)
         candidates = true_positions(values >= sample.topk(keep, sorted=False).values.min())
         if candidates.numel() >= count:
@@ -264,6 +325,8 @@ __all__ = [
     "batchtopk_over_layers",
     "entries_at",
     "features_at",
+    "in_storage_order",
+    "is_stored_by_feature",
     "largest",
     "positions_batchtopk",
     "positions_topk",

@@ -120,6 +120,26 @@ def check_positions(positions, h, count):
     torch.testing.assert_close(h.flatten()[positions].sort(descending=True).values, expected, rtol=0, atol=0)
 
 
+def stored_by_feature(values):
+    """The same matrix (N, F), its memory that of an (F, N) one."""
+    return values.T.contiguous().T
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (1, 5), (9, 1), (0, 5), (6, 64)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_entries_do_not_depend_on_the_storage_order(shape, density):
+    values = torch.randn(shape, generator=generator(), dtype=torch.float64)
+    support = torch.rand(shape, generator=generator(1)) < density
+    found, wanted = features_at(stored_by_feature(values), support), features_at(values, support)
+    for name in ("values", "indices", "offsets", "tokens"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    for a, b in zip(found.by_feature, wanted.by_feature, strict=True):
+        assert torch.equal(a, b)
+    leaf = values.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(features_at(stored_by_feature(leaf), support).values.pow(2).sum(), leaf)
+    assert torch.equal(grad, 2 * values * support)
+
+
 @pytest.mark.parametrize("num_features, k", [(8, 1), (8, 3), (8, 8), (37, 5), (256, 1), (256, 8), (256, 9), (640, 20)])
 @pytest.mark.parametrize("kind", ["random", "few values", "ascending", "one group", "all the same", "bfloat16"])
 def test_topk_of_each_token(num_features, k, kind):
@@ -138,12 +158,30 @@ def test_topk_of_each_token(num_features, k, kind):
     positions = positions_topk(h, k).view(6, k)
     for n in range(6):
         check_positions(positions[n] - n * num_features, h[n], k)
+    h = stored_by_feature(h)
+    positions = positions_topk(h, k)
+    assert (positions.diff() > 0).all()
+    entries = entries_at(h, positions)
+    assert torch.equal(entries.offsets, torch.arange(7) * k)
+    for n, chosen in enumerate(entries.indices.view(6, k)):
+        check_positions(chosen, h[n], k)
+
+
+def test_topk_with_nan_keeps_k_of_each_token():
+    """The loss is NaN then, and stops the run with a clear error; the selection itself must not fail."""
+    h = torch.randn(6, 256, generator=generator())
+    h[2, 17] = torch.nan
+    for layout in (h, stored_by_feature(h)):
+        entries = entries_at(layout, positions_topk(layout, 4))
+        assert torch.equal(entries.offsets, torch.arange(7) * 4)
+        assert entries.values.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("count", [1, 6, 18, 48])
 def test_batchtopk(count):
     h = torch.randn(6, 8, generator=generator())
     check_positions(positions_batchtopk(h, count), h, count)
+    check_positions(positions_batchtopk(stored_by_feature(h), count), h.T, count)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])

@@ -18,42 +18,42 @@ def dense_flops(case: Case) -> int:
 
 
 def active_costs(
-    case: Case, active: list[float], listed: list[float], parameter_bytes: int, optimizer_bytes: int
+    case: Case, active_rows: list[int], listed_rows: list[int], parameter_bytes: int, optimizer_bytes: int
 ) -> dict:
     """
-    What a step that computes only what is active cannot avoid.
+    What a step that computes only what is active cannot avoid, if every cache did all that a cache can.
 
     - `encoder_flops` = 2·N·F·D·L: the encoders' forward product, which alone says what is active.
-    - `gather_bytes` = Σ_s N · w·J_s·D · (2·active_s + listed_s), w bytes per weight: an active feature's row of J_s·D
-      weights is read forward; every listed one's again backward, for the gradient of its activation (jumprelu lists
-      features inside the window that are not active); and for the gradient of an active feature's row, as many
-      gradients of the reconstruction are read.
+    - `decoder_bytes` = Σ_s w·J_s·D · (active_s + listed_s), w bytes per weight: the row of J_s·D weights of a feature
+      that is active on any token is read forward; that of one listed on any token again backward, for the gradient of
+      its activation (jumprelu lists features inside the window that are not active). A feature that fires on several
+      tokens is counted once: a cache may keep its row.
     - `gradient_bytes`: every gradient is written once.
     - `optimizer_bytes`: parameter and gradient read, parameter written, and the optimizer's state read and written.
       For Adam in one format: 7 times the parameters (reads p, g, m, v; writes p, m, v).
 
-    Selection, the rows of the encoders' gradients and what is of the size of the batch are not counted, so the limit
-    is a little lower than what any implementation can reach.
+    Selection, the decoders' norms, the sums themselves and what is of the size of the batch are not counted, so the
+    limit is lower than what any implementation can reach.
 
     Args:
         case: The shape.
-        active: Active features per token in each layer.
-        listed: Features per token in each layer that are active or receive gradient.
+        active_rows: How many different features are active in each layer's batch.
+        listed_rows: How many are active or receive gradient.
         parameter_bytes: Size of all parameters.
         optimizer_bytes: Size of the optimizer's state.
 
     Returns:
-        `dict` of the four counts, and `gather_bytes_per_layer`.
+        `dict` of the four counts, and `decoder_bytes_per_layer`.
     """
     weight = 2 if case.dtype == "bfloat16" else 4
-    gathers = [
-        round(case.tokens * (2 * here + here_listed)) * weight * targets * case.d_model
-        for targets, here, here_listed in zip(case.targets, active, listed, strict=True)
+    rows = [
+        (here + here_listed) * weight * targets * case.d_model
+        for targets, here, here_listed in zip(case.targets, active_rows, listed_rows, strict=True)
     ]
     return {
         "encoder_flops": 2 * case.tokens * case.num_features * case.d_model * case.num_layers,
-        "gather_bytes": sum(gathers),
-        "gather_bytes_per_layer": gathers,
+        "decoder_bytes": sum(rows),
+        "decoder_bytes_per_layer": rows,
         "gradient_bytes": parameter_bytes,
         "optimizer_bytes": 3 * parameter_bytes + 2 * optimizer_bytes,
     }
@@ -63,8 +63,7 @@ def limit_seconds(case: Case, costs: dict, rates: dict) -> dict[str, float]:
     """
     The time that the counts need at the machine's rates, one after the other.
 
-    A source layer's decoder costs what is cheaper, gathering its active rows or three dense products: with many active
-    features the products win.
+    A source layer's decoder costs what is cheaper, reading its rows or three dense products.
 
     Args:
         case: The shape.
@@ -77,8 +76,8 @@ def limit_seconds(case: Case, costs: dict, rates: dict) -> dict[str, float]:
     """
     product = 3 * 2 * case.tokens * case.num_features * case.d_model / rates["gemm_decoder"]
     decoder = sum(
-        min(gathered / rates["read"], product * targets)
-        for targets, gathered in zip(case.targets, costs["gather_bytes_per_layer"], strict=True)
+        min(size / rates["read"], product * targets)
+        for targets, size in zip(case.targets, costs["decoder_bytes_per_layer"], strict=True)
     )
     seconds = {
         "encoder": costs["encoder_flops"] / rates["gemm_encoder"],

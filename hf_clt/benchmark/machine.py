@@ -49,7 +49,7 @@ def measure_rates(case: Case, stream_bytes: int = STREAM_BYTES, at_least: float 
 
     Returns:
         `dict`: `gemm_encoder` (N, D) x (D, F) and `gemm_decoder` (N, F) x (F, J·D), J the mean number of target
-        layers, in operations per second; `read`, `write` and `update` (each element read and written in place; both
+        layers, each or its transpose, whichever is faster, in operations per second; `read`, `write` and `update` (each element read and written in place; both
         count) in bytes per second.
     """
     device, dtype = torch.device(case.device), getattr(torch, case.product_dtype)
@@ -61,10 +61,11 @@ def measure_rates(case: Case, stream_bytes: int = STREAM_BYTES, at_least: float 
     ):
         a = torch.randn(rows, inner, device=device, dtype=dtype)
         b = torch.randn(columns, inner, device=device, dtype=dtype).T  # stored as a weight is
-        out = torch.empty(rows, columns, device=device, dtype=dtype)
-        seconds = best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, at_least)
-        rates[name] = 2 * rows * inner * columns / seconds
-        del a, b, out
+        out = torch.empty(rows * columns, device=device, dtype=dtype)
+        ways = ((a, b, out.view(rows, columns)), (b.T, a.T, out.view(columns, rows)))
+        seconds = [best_seconds(lambda w=way: torch.mm(*w[:2], out=w[2]), device, at_least / 2) for way in ways]
+        rates[name] = 2 * rows * inner * columns / min(seconds)
+        del a, b, out, ways
     stream = torch.ones(max(1, stream_bytes // (4 * STREAM_COLUMNS)), STREAM_COLUMNS, device=device)
     size, ones = stream.numel() * 4, torch.ones(STREAM_COLUMNS, device=device)
     rates["read"] = size / best_seconds(

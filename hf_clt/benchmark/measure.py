@@ -150,7 +150,8 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
     Returns:
         `dict`: seconds of each timed step for each phase; `peak_bytes` of a step beyond what was in use before the
         CLT was built (None where the system does not say); `parameter_bytes`, `optimizer_bytes`; `loss_first`, of
-        the first step; for ours `l0_first`, `l0_last` and `listed_last` per layer and token, and `ranges`, seconds per
+        the first step; for ours `l0_first`, `l0_last` and `listed_last` per layer and token, `active_rows` and
+        `listed_rows` of the last step, the number of different features in each layer, and `ranges`, seconds per
         step of each profiled range.
     """
     device = torch.device(case.device)
@@ -209,7 +210,8 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         for phase, seconds in zip(PHASES, clock.seconds(), strict=True):
             result[phase].append(seconds)
     result["l0_last"] = features["l0"] if features is not None else None
-    result["listed_last"] = features["listed"] if features is not None else None
+    for name in ("listed_last", "active_rows", "listed_rows"):
+        result[name] = features[name] if features is not None else None
 
     peak = peak_memory(device)
     result["peak_bytes"] = None if peak is None else peak - before
@@ -219,10 +221,14 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
     return result
 
 
-def feature_counts(features) -> dict[str, list[float]]:
-    """Active and listed features per token in each layer."""
-    listed = [layer.indices.numel() / max(1, layer.num_tokens) for layer in features.layers]
-    return {"l0": features.l0_per_layer().tolist(), "listed": listed}
+def feature_counts(features) -> dict[str, list]:
+    """Active and listed features per token in each layer, and how many different ones there are."""
+    return {
+        "l0": features.l0_per_layer().tolist(),
+        "listed_last": [layer.indices.numel() / max(1, layer.num_tokens) for layer in features.layers],
+        "active_rows": (features.active_counts() > 0).sum(dim=1).tolist(),
+        "listed_rows": [layer.indices.unique().numel() for layer in features.layers],
+    }
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -41,7 +41,9 @@ def summarize(case: Case, rates: dict[str, float], runs: list[dict], source: dic
     if dense is not None:
         check_same_loss(ours_runs[0]["loss_first"], dense_runs[0]["loss_first"])
     last = ours_runs[-1]
-    costs = active_costs(case, last["l0_last"], last["listed_last"], last["parameter_bytes"], last["optimizer_bytes"])
+    costs = active_costs(
+        case, last["active_rows"], last["listed_rows"], last["parameter_bytes"], last["optimizer_bytes"]
+    )
     limit = limit_seconds(case, costs, rates)
     flops = dense_flops(case)
     row = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
-from .rows import row_dots, row_sums, transposed_row_sums, use_dense
+from .rows import entry_dots, row_sums, transposed_row_sums, use_dense
 
 
 def decode_dense(acts: Tensor, weight: Tensor) -> Tensor:
@@ -61,25 +61,6 @@ class _AddDecoded(torch.autograd.Function):
             slope = 2 * grad_squares.to(rows.dtype)[:, None]
             grad_rows = slope * rows if grad_rows is None else grad_rows.addcmul_(slope, rows)
         return grad, grad_values, None if grad_rows is None else grad_rows.view_as(weight), None, None, None
-
-
-def entry_dots(grad_written: Tensor, rows: Tensor, features: LayerFeatures) -> Tensor:
-    """
-    The gradient of a sum of rows to its weights: for each entry, <grad_written of its token, row of its feature>.
-
-    Args:
-        grad_written: (N, C).
-        rows: (F, C).
-        features: The entries.
-
-    Returns:
-        (nnz,).
-    """
-    if use_dense(features.indices, features.num_tokens, features.num_features):
-        return (grad_written @ rows.T)[features.tokens, features.indices]
-    order, _ = features.by_feature  # by feature, so that each decoder row is read once
-    dots = row_dots(grad_written, features.tokens[order], rows, features.indices[order])
-    return torch.empty_like(dots).index_copy_(0, order, dots)
 
 
 def squared_norms(rows: Tensor) -> Tensor:

@@ -6,6 +6,9 @@ it is thrown away but for the selected entries, and the backward pass sums only 
 the dense one as the features are sparse.
 """
 
+from contextlib import nullcontext
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +18,27 @@ from .rows import row_dots, row_sums, transposed_row_sums
 
 
 def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """h = W x + b: (N, D) inputs and (F, D) encoder rows to (N, F). The reference."""
-    return F.linear(x, weight, bias)
+    """
+    h = W x + b: (N, D) inputs and (F, D) encoder rows to (N, F). The reference.
+
+    On a CPU the result is stored feature by feature: the product is a tenth faster this way round (its larger operand
+    is read as it lies in memory), and the selected entries come out in the order in which the backward pass uses them.
+    There autocast to bfloat16 is followed only if it pays, see [`multiplies_bfloat16`]; else the product is exact.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    with nullcontext() if multiplies_bfloat16() else torch.autocast("cpu", enabled=False):
+        return torch.addmm(bias[:, None], weight, x.T).T
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """
+    Whether this CPU has instructions for bfloat16 products. x86 processors before AVX512-BF16 and AMX emulate them,
+    which takes up to eight times as long as the float32 product.
+    """
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return found.get("architecture") != "x86_64" or found["avx512_bf16"] or found["amx_bf16"]
 
 
 class _PreActivations(torch.autograd.Function):
@@ -79,4 +101,4 @@ def pre_activations_at(
     return features, columns
 
 
-__all__ = ["encode_dense", "pre_activations_at"]
+__all__ = ["encode_dense", "multiplies_bfloat16", "pre_activations_at"]

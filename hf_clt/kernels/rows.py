@@ -19,6 +19,10 @@ from . import triton_rows
 # (scripts/measure_crossover.py); on a GPU only modelled, from the rates of tensor cores and memory of an H100.
 DENSE_ABOVE, DENSE_ABOVE_GPU = 0.08, 0.01
 
+# What a CPU gathers from again and again shall stay in its last-level cache: of a larger matrix, that many bytes of
+# columns at a time. Below this width the columns of a row no longer stream.
+CACHE_BYTES, NARROWEST = 12 * 2**20, 128
+
 
 def use_dense(entries: Tensor, num_tokens: int, num_features: int) -> bool:
     """Whether one matrix product beats gathering the rows of the listed entries, a vector with one element each."""
@@ -59,7 +63,29 @@ def row_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     weights = weights.to(rows.dtype)
     if use_triton(rows):
         return triton_rows.row_sums(rows, indices, offsets, weights)
+    num_rows, num_columns = rows.shape
+    count = num_tiles(rows) if rows.is_contiguous() and indices.numel() > 2 * num_rows else 1
+    if count == 1:
+        return bag_sums(indices, rows, offsets, weights)
+    tiles, width = rows.view(num_rows * count, -1), num_columns // count
+    first, out = indices * count, rows.new_empty(offsets.numel() - 1, num_columns)
+    for i, columns in enumerate(out.split(width, dim=1)):
+        columns.copy_(bag_sums(first + i, tiles, offsets, weights))
+    return out
+
+
+def bag_sums(indices: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def num_tiles(rows: Tensor) -> int:
+    """Into how many tiles of equal width a CPU should cut the columns of `rows` (R, C) to gather from each in turn."""
+    num_rows, num_columns = rows.shape
+    size = num_rows * num_columns * rows.element_size()
+    if size <= 3 * CACHE_BYTES:  # reading short pieces of rows costs more than the cache saves
+        return 1
+    widest = max(num_columns * CACHE_BYTES // size, NARROWEST)
+    return next(n for n in range(1, num_columns + 1) if num_columns % n == 0 and num_columns // n <= widest)
 
 
 def row_dots(left: Tensor, left_indices: Tensor, right: Tensor, right_indices: Tensor) -> Tensor:
@@ -85,6 +111,33 @@ def row_dots(left: Tensor, left_indices: Tensor, right: Tensor, right_indices: T
     )
 
 
+def entry_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
+    """
+    <left[n], right[f]> at the listed entries (n, f) of the product left · rightᵀ, (N, F): the gradient of activations.
+
+    Args:
+        left: (N, C).
+        right: (F, C), of the same dtype.
+        features: Lists the entries; its values are not read.
+
+    Returns:
+        (nnz,), in the order of the entries.
+    """
+    if use_dense(features.indices, features.num_tokens, features.num_features):
+        return (left @ right.T)[features.tokens, features.indices]
+    order, offsets = features.by_feature  # by feature, so that each row of `right` is read once
+    tokens = features.tokens[order]
+    count = num_tiles(left)
+    if count > 1 and has_sparse_product(left):
+        places = torch.sparse_csr_tensor(offsets, tokens, left.new_zeros(len(order)), (len(right), len(left)))
+        width = left.shape[1] // count
+        tiles = zip(right.split(width, dim=1), left.T.split(width), strict=True)
+        dots = sum(torch.sparse.sampled_addmm(places, a, b, beta=0).values() for a, b in tiles)
+    else:
+        dots = row_dots(left, tokens, right, features.indices[order])
+    return torch.empty_like(dots).index_copy_(0, order, dots)
+
+
 def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor) -> Tensor:
     """
     out[f] = Σ_n values[n, f] · rows[n]: the gradient of a matrix of which only the listed entries' rows were used.
@@ -103,19 +156,20 @@ def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor) -
     if use_triton(rows):
         return triton_rows.transposed_row_sums(rows, features, values)
     order, offsets = features.by_feature
-    if has_sparse_product(rows):
-        lists = torch.sparse_csr_tensor(
-            offsets, features.tokens[order], values[order], (features.num_features, len(rows))
-        )
-        out = rows.new_empty(features.num_features, rows.shape[1])
-        return torch.addmm(out, lists, rows, beta=0, out=out)
-    return row_sums(rows, features.tokens[order], offsets, values[order])
+    if not has_sparse_product(rows):
+        return row_sums(rows, features.tokens[order], offsets, values[order])
+    lists = torch.sparse_csr_tensor(offsets, features.tokens[order], values[order], (features.num_features, len(rows)))
+    out = rows.new_empty(features.num_features, rows.shape[1])
+    width = rows.shape[1] // num_tiles(rows)
+    for columns, tile in zip(out.split(width, dim=1), rows.split(width, dim=1), strict=True):
+        torch.addmm(columns, lists, tile, beta=0, out=columns)
+    return out
 
 
 def has_sparse_product(rows: Tensor) -> bool:
     """
-    Whether a sparse matrix product takes `rows`: it writes each row of the gradient once, the embedding bag twice
-    (zeros first), and on a CPU this write is most of the cost.
+    Whether sparse matrix products take `rows`: they write each row of a gradient once, the embedding bag twice (zeros
+    first), and on a CPU this write is most of the cost; and they take columns of a matrix as they lie.
     """
     return (
         rows.device.type == "cpu"
@@ -129,4 +183,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1))
 
-__all__ = ["row_dots", "row_dots_reference", "row_sums", "row_sums_reference", "transposed_row_sums", "use_dense"]
+__all__ = [
+    "entry_dots",
+    "row_dots",
+    "row_dots_reference",
+    "row_sums",
+    "row_sums_reference",
+    "transposed_row_sums",
+    "use_dense",
+]

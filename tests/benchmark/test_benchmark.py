@@ -245,7 +245,10 @@ def test_medians_ratio_and_table():
     case = Case(**{**SMALL, "rounds": 2})
 
     def side(name, forward):
-        features = {"l0_first": [8.0] * 3, "l0_last": [8.0] * 3, "listed_last": [12.0] * 3} if name == "ours" else {}
+        features = {}
+        if name == "ours":
+            features = {"l0_first": [8.0] * 3, "l0_last": [8.0] * 3, "listed_last": [12.0] * 3}
+            features |= {"active_rows": [200] * 3, "listed_rows": [250] * 3}
         return {
             "side": name, "forward": forward, "backward": [0.5] * len(forward), "optimizer": [0.25] * len(forward),
             "peak_bytes": None, "parameter_bytes": 1000, "optimizer_bytes": 2000, "loss_first": 1.0,
@@ -263,6 +266,7 @@ def test_medians_ratio_and_table():
     assert row["ratio"] == 3.5 / 1.125
     assert row["ratio_per_round"] == [2.5 / 1.25, 4.5 / 1.0]
     assert row["listed_share"] == 12 / 256
+    assert row["counts"]["decoder_bytes"] == (3 + 2 + 1) * 450 * case.d_model * 4
     assert row["ours"]["peak_over_state"] is None
     assert row["ours"]["state_bytes"] == 4000
     table = {line.split("  ")[0]: line.split()[-1] for line in format_table([row]).splitlines() if line.strip()}

@@ -23,32 +23,32 @@ def test_dense_operations_of_a_transcoder_with_reach_one():
 
 
 def test_what_the_active_features_need():
-    costs = active_costs(CASE, [2.0, 1.0], [3.0, 1.0], PARAMETER_BYTES, 2 * PARAMETER_BYTES)
+    costs = active_costs(CASE, [6, 2], [7, 3], PARAMETER_BYTES, 2 * PARAMETER_BYTES)
     assert costs["encoder_flops"] == 3 * 2 * (2 * 32)
-    # Layer 0: rows of 2 x 4 floats, 6 active entries read forward and for the weight, 9 listed ones for the values.
-    assert costs["gather_bytes_per_layer"] == [(6 + 6 + 9) * 32, (3 + 3 + 3) * 16]
-    assert costs["gather_bytes"] == 672 + 144
+    # Layer 0: rows of 2 x 4 floats, those of 6 active features read forward, those of 7 listed ones backward.
+    assert costs["decoder_bytes_per_layer"] == [(6 + 7) * 32, (2 + 3) * 16]
+    assert costs["decoder_bytes"] == 416 + 80
     assert costs["gradient_bytes"] == PARAMETER_BYTES
     assert costs["optimizer_bytes"] == 7 * PARAMETER_BYTES  # Adam: reads p, g, m, v and writes p, m, v
 
 
 def test_bfloat16_weights_halve_the_rows():
     case = Case(num_layers=2, d_model=4, num_features=8, tokens=3, l0=2, dtype="bfloat16")
-    assert active_costs(case, [2.0, 1.0], [3.0, 1.0], 400, 800)["gather_bytes"] == (672 + 144) / 2
+    assert active_costs(case, [6, 2], [7, 3], 400, 800)["decoder_bytes"] == (416 + 80) / 2
 
 
 def test_the_limit_is_the_sum_of_its_parts():
-    costs = active_costs(CASE, [2.0, 1.0], [3.0, 1.0], PARAMETER_BYTES, 2 * PARAMETER_BYTES)
+    costs = active_costs(CASE, [6, 2], [7, 3], PARAMETER_BYTES, 2 * PARAMETER_BYTES)
     seconds = limit_seconds(CASE, costs, RATES | {"gemm_decoder": 1.0})
     assert seconds["encoder"] == 1.0
-    assert seconds["decoder"] == pytest.approx(816 / 1056)
+    assert seconds["decoder"] == pytest.approx(496 / 1056)
     assert seconds["gradient"] == 2.0
     assert seconds["optimizer"] == 4.0
-    assert seconds["total"] == pytest.approx(7 + 816 / 1056)
+    assert seconds["total"] == pytest.approx(7 + 496 / 1056)
 
 
 def test_a_decoder_costs_no_more_than_its_dense_products():
-    costs = active_costs(CASE, [2.0, 1.0], [3.0, 1.0], PARAMETER_BYTES, 2 * PARAMETER_BYTES)
-    # One target: three products of 2·3·8·4 operations, in 0.125 s. Layer 0 (672 bytes, two targets) takes them.
+    costs = active_costs(CASE, [6, 2], [7, 3], PARAMETER_BYTES, 2 * PARAMETER_BYTES)
+    # One target: three products of 2·3·8·4 operations, in 0.125 s. Layer 0 (416 bytes, two targets) takes them.
     seconds = limit_seconds(CASE, costs, RATES | {"gemm_decoder": 576 / 0.125, "read": 1440.0})
-    assert seconds["decoder"] == pytest.approx(0.25 + 144 / 1440)
+    assert seconds["decoder"] == pytest.approx(0.25 + 80 / 1440)

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from hf_clt.kernels import rows as rows_module
-from hf_clt.kernels.rows import row_dots, row_dots_reference, row_sums, row_sums_reference, transposed_row_sums
+from hf_clt.kernels.rows import (
+    entry_dots,
+    row_dots,
+    row_dots_reference,
+    row_sums,
+    row_sums_reference,
+    transposed_row_sums,
+)
 from hf_clt.sparsity import features_at
 
 
@@ -53,14 +60,55 @@ def test_row_dots(dtype, columns):
     torch.testing.assert_close(wanted, (left.double() @ right.double().T)[features.tokens, features.indices])
 
 
+TILES = pytest.mark.parametrize("tile", [None, 1, 2, 50], ids=["whole", "1 column", "2 columns", "50 columns"])
+
+
+def cut_into_tiles(monkeypatch, rows, columns):
+    """Makes a CPU cut `rows` into tiles of at most `columns` columns, as it does with what its cache cannot hold."""
+    if columns is None:
+        assert rows_module.num_tiles(rows) == 1
+        return
+    monkeypatch.setattr(rows_module, "CACHE_BYTES", len(rows) * columns * rows.element_size())
+    monkeypatch.setattr(rows_module, "NARROWEST", 1)
+    assert rows_module.num_tiles(rows) >= rows.shape[1] / columns > 3
+
+
 @DTYPES
+@TILES
+def test_row_sums_by_tiles(monkeypatch, dtype, tile):
+    features = entries(num_tokens=60, density=0.5)
+    assert features.indices.numel() > 2 * 24  # tiles need rows that are gathered several times
+    rows, weights = randn(24, 180, seed=2, dtype=dtype), features.values.to(dtype)
+    cut_into_tiles(monkeypatch, rows, tile)
+    found = row_sums(rows, features.indices, features.offsets, weights)
+    assert_close(found, features.dense(weights.double()) @ rows.double(), dtype)
+
+
+@DTYPES
+@TILES
 @pytest.mark.parametrize("path", ["matrix product", "sparse product", "embedding bag"])
-def test_transposed_row_sums(monkeypatch, dtype, path):
+def test_entry_dots(monkeypatch, dtype, tile, path):
     monkeypatch.setattr(rows_module, "DENSE_ABOVE", -1.0 if path == "matrix product" else 1.0)
     if path == "embedding bag":
         monkeypatch.setattr(rows_module, "has_sparse_product", lambda rows: False)
     features = entries()
-    rows = randn(40, 300, seed=5, dtype=dtype)[:, 10:200]  # as a slice of targets is: not contiguous
+    left = randn(40, 300, seed=3, dtype=dtype)[:, 20:200]  # as a slice of targets is: not contiguous
+    right = randn(24, 180, seed=4, dtype=dtype)
+    cut_into_tiles(monkeypatch, left, tile)
+    found = entry_dots(left, right, features)
+    assert_close(found, (left.double() @ right.double().T)[features.tokens, features.indices], dtype)
+
+
+@DTYPES
+@TILES
+@pytest.mark.parametrize("path", ["matrix product", "sparse product", "embedding bag"])
+def test_transposed_row_sums(monkeypatch, dtype, path, tile):
+    monkeypatch.setattr(rows_module, "DENSE_ABOVE", -1.0 if path == "matrix product" else 1.0)
+    if path == "embedding bag":
+        monkeypatch.setattr(rows_module, "has_sparse_product", lambda rows: False)
+    features = entries()
+    rows = randn(40, 300, seed=5, dtype=dtype)[:, 20:200]  # as a slice of targets is: not contiguous
+    cut_into_tiles(monkeypatch, rows, tile)
     found = transposed_row_sums(rows, features, features.values)
     assert_close(found, features.dense(features.values).T @ rows.double(), dtype)
     assert (found[3] == 0).all() and (found[-1] == 0).all()
