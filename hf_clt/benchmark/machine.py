@@ -49,8 +49,8 @@ def measure_rates(case: Case, stream_bytes: int = STREAM_BYTES, at_least: float 
 
     Returns:
         `dict`: `gemm_encoder` (N, D) x (D, F) and `gemm_decoder` (N, F) x (F, J·D), J the mean number of target
-        layers, each or its transpose, whichever is faster, in operations per second; `read`, `write` and `update` (each element read and written in place; both
-        count) in bytes per second.
+        layers, each or its transpose, whichever is faster, in operations per second; `read`, `write` and `update`
+        (each element read and written in place; both count) in bytes per second.
     """
     device, dtype = torch.device(case.device), getattr(torch, case.product_dtype)
     width = max(1, round(sum(case.targets) / case.num_layers)) * case.d_model
