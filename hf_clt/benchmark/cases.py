@@ -134,7 +134,7 @@ PRESETS = {
         {**SMALL, "steps": 10},
         {**GPT2, "dense_steps": 3},
         {**SMALL, "steps": 10, "autocast": "bfloat16"},
-        {**GPT2, "dense_steps": 3, "autocast": "bfloat16"},
+        {**GPT2, "dense_steps": 2, "warmup": 1, "autocast": "bfloat16"},  # a minute a step where it is emulated
         {**GPT2, "dense_steps": 3, "activation_fn": "batchtopk"},
         {**GPT2, "tokens": 4096, "l0": 100, "rounds": 1, "steps": 3, "dense_steps": 1, "warmup": 1},
     ],

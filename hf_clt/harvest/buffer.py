@@ -1,7 +1,24 @@
 """The activation buffer: harvested activations of many documents, mixed, each handed out exactly once."""
 
+from collections import deque
+from dataclasses import dataclass
+
 import torch
 from tqdm.auto import tqdm
+
+
+@dataclass
+class Harvested:
+    """
+    An extraction batch that the language model has read, or on a GPU is reading: `done` says when it has. `total` is
+    finite if all activations are.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    total: torch.Tensor
+    done: torch.cuda.Event | None
 
 
 class ActivationBuffer:
@@ -12,6 +29,10 @@ class ActivationBuffer:
     gives one epoch of the text: every counted token exactly once, the last batch possibly short. The next iteration
     gives the next epoch, in another order.
 
+    With `overlap` the extraction batches of the next refill are harvested ahead, a few after each training batch: on a
+    GPU on a stream of their own, so that language model and CLT share the GPU and nothing waits. The batches and their
+    order are the same; the activations that wait take up to half the buffer's memory once more.
+
     Args:
         tokens ([`TokenStream`]): The text, in extraction batches.
         harvester ([`Harvester`]): Runs the language model on them.
@@ -21,6 +42,7 @@ class ActivationBuffer:
         device: Where activations are kept.
         seed (`int`): Seed of the sampling.
         progress (`bool`): Whether the first fill, which can take minutes, shows a progress bar.
+        overlap (`bool`): Whether to harvest ahead.
 
     Yields:
         `dict`: `inputs` and `labels`, (N, L, D) each, raw; row n of both is the same token.
@@ -40,6 +62,7 @@ class ActivationBuffer:
         device: torch.device | str = "cpu",
         seed: int = 0,
         progress: bool = False,
+        overlap: bool = False,
     ):
         self.rows_per_harvest = tokens.prompts_per_batch * (
             tokens.context_size - 1
@@ -70,6 +93,12 @@ class ActivationBuffer:
         self.epoch = 0
         self._text = None  # iterator over the rest of this epoch's text; None: not started
         self._text_ended = False  # the text of this epoch has been read, though perhaps not yet all of the buffer
+        self.overlap = overlap
+        self.ahead: deque[Harvested] = deque()
+        self.stream = None  # that harvests run on; None: the current one
+        if overlap and (device := harvester.model.device).type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be on their way
 
     @property
     def num_unread(self) -> int:
@@ -108,11 +137,10 @@ class ActivationBuffer:
         first = self.num_harvested == 0 and self.progress
         with tqdm(total=len(free), desc="Filling the buffer", unit="token", unit_scale=True, disable=not first) as bar:
             while len(free) - filled >= self.rows_per_harvest:
-                batch = next(self._text, None)
-                if batch is None:
-                    self._text_ended = True  # and the stream stands at its beginning again
+                harvested = self.ahead.popleft() if self.ahead else self._harvest_next()
+                if harvested is None:
                     break
-                added = self._store(batch, free[filled:])
+                added = self._store(harvested, free[filled:])
                 filled += added
                 bar.update(added)
         if filled:
@@ -120,16 +148,49 @@ class ActivationBuffer:
             self.order = unread[torch.randperm(len(unread), generator=self.generator)]
             self.read = 0
 
-    def _store(self, batch: dict, slots: torch.Tensor) -> int:
-        """Harvests an extraction batch into the first of the given slots; returns the number of tokens."""
-        inputs, labels = self.harvester.harvest(batch, dtype=self.dtype)
+    def _harvest_next(self) -> Harvested | None:
+        """Harvests the next extraction batch of the epoch; None at its end."""
+        batch = next(self._text, None)
+        if batch is None:
+            self._text_ended = True  # and the stream stands at its beginning again
+            return None
+        return self._harvest(batch)
+
+    def _harvest(self, batch: dict) -> Harvested:
+        with torch.cuda.stream(self.stream):
+            inputs, labels, total = self.harvester.read(batch, dtype=self.dtype)
+            done = self.stream.record_event() if self.stream is not None else None
+        return Harvested(batch, inputs, labels, total, done)
+
+    def _harvest_ahead(self) -> None:
+        """Keeps as many tokens ready for the next fill as have been read since the last one: they will fit."""
+        ready = sum(len(harvested.inputs) for harvested in self.ahead)
+        while not self._text_ended and ready + self.rows_per_harvest <= self.read:
+            harvested = self._harvest_next()
+            if harvested is not None:
+                self.ahead.append(harvested)
+                ready += len(harvested.inputs)
+
+    def _received(self, harvested: Harvested) -> tuple[torch.Tensor, torch.Tensor]:
+        """Checked inputs and labels, (N, L, D) each, where the buffer lives."""
+        if harvested.done is not None:
+            stream = torch.cuda.current_stream(harvested.inputs.device)
+            stream.wait_event(harvested.done)
+            for tensor in (harvested.inputs, harvested.labels, harvested.total):
+                tensor.record_stream(stream)  # its memory is not used again before this stream has read it
+        self.harvester.check(harvested.tokens, harvested.inputs, harvested.labels, harvested.total)
+        return harvested.inputs.to(self.inputs.device), harvested.labels.to(self.labels.device)
+
+    def _store(self, harvested: Harvested, slots: torch.Tensor) -> int:
+        """Puts an extraction batch into the first of the given slots; returns the number of tokens."""
+        inputs, labels = self._received(harvested)
         slots = slots[: len(inputs)]
-        self.inputs[slots.to(self.inputs.device)] = inputs.to(self.inputs.device)
-        self.labels[slots.to(self.labels.device)] = labels.to(self.labels.device)
+        self.inputs[slots.to(self.inputs.device)] = inputs
+        self.labels[slots.to(self.labels.device)] = labels
         self.slot_batch[slots] = self.num_harvested
         self.slot_row[slots] = torch.arange(len(slots))
         if len(slots):
-            self.live_batches[self.num_harvested] = {"tokens": batch, "unread": len(slots)}
+            self.live_batches[self.num_harvested] = {"tokens": harvested.tokens, "unread": len(slots)}
         self.num_harvested += 1
         return len(slots)
 
@@ -142,7 +203,10 @@ class ActivationBuffer:
             if live["unread"] == 0:
                 del self.live_batches[int(number)]
         slots = slots.to(self.inputs.device)
-        return {"inputs": self.inputs[slots], "labels": self.labels[slots]}
+        rows = {"inputs": self.inputs[slots], "labels": self.labels[slots]}
+        if self.overlap:
+            self._harvest_ahead()
+        return rows
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -163,12 +227,16 @@ class ActivationBuffer:
         for number, live in self.live_batches.items():
             for name, value in live["tokens"].items():
                 tensors[f"tokens.{number}.{name}"] = value
+        for number, harvested in enumerate(self.ahead):
+            for name, value in harvested.tokens.items():
+                tensors[f"ahead.{number}.{name}"] = value
         values = {
             "text": self.tokens.state_dict() if self._text is not None else None,
             "text_ended": self._text_ended,
             "num_harvested": self.num_harvested,
             "epoch": self.epoch,
             "capacity": self.capacity,
+            "num_ahead": len(self.ahead),
         }
         return values, tensors
 
@@ -191,20 +259,26 @@ class ActivationBuffer:
             unit="batch",
             disable=not self.progress,
         ):
-            prefix = f"tokens.{number}."
-            batch = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
-            inputs, labels = self.harvester.harvest(batch, dtype=self.dtype)
+            batch = tensors_of(tensors, f"tokens.{number}.")
+            inputs, labels = self._received(self._harvest(batch))
             slots = self.order[tensors["slot_batch"] == number]
             rows = self.slot_row[slots]
-            self.inputs[slots.to(self.inputs.device)] = inputs[rows.to(inputs.device)].to(self.inputs.device)
-            self.labels[slots.to(self.labels.device)] = labels[rows.to(labels.device)].to(self.labels.device)
+            self.inputs[slots.to(self.inputs.device)] = inputs[rows.to(inputs.device)]
+            self.labels[slots.to(self.labels.device)] = labels[rows.to(labels.device)]
             self.live_batches[number] = {"tokens": batch, "unread": count}
+        ahead = (tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
+        self.ahead = deque(self._harvest(batch) for batch in ahead)
         self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]
         self.generator.set_state(tensors["generator"])
         self._text, self._text_ended = None, values["text_ended"]
         if values["text"] is not None:
             self.tokens.load_state_dict(values["text"])
             self._text = iter(()) if self._text_ended else iter(self.tokens)
+
+
+def tensors_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 
 __all__ = ["ActivationBuffer"]

@@ -191,15 +191,28 @@ class Harvester:
             [`ActivationError`]: if an activation is NaN or infinite; the message names layer, hook and document.
             `ValueError`: if the model is in training mode, or cannot take these tokens.
         """
+        inputs, labels, total = self.read(batch, dtype)
+        self.check(batch, inputs, labels, total)
+        return inputs, labels
+
+    def read(self, batch, dtype=torch.float32):
+        """
+        What `harvest` returns, unchecked, so that nothing waits for a GPU; and for `check` a number, which is finite
+        if all activations are.
+        """
         start = time.perf_counter()
         rows = batch["counted"].flatten().nonzero().squeeze(1)
         inputs, labels = self._read(batch["input_ids"], batch["attention_mask"], rows, dtype)
-        # One number tells whether all are finite. A sum can overflow where no summand does, so a look decides.
         total = inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
-        if not torch.isfinite(total):
-            self._check_finite(inputs, labels, batch, rows)
         self.seconds += time.perf_counter() - start
-        return inputs, labels
+        return inputs, labels, total
+
+    def check(self, batch, inputs, labels, total):
+        """Raises [`ActivationError`] if an activation that `read` returned is NaN or infinite."""
+        start = time.perf_counter()
+        if not torch.isfinite(total):  # a sum can overflow where no summand does, so a look decides
+            self._check_finite(inputs, labels, batch)
+        self.seconds += time.perf_counter() - start
 
     def _read(self, input_ids, attention_mask, rows, dtype):
         """Inputs and outputs, each (N, L, D), at the positions `rows` (N,) of the flattened (P * T,), or at all."""
@@ -247,8 +260,9 @@ class Harvester:
             arguments["use_cache"] = False
         return arguments
 
-    def _check_finite(self, inputs, labels, batch, rows):
+    def _check_finite(self, inputs, labels, batch):
         """Raises an `ActivationError` that names the first activation that is not finite, if there is one."""
+        rows = batch["counted"].flatten().nonzero().squeeze(1)
         for layer in range(self.num_layers):
             for hook, values in ((self.input_hook, inputs), (self.output_hook, labels)):
                 bad = ~torch.isfinite(values[:, layer]).all(dim=1)

@@ -117,6 +117,13 @@ class CLTTrainingArguments:
         "buffer", None, 'Where the buffer lives, for example "cpu" to spare GPU memory. None: with the CLT.'
     )
 
+    overlap_harvest: bool | None = _arg(
+        "buffer",
+        None,
+        "Harvest ahead while the CLT trains, on a GPU at the same time; takes up to half the buffer's memory once "
+        "more. The same tokens come in the same order either way. None: on a GPU.",
+    )
+
     # Normalisation
     normalization_method: Literal["estimated_mean_std", "mean_std", "none"] = _arg(
         "normalisation",
@@ -182,7 +189,10 @@ class CLTTrainingArguments:
         "optimisation", 1, "Batches of --batch-size tokens whose gradients are averaged for one update."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = _arg(
-        "optimisation", "no", "Precision of the CLT's matrix products where its weights are float32."
+        "optimisation",
+        "no",
+        "Precision of the CLT's matrix products where its weights are float32. On a CPU "
+        "without bfloat16 instructions they stay float32, which is faster there.",
     )
     sparsity_schedule: Literal["linear", "constant"] = _arg(
         "optimisation",

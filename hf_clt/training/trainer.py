@@ -132,6 +132,7 @@ class CLTTrainer:
             device=args.buffer_device or self.accelerator.device,
             seed=args.seed + self.accelerator.process_index,
             progress=self._progress,
+            overlap=self.accelerator.device.type == "cuda" if args.overlap_harvest is None else args.overlap_harvest,
         )
         self.step = 0
         self.tokens_seen = 0

@@ -7,6 +7,7 @@ so that each row says which token, layer and side it is. The last ones run a rea
 
 import json
 import random
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -27,11 +28,15 @@ class NumberHarvester:
     """Activations that tell their token: inputs are id + layer / 4, labels -(id + layer / 4), in every dimension."""
 
     num_layers, d_model = LAYERS, WIDTH
+    model = SimpleNamespace(device=torch.device("cpu"))
 
-    def harvest(self, batch, dtype=torch.float32):
+    def read(self, batch, dtype=torch.float32):
         ids = batch["input_ids"][batch["counted"]].to(dtype)
         inputs = (ids[:, None] + torch.arange(LAYERS) / 4)[..., None].expand(-1, -1, WIDTH).to(dtype)
-        return inputs, -inputs
+        return inputs, -inputs, inputs.sum()
+
+    def check(self, batch, inputs, labels, total):
+        assert torch.equal(total, inputs.sum())
 
 
 def make_stream(num_documents=30, context_size=8, prompts_per_batch=2, seed=0):
@@ -51,10 +56,10 @@ def make_stream(num_documents=30, context_size=8, prompts_per_batch=2, seed=0):
     }
 
 
-def make_buffer(n_batches=4, batch_size=10, seed=0, **stream):
-    return ActivationBuffer(
-        make_stream(**stream)[0], NumberHarvester(), n_batches=n_batches, batch_size=batch_size, seed=seed
-    )
+def make_buffer(n_batches=4, batch_size=10, seed=0, overlap=False, **stream):
+    stream = make_stream(**stream)[0]
+    shape = {"n_batches": n_batches, "batch_size": batch_size}
+    return ActivationBuffer(stream, NumberHarvester(), seed=seed, overlap=overlap, **shape)
 
 
 def ids_of(batch):
@@ -202,16 +207,48 @@ def test_a_text_without_counted_tokens_is_refused():
 
 def test_an_error_of_the_harvester_comes_out_as_it_is():
     class Broken(NumberHarvester):
-        def harvest(self, batch, dtype=torch.float32):
+        def read(self, batch, dtype=torch.float32):
             if batch["documents"].max() > 10:
                 raise error
-            return super().harvest(batch, dtype)
+            return super().read(batch, dtype)
 
     error = ActivationError("layer 1, document 11")
     buffer = ActivationBuffer(make_stream()[0], Broken(), n_batches=4, batch_size=10)
     with pytest.raises(ActivationError) as caught:
         list(buffer)
     assert caught.value is error
+
+
+# Harvesting ahead
+
+
+@pytest.mark.parametrize("batch_size, n_batches", [(1, 4), (10, 4), (13, 7), (25, 2), (40, 100)])
+def test_harvesting_ahead_gives_the_same_batches(batch_size, n_batches):
+    shape = {"batch_size": batch_size, "n_batches": n_batches, "num_documents": 60}
+    plain, ahead = make_buffer(**shape), make_buffer(**shape, overlap=True)
+    for epoch in range(3):
+        assert_same_batches(list(ahead), list(plain))
+        assert ahead.epoch == plain.epoch == epoch + 1
+        assert not ahead.ahead
+
+
+def test_harvesting_ahead_spreads_the_language_models_work():
+    """After the first fill no batch waits for more than it consumed, where a plain buffer refills half at once."""
+    most = {}
+    for overlap in (False, True):
+        buffer = make_buffer(n_batches=20, batch_size=10, num_documents=300, overlap=overlap)
+        counts, read = [], buffer.harvester.read
+        buffer.harvester.read = lambda batch, dtype, read=read, counts=counts: counts.append(1) or read(batch, dtype)
+        batches = iter(buffer)
+        next(batches)
+        most[overlap] = 0
+        for _ in range(100):
+            counts.clear()
+            next(batches)
+            most[overlap] = max(most[overlap], len(counts))
+            assert sum(len(harvested.inputs) for harvested in buffer.ahead) <= buffer.capacity // 2 + 14
+    assert most[False] >= 9
+    assert most[True] <= 3  # batches of 10 tokens, harvests of up to 14 with padding among them
 
 
 # Type and place
@@ -247,10 +284,11 @@ def through_files(state):
     return json.loads(json.dumps(values)), load(save({name: t.contiguous() for name, t in tensors.items()}))
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("batch_size, n_batches", [(10, 4), (25, 2), (40, 100)])
-def test_resumes_bit_for_bit_at_every_batch(batch_size, n_batches):
+def test_resumes_bit_for_bit_at_every_batch(batch_size, n_batches, overlap):
     """Also in the middle of the second epoch, at its end, and where the text is read and the buffer is not."""
-    shape = {"batch_size": batch_size, "n_batches": n_batches, "num_documents": 20}
+    shape = {"batch_size": batch_size, "n_batches": n_batches, "num_documents": 20, "overlap": overlap}
     buffer = make_buffer(**shape)
     total = 3 * len([None for _ in make_buffer(**shape)])
     batches, states, epochs = [], [buffer.state_dict()], []
@@ -259,6 +297,7 @@ def test_resumes_bit_for_bit_at_every_batch(batch_size, n_batches):
         batches.append(next(endless))
         states.append(through_files(buffer.state_dict()))
         epochs.append(buffer.epoch)
+    assert any(state[0]["num_ahead"] for state in states) == (overlap and n_batches < 100)
     for done, state in enumerate(states):
         resumed = make_buffer(**shape, seed=99)  # the state holds the generator
         resumed.load_state_dict(*state)
@@ -358,9 +397,9 @@ def test_activations_are_those_of_the_model(language_model, small_text_file):
     assert torch.equal(times_found, times_expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resumes_bit_for_bit_with_a_language_model(language_model, small_text_file, dtype):
-    buffer = real_buffer(language_model, small_text_file, dtype=dtype)
+@pytest.mark.parametrize("dtype, overlap", [(torch.float32, True), (torch.bfloat16, False)])
+def test_resumes_bit_for_bit_with_a_language_model(language_model, small_text_file, dtype, overlap):
+    buffer = real_buffer(language_model, small_text_file, dtype=dtype, overlap=overlap)
     endless = buffer.endless()
     batches, states = [], []
     for _ in range(70):  # two epochs
@@ -368,7 +407,7 @@ def test_resumes_bit_for_bit_with_a_language_model(language_model, small_text_fi
         batches.append(next(endless))
     assert buffer.epoch == 2
     for done in (1, 13, 33, 34, 50):
-        resumed = real_buffer(language_model, small_text_file, dtype=dtype)
+        resumed = real_buffer(language_model, small_text_file, dtype=dtype, overlap=overlap)
         resumed.load_state_dict(*states[done])
         endless = resumed.endless()
         assert_same_batches([next(endless) for _ in batches[done:]], batches[done:])

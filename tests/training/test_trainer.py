@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.harvest.harvester import ActivationError
+from hf_clt.kernels import encode
 from hf_clt.training.checkpoints import list_checkpoints
 from hf_clt.training.schedules import learning_rate_scale
 from hf_clt.training.trainer import make_optimizer
@@ -287,9 +288,11 @@ def test_held_out_documents_are_never_trained_on(make):
     class Recording:
         num_layers, d_model = harvester.num_layers, harvester.d_model
 
-        def harvest(self, batch, dtype):
+        check = harvester.check
+
+        def read(self, batch, dtype):
             harvested.extend(batch["documents"][batch["counted"]].tolist())
-            return harvester.harvest(batch, dtype)
+            return harvester.read(batch, dtype)
 
     trainer.buffer.harvester = Recording()
     heldout = {int(d) for batch in trainer.heldout for d in batch["documents"][batch["counted"]]}
@@ -522,7 +525,8 @@ def test_bfloat16_weights_keep_float32_thresholds(make, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in rows_of(tmp_path / "run", "train"))
 
 
-def test_mixed_precision_computes_in_bfloat16_on_float32_weights(make, tmp_path):
+def test_mixed_precision_computes_in_bfloat16_on_float32_weights(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "multiplies_bfloat16", lambda: True)  # elsewhere autocast computes in float32
     losses = {}
     for precision in ("no", "bf16"):
         trainer = make(mixed_precision=precision, training_steps=6, overwrite_output_dir=True)
