@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
+from ..kernels.encode import multiplies_bfloat16
 from ..training.arguments import CLTTrainingArguments
 
 
@@ -29,7 +30,8 @@ class Case:
             and jumprelu.
         activation_fn, k_scope, jumprelu_bandwidth, decoder_reach: As in [`CLTConfig`].
         dtype: Format of the weights of encoders and decoders.
-        autocast: Format of the matrix products under `torch.autocast`; None: that of the weights.
+        autocast: Format of the matrix products under `torch.autocast`; None: that of the weights. A CPU without
+            instructions for it multiplies in float32, see [`multiplies_bfloat16`].
         device: "cpu", "cuda" or "cuda:n".
         optimizer: As in [`CLTTrainingArguments`], for ours; the dense reference always has fused Adam.
         learning_rate: Small, so that L0 stays where it was set.
@@ -107,9 +109,14 @@ class Case:
         return [config.num_targets(source) for source in range(self.num_layers)]
 
     @property
+    def follows_autocast(self) -> bool:
+        """Whether products are in the format of `autocast`: not on a CPU that would emulate them, on neither side."""
+        return self.autocast is not None and (self.device != "cpu" or multiplies_bfloat16())
+
+    @property
     def product_dtype(self) -> str:
         """Format in which the matrix products are done."""
-        return self.autocast or self.dtype
+        return self.autocast if self.follows_autocast else self.dtype
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -134,7 +141,7 @@ PRESETS = {
         {**SMALL, "steps": 10},
         {**GPT2, "dense_steps": 3},
         {**SMALL, "steps": 10, "autocast": "bfloat16"},
-        {**GPT2, "dense_steps": 2, "warmup": 1, "autocast": "bfloat16"},  # a minute a step where it is emulated
+        {**GPT2, "dense_steps": 3, "autocast": "bfloat16"},
         {**GPT2, "dense_steps": 3, "activation_fn": "batchtopk"},
         {**GPT2, "tokens": 4096, "l0": 100, "rounds": 1, "steps": 3, "dense_steps": 1, "warmup": 1},
     ],

@@ -178,7 +178,7 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         nonlocal features
         inputs, labels = next(data)
         clock.mark()
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.autocast is not None):
+        with torch.autocast(device.type, torch.bfloat16, enabled=case.follows_autocast):
             if side == "ours":
                 output = clt(inputs, labels)
                 loss = output.loss

@@ -48,6 +48,7 @@ def summarize(case: Case, rates: dict[str, float], runs: list[dict], source: dic
     flops = dense_flops(case)
     row = {
         "case": case.to_dict(),
+        "product_dtype": case.product_dtype,
         "ours": ours,
         "dense": dense,
         "l0_first": mean(ours_runs[0]["l0_first"]),
@@ -151,7 +152,7 @@ def format_table(rows: list[dict]) -> str:
     add("tokens per step N", lambda r: f"{r['case']['tokens']:,}")
     add("activation function", lambda r: r["case"]["activation_fn"])
     add("weights", lambda r: r["case"]["dtype"])
-    add("matrix products", lambda r: r["case"]["autocast"] or r["case"]["dtype"])
+    add("matrix products", lambda r: r["product_dtype"])
     add("L0 per layer, asked for", lambda r: f"{r['case']['l0']}")
     add("L0 per layer, first", lambda r: f"{r['l0_first']:.1f}")
     add("L0 per layer, last", lambda r: f"{r['l0_last']:.1f}")

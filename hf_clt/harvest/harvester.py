@@ -8,6 +8,7 @@ import torch
 from nnsight import NNsight
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
 
 
@@ -27,7 +28,8 @@ def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote
         name_or_path (`str`):
             Name of a model on the Hub, or a folder with `config.json`, safetensors weights and the tokenizer.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default that of the files.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16, but float32 on a CPU
+            that has no instructions for bfloat16 and would take several times as long. By default that of the files.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run model code from the Hub.
         device (`str` or `torch.device`, *optional*): Where to put the model; by default it stays on the CPU.
 
@@ -38,9 +40,12 @@ def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote
         `ValueError`: if the model or its tokenizer cannot be loaded, is not a decoder-only language model, or lacks
             some of its weights.
     """
+    if dtype == "auto":
+        on_cpu = torch.device(device or "cpu").type == "cpu"
+        dtype = "float32" if on_cpu and not multiplies_bfloat16() else "bfloat16"
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
-            f"model_dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}, or None for that of the files."
+            f"model_dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}, auto, or None for that of the files."
         )
     name = str(name_or_path)
     folder = Path(name).expanduser()

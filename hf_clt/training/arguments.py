@@ -57,8 +57,11 @@ class CLTTrainingArguments:
     # The language model
     model: str | None = _arg("model", None, "Hub name or local folder of the language model to train on. Required.")
     model_revision: str | None = _arg("model", None, "Branch, tag or commit of --model on the Hub. None: main.")
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = _arg(
-        "model", None, "Number format the language model runs in. None: the one its weights are stored in."
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = _arg(
+        "model",
+        None,
+        "Number format the language model runs in. auto: bfloat16, but float32 on a CPU without bfloat16 "
+        "instructions, which would take several times as long. None: the one its weights are stored in.",
     )
     trust_remote_code: bool = _arg(
         "model",
@@ -184,6 +187,11 @@ class CLTTrainingArguments:
         None,
         "Updates over which the learning rate rises from 0. None: 5 % of --training-steps, at most 1000.",
     )
+    decay_steps: int = _arg(
+        "optimisation",
+        0,
+        "With --lr-scheduler constant: updates at the end over which it falls linearly to 0. 0: none.",
+    )
     max_grad_norm: float = _arg("optimisation", 1.0, "Largest norm of the gradient of all weights. 0: no clipping.")
     gradient_accumulation_steps: int = _arg(
         "optimisation", 1, "Batches of --batch-size tokens whose gradients are averaged for one update."
@@ -198,6 +206,17 @@ class CLTTrainingArguments:
         "optimisation",
         "linear",
         "How the sparsity loss comes in: its weight rises from 0 to --sparsity-lambda over training, or is constant.",
+    )
+    sparsity_delay_steps: int = _arg(
+        "optimisation", 0, "Updates at the beginning without the sparsity loss; --sparsity-schedule begins after them."
+    )
+    initial_k: int | None = _arg(
+        "optimisation",
+        None,
+        "For topk and batchtopk: train with this larger k at first and come down to --k linearly. None: only --k.",
+    )
+    k_anneal_steps: int | None = _arg(
+        "optimisation", None, "Updates over which k comes down from --initial-k. None: a fifth of --training-steps."
     )
     feature_parallel_size: int = _arg(
         "optimisation", 1, "Processes that share the features of one CLT. Only 1 is supported so far."
@@ -306,6 +325,17 @@ class CLTTrainingArguments:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than training_steps={self.training_steps}; lower it"
             )
+        for name in ("decay_steps", "sparsity_delay_steps", "k_anneal_steps"):
+            value = getattr(self, name)
+            if value is not None and value >= self.training_steps:
+                raise ValueError(f"{name}={value} is not below training_steps={self.training_steps}; lower it")
+        if self.decay_steps and self.lr_scheduler not in ("constant", "none"):
+            raise ValueError(
+                f"decay_steps={self.decay_steps} has no effect with lr_scheduler={self.lr_scheduler!r}; choose "
+                "lr_scheduler='constant'"
+            )
+        if self.k_anneal_steps and self.initial_k is None:
+            raise ValueError(f"k_anneal_steps={self.k_anneal_steps} has no effect without initial_k; give initial_k")
         if self.warmup_steps and self.lr_scheduler == "none":
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler='none'; choose "
@@ -347,6 +377,11 @@ class CLTTrainingArguments:
             return min(1000, self.training_steps // 20)
         return self.warmup_steps
 
+    @property
+    def num_k_anneal_steps(self) -> int:
+        """Updates over which k is annealed: `k_anneal_steps`, or a fifth of training when that is None."""
+        return self.training_steps // 5 if self.k_anneal_steps is None else self.k_anneal_steps
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values. There is no field for a token or password, so no secret is in it."""
         return asdict(self)
@@ -360,10 +395,11 @@ class CLTTrainingArguments:
 POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "batch_size", "normalization_estimation_batches",
     "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
-    "save_total_limit", "dead_feature_window",
+    "save_total_limit", "dead_feature_window", "initial_k",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
+    "decay_steps", "sparsity_delay_steps", "k_anneal_steps",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu")

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ..checkpoint_format import remove_release
-from ..configuration_clt import CLTConfig
+from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..harvest.harvester import Harvester
 from ..modeling_clt import CrossLayerTranscoder
 from .arguments import CLTTrainingArguments
@@ -116,6 +116,20 @@ def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:
             raise ValueError(
                 f"{name}={getattr(config, name)} does not fit {model_name}, which has {found}; give {name}={found}"
             )
+
+
+def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
+    """Refuses a k to anneal from that is below k or above the number of features, or that nothing would use."""
+    if initial_k is None:
+        return
+    if config.activation_fn not in TOPK_FAMILY:
+        raise ValueError(
+            f"initial_k={initial_k} has no effect with activation_fn={config.activation_fn!r}; leave it out"
+        )
+    if not config.k <= initial_k <= config.num_features:
+        raise ValueError(
+            f"initial_k={initial_k} is outside k={config.k} to num_features={config.num_features}; give one between"
+        )
 
 
 def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:

@@ -33,9 +33,10 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .reporting import command_line, hardware, non_default_config, progress_figures, truncate_metrics, versions
-from .schedules import learning_rate_scale, restarts_threshold, sparsity_scale
+from .schedules import annealed_k, learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
     check_fit,
+    check_initial_k,
     check_output_dir,
     make_accelerator,
     make_optimizer,
@@ -110,6 +111,7 @@ class CLTTrainer:
             language_model, self.config.feature_input_hook, self.config.feature_output_hook, self.accelerator.device
         )
         check_fit(self.config, self.harvester, name)
+        check_initial_k(self.config, args.initial_k)
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 
@@ -280,11 +282,13 @@ class CLTTrainer:
         args, accelerator = self.args, self.accelerator
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_scale(
-                self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler
+                self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler, args.decay_steps
             )
+        if args.initial_k is not None:
+            self.model.training_k = annealed_k(self.step, self.config.k, args.initial_k, args.num_k_anneal_steps)
         if self.config.activation_fn == "batchtopk" and restarts_threshold(self.step, args.training_steps):
             self.model.restart_running_thresholds()
-        scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule)
+        scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule, args.sparsity_delay_steps)
         dead = self._dead()
         fired = torch.zeros_like(self.steps_since_fired)
         for micro_step in range(args.gradient_accumulation_steps):

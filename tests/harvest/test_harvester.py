@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_clt.harvest import harvester as harvester_module
 from hf_clt.harvest.harvester import ActivationError, Harvester, check_context_size, load_language_model
 
 
@@ -334,7 +335,7 @@ def test_load_language_model(folder):
 
 
 def test_load_refuses_unknown_dtype(folder):
-    with pytest.raises(ValueError, match="model_dtype is 'fp8': it must be one of float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="model_dtype is 'fp8': it must be one of float32, bfloat16, float16, auto"):
         load_language_model(folder, dtype="fp8")
 
 
@@ -384,3 +385,9 @@ def test_load_refuses_an_encoder_decoder(tmp_path):
     BartConfig(d_model=D).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"\(bart\) is an encoder-decoder"):
         load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("fast, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_takes_bfloat16_where_the_cpu_multiplies_it(tiny_gpt2, monkeypatch, fast, expected):
+    monkeypatch.setattr(harvester_module, "multiplies_bfloat16", lambda: fast)
+    assert load_language_model(tiny_gpt2, dtype="auto")[0].dtype == expected

@@ -368,7 +368,7 @@ class TestValidation:
             ("seed", True, "a whole number"),
             ("streaming", "yes", "true or false"),
             ("model", 3, "text"),
-            ("model_dtype", "fp8", "float32, bfloat16, float16"),
+            ("model_dtype", "fp8", "auto, float32, bfloat16, float16"),
             ("clt_dtype", "int8", "float32, bfloat16, float16"),
             ("buffer_dtype", "float16", "float32, bfloat16"),
             ("normalization_method", "mean", "estimated_mean_std, mean_std, none"),
@@ -385,6 +385,12 @@ class TestValidation:
             ("hub_model_id", "a/b/c", "user/clt-gpt2"),
             ("batch_size", 32513, "lower batch_size"),
             ("warmup_steps", 10001, "training_steps=10000"),
+            ("decay_steps", 10000, "training_steps=10000"),
+            ("decay_steps", 5, "lr_scheduler='constant'"),
+            ("sparsity_delay_steps", 10000, "training_steps=10000"),
+            ("k_anneal_steps", 10000, "training_steps=10000"),
+            ("k_anneal_steps", 5, "give initial_k"),
+            ("initial_k", 0, "a value above 0"),
         ],
     )
     def test_bad_value_is_named(self, name, value, remedy):
@@ -408,6 +414,7 @@ class TestValidation:
         (tmp_path / "s.safetensors").write_bytes(b"")
         CLTTrainingArguments(normalization_method="mean_std", normalization_file=tmp_path / "s.safetensors")
         CLTTrainingArguments(optimizer="adamw", weight_decay=0.1)
+        CLTTrainingArguments(lr_scheduler="constant", decay_steps=5, initial_k=64, k_anneal_steps=5)
 
     def test_batch_has_to_fit_the_buffer(self):
         # 2 extraction batches of 3 rows with 4 counted positions each.
@@ -436,6 +443,10 @@ class TestHelpers:
         ]:
             args = CLTTrainingArguments(training_steps=steps, warmup_steps=warmup, lr_scheduler=scheduler)
             assert args.num_warmup_steps == expected
+
+    def test_k_is_annealed_over_a_fifth_of_training(self):
+        assert CLTTrainingArguments(training_steps=1003, initial_k=64).num_k_anneal_steps == 200
+        assert CLTTrainingArguments(training_steps=1003, initial_k=64, k_anneal_steps=0).num_k_anneal_steps == 0
 
     def test_to_dict_and_non_default(self):
         args = CLTTrainingArguments(model="gpt2", seed=1, report_to=["trackio"], learning_rate=1e-3)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_clt.training.schedules import learning_rate_scale, restarts_threshold, sparsity_scale
+from hf_clt.training.schedules import annealed_k, learning_rate_scale, restarts_threshold, sparsity_scale
 
 
 SCHEDULERS = ("linear", "cosine", "constant", "none")
@@ -41,6 +41,13 @@ def test_constant_stays(scheduler):
     assert scales(10, 3, scheduler)[3:] == [1.0] * 7
 
 
+@pytest.mark.parametrize("scheduler", ["constant", "none"])
+def test_constant_with_a_final_decay(scheduler):
+    found = [learning_rate_scale(step, 10, 2, scheduler, decay_steps=4) for step in range(10)]
+    assert found == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert learning_rate_scale(15, 10, 2, scheduler, decay_steps=4) == 0.25  # a run that is prolonged
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 1), (2, 2), (100, 99), (100, 100)])
 def test_every_update_has_a_rate_above_zero(scheduler, steps, warmup):
@@ -54,6 +61,18 @@ def test_sparsity_rises_over_all_of_training():
 
 def test_sparsity_can_be_constant():
     assert [sparsity_scale(step, 5, "constant") for step in range(5)] == [1.0] * 5
+
+
+def test_sparsity_can_be_delayed():
+    assert [sparsity_scale(step, 6, "linear", 2) for step in range(6)] == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1.0])
+    assert [sparsity_scale(step, 6, "constant", 2) for step in range(6)] == [0, 0, 1, 1, 1, 1]
+
+
+def test_k_comes_down_by_equal_steps_and_never_below_k():
+    assert [annealed_k(step, 4, 12, 4) for step in range(7)] == [12, 10, 8, 6, 4, 4, 4]
+    assert [annealed_k(step, 4, 7, 5) for step in range(6)] == [7, 7, 6, 6, 5, 4]  # rounded up
+    assert annealed_k(0, 4, 4, 3) == 4
+    assert annealed_k(0, 4, 12, 0) == 4
 
 
 def test_thresholds_restart_at_powers_of_two_from_either_end():

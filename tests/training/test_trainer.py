@@ -254,6 +254,39 @@ def test_the_lines_of_metrics(run):
         assert heldout[-1]["l0"] == pytest.approx(12, rel=0.5)
 
 
+@pytest.mark.parametrize("k_scope", ["layer", "token"])
+@pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
+def test_k_is_annealed(make, tmp_path, activation_fn, k_scope):
+    """Selected entries come down with the schedule; evaluation and release have the k of the configuration."""
+    trainer = make(
+        {"activation_fn": activation_fn, "k": 3, "k_scope": k_scope}, training_steps=6, initial_k=9, k_anneal_steps=3
+    )
+    selected, forward = [], trainer.model.forward
+
+    def counted(inputs, *args, **kwargs):
+        output = forward(inputs, *args, **kwargs)
+        if trainer.model.training:
+            selected.append(sum(layer.indices.numel() for layer in output.features.layers) / len(inputs) / 2)
+        return output
+
+    trainer.model.forward = counted
+    clt = trainer.train()
+    assert selected[:6] == [9, 7, 5, 3, 3, 3]
+    assert CLTConfig.from_pretrained(tmp_path / "run").k == clt.config.k == 3
+    if activation_fn == "topk":
+        assert trainer.evaluate()["l0"] <= 6
+
+
+def test_an_initial_k_that_does_not_fit_is_refused(make):
+    for config, initial_k, message in [
+        ({"activation_fn": "relu"}, 9, "initial_k=9 has no effect with activation_fn='relu'"),
+        ({"activation_fn": "topk", "k": 4}, 3, "initial_k=3 is outside k=4 to num_features="),
+        ({"activation_fn": "topk", "k": 4}, 10**6, "initial_k=1000000 is outside k=4 to num_features="),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(config, initial_k=initial_k)
+
+
 def test_the_card_tells_what_was_measured(run):
     trainer, clt, folder = run
     card = (folder / "README.md").read_text(encoding="utf-8")
