@@ -192,6 +192,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     main_input_name = "inputs"
     _keep_in_fp32_modules_strict = ["thresholds"]
     lazy = False  # whether the weights stay in their files; see `from_pretrained`
+    training_k: int | None = None  # k in train mode, where the trainer anneals it; None: that of the configuration
 
     def __init__(self, config: CLTConfig):
         if config.num_layers is None:
@@ -372,10 +373,11 @@ class CrossLayerTranscoder(PreTrainedModel):
             with torch.no_grad():
                 found = [encoder(x[:, s], select[s], dead[s]) for s, encoder in enumerate(self.encoders)]
             candidates, columns = zip(*found, strict=True)
+            budget = self._k(training) * config.num_layers
             if config.activation_fn == "topk":
-                kept = topk_over_layers(candidates, config.k * config.num_layers)
+                kept = topk_over_layers(candidates, budget)
             else:
-                kept = batchtopk_over_layers(candidates, config.k * config.num_layers * len(x))
+                kept = batchtopk_over_layers(candidates, budget * len(x))
             selected = list(zip(kept, columns, strict=True))
             found = [encoder(x[:, s], None, dead[s], selected[s]) for s, encoder in enumerate(self.encoders)]
         else:
@@ -384,6 +386,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         if update and config.activation_fn == "batchtopk":
             self._update_running_thresholds(features)
         return features, [columns for _, columns in found]
+
+    def _k(self, training: bool) -> int:
+        return self.training_k if training and self.training_k is not None else self.config.k
 
     def _shares_budget(self, training: bool) -> bool:
         """Whether features of all layers compete with each other, so that no layer can be selected on its own."""
@@ -394,7 +399,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         """Where the activation function of a layer, or its gradient, can be non-zero, with h there."""
         config = self.config
         if config.activation_fn in TOPK_FAMILY and (training or config.activation_fn == "topk"):
-            k = config.k * config.num_layers if self._shares_budget(training) else config.k
+            k = self._k(training) * (config.num_layers if self._shares_budget(training) else 1)
             if config.activation_fn == "topk":
                 return entries_at(h, positions_topk(h, min(k, config.num_features)))
             return entries_at(h, positions_batchtopk(h, min(k, config.num_features) * len(h)))
@@ -708,6 +713,15 @@ class CrossLayerTranscoder(PreTrainedModel):
         if mode and self.lazy:
             raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to train it")
         return super().train(mode)
+
+    def to_jumprelu(self, batches, per: str = "layer", progress: bool = False):
+        """
+        A calibrated jumprelu CLT from this topk or batchtopk CLT, which stays as it is, and the figures of both; see
+        [`hf_clt.evaluation.calibration.to_jumprelu`].
+        """
+        from .evaluation.calibration import to_jumprelu
+
+        return to_jumprelu(self, batches, per, progress)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""

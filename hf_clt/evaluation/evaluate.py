@@ -1,0 +1,184 @@
+"""Evaluation of a finished CLT on held-out text: all metrics, streamed, whatever the batch size."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..harvest.harvester import Harvester
+from ..modeling_clt import CrossLayerTranscoder
+from .metrics import MetricSums
+
+
+@torch.no_grad()
+def evaluate_clt(
+    clt: CrossLayerTranscoder,
+    harvester: Harvester,
+    token_batches: Iterable[dict],
+    batch_size: int = 1024,
+    *,
+    replacement: bool = False,
+    progress: bool = False,
+) -> dict:
+    """
+    The metrics of a CLT, in raw space, over all counted tokens of held-out text.
+
+    Args:
+        clt ([`CrossLayerTranscoder`]): The CLT. It is evaluated in eval mode and keeps the mode that it had.
+        harvester ([`Harvester`]): Runs the language model, at the CLT's hooks.
+        token_batches (iterable of `dict`):
+            Batches of a [`TokenStream`], as of one with `heldout=True`. With `replacement` they are walked once more.
+        batch_size (`int`, *optional*, defaults to 1024):
+            Most tokens that the CLT sees at a time. It bounds memory and changes no result.
+        replacement (`bool`, *optional*, defaults to `False`):
+            Whether to run the language model with its MLPs replaced by the CLT as well, see [`replacement_metrics`].
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+
+    Returns:
+        `dict`: What [`MetricSums.compute`] gives; with `replacement` also `ce_original`, `ce_replaced`, `ce_ablated`,
+        `ce_recovered`, `kl`, `top1_agreement` and `num_predictions`, the number of predictions that these count.
+
+    Raises:
+        ValueError: If the harvester's model or hooks are not the CLT's, or no token counts; for a `batch_size` below 1.
+    """
+    sums = evaluation_sums(clt, harvester, token_batches, batch_size, progress=progress)
+    metrics = sums.compute()
+    if replacement:
+        from .replacement import replacement_metrics
+
+        with eval_mode(clt):
+            replaced = replacement_metrics(harvester.model, clt, token_batches)
+        replaced["num_predictions"] = replaced.pop("num_tokens")
+        metrics.update(replaced)
+    return metrics
+
+
+@torch.no_grad()
+def evaluation_sums(
+    clt: CrossLayerTranscoder,
+    harvester: Harvester,
+    token_batches: Iterable[dict],
+    batch_size: int = 1024,
+    *,
+    progress: bool = False,
+) -> MetricSums:
+    """
+    What [`evaluate_clt`] computes its metrics from. Where several processes evaluate a share of the text each:
+    `MetricSums.from_gathered(gather_object([evaluation_sums(...).tensors()])).compute()`.
+    """
+    check_harvester(clt, harvester)
+    rows = activations(harvester, token_batches, batch_size)
+    num_tokens = getattr(token_batches, "heldout_tokens", None) or None
+    bar = tqdm(total=num_tokens, desc="Evaluating", unit="token", disable=not progress, leave=False)
+    with eval_mode(clt), bar:
+        return measure(clt, ((batch["inputs"], batch["labels"]) for batch in counting(rows, bar)))
+
+
+def measure(clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]]) -> MetricSums:
+    """The sums of the metrics over raw inputs and labels, (N, L, D) each, wherever they are."""
+    sums = MetricSums(clt.config.num_layers, clt.config.d_model, clt.config.num_features, clt.device)
+    for inputs, labels in rows:
+        output = clt(inputs.to(clt.device))
+        sums.update(labels, output.reconstruction, output.features)
+    return sums
+
+
+def activations(harvester: Harvester, token_batches: Iterable[dict], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """
+    Harvested activations of the counted tokens, in order: dicts of `inputs` and `labels`, raw, (N, L, D) each, with N
+    at most `batch_size`, in float32 (float64 if the language model is).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is below 1; give the number of tokens that fit in memory")
+    dtype = torch.promote_types(harvester.model.dtype, torch.float32)
+    for batch in token_batches:
+        inputs, labels = harvester.harvest(batch, dtype=dtype)
+        for start in range(0, len(inputs), batch_size):
+            part = slice(start, start + batch_size)
+            yield {"inputs": inputs[part], "labels": labels[part]}
+
+
+def counting(rows: Iterable[dict[str, Tensor]], bar) -> Iterator[dict[str, Tensor]]:
+    """The same batches; the progress bar moves on by the tokens of each once it is worked off."""
+    for batch in rows:
+        yield batch
+        bar.update(len(batch["inputs"]))
+
+
+@contextmanager
+def eval_mode(clt: CrossLayerTranscoder):
+    """Eval mode while the block runs, then the mode that was."""
+    was_training = clt.training
+    clt.eval()
+    try:
+        yield
+    finally:
+        clt.train(was_training)
+
+
+def check_harvester(clt: CrossLayerTranscoder, harvester: Harvester) -> None:
+    """Raises ValueError if the harvester reads other layers, another width or other hooks than the CLT."""
+    for name, found in (
+        ("num_layers", harvester.num_layers),
+        ("d_model", harvester.d_model),
+        ("feature_input_hook", harvester.input_hook),
+        ("feature_output_hook", harvester.output_hook),
+    ):
+        wanted = getattr(clt.config, name)
+        if wanted != found:
+            raise ValueError(
+                f"{name}={wanted!r} of the CLT does not fit the harvested activations, where it is {found!r}; harvest "
+                "from the language model that the CLT was trained on, at its hooks"
+            )
+
+
+def format_replacement(metrics: dict) -> str:
+    """The replacement metrics of [`evaluate_clt`] as two lines of text; losses and KL in nats."""
+    return (
+        f"next-token cross-entropy: model {metrics['ce_original']:.4f}, MLPs replaced {metrics['ce_replaced']:.4f}, "
+        f"ablated {metrics['ce_ablated']:.4f}; recovered {metrics['ce_recovered']:.1%}\n"
+        f"KL {metrics['kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%} on {metrics['num_predictions']:,} "
+        "predictions"
+    )
+
+
+def read_history(name: str | Path) -> list[dict]:
+    """
+    The lines of `metrics.jsonl` in a CLT's folder, which [`plot_metrics`] draws the training curves of; none where
+    there is no such file, as in a CLT from the Hub.
+
+    Raises:
+        ValueError: If a line is no JSON.
+    """
+    path = Path(name).expanduser() / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
+        ) from None
+
+
+def as_json(record) -> str:
+    """
+    JSON text that every reader takes: what is not finite (the NMSE of a layer whose targets do not vary) is null.
+    """
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {name: finite(entry) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=1, allow_nan=False) + "\n"
+
+
+__all__ = ["evaluate_clt", "evaluation_sums"]

@@ -1,0 +1,156 @@
+"""
+What the scripts that measure a finished CLT share: the options that name the CLT, its language model and the held-out
+text, and what these options mean.
+"""
+
+import argparse
+
+import torch
+
+from ..harvest.harvester import DTYPES, Harvester, check_context_size, load_language_model
+from ..harvest.tokens import TokenStream, load_text_dataset
+from ..modeling_clt import CrossLayerTranscoder
+from .evaluate import check_harvester
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the options in a ValueError of one line; argparse would print a page and exit."""
+
+    def error(self, message):
+        raise ValueError(message[0].lower() + message[1:] + "; see --help")
+
+
+def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192) -> None:
+    """
+    Adds the options that [`load_clt`] and [`open_heldout`] read. Those that `scripts/train_clt.py` has too are named
+    alike and have the same defaults, so that a CLT is measured on the text that its own training held out.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The script's parser.
+        eval_tokens (`int`, *optional*, defaults to 8192): Default of `--eval-tokens`.
+    """
+    clt = parser.add_argument_group("the CLT")
+    clt.add_argument("clt", metavar="MODEL_OR_REPO", help="folder of a CLT, or its name on the Hub")
+    clt.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of the CLT on the Hub")
+    clt.add_argument("--clt-dtype", choices=list(DTYPES), help="number format of its weights (default: its files')")
+
+    model = parser.add_argument_group("the language model")
+    model.add_argument("--model", metavar="TEXT", help="Hub name or folder (default: the one that the CLT names)")
+    model.add_argument("--model-revision", metavar="TEXT", help="branch, tag or commit of --model on the Hub")
+    model.add_argument("--model-dtype", choices=list(DTYPES), help="number format (default: that of its files)")
+    model.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
+    model.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:n (default: a GPU when there is one)")
+
+    text = parser.add_argument_group("the held-out text: the first documents, as in training")
+    text.add_argument("--dataset", required=True, metavar="TEXT", help="Hub name, file or folder of text")
+    text.add_argument("--dataset-config", metavar="TEXT", help="configuration of a Hub dataset")
+    text.add_argument("--dataset-split", default="train", metavar="TEXT", help="default: %(default)s")
+    text.add_argument("--dataset-text-column", default="text", metavar="TEXT", help="default: %(default)s")
+    text.add_argument("--max-samples", type=int, metavar="N", help="use the first N documents only")
+    text.add_argument(
+        "--eval-tokens", type=int, default=eval_tokens, metavar="N", help="tokens to measure on (default: %(default)s)"
+    )
+    text.add_argument("--context-size", type=int, default=128, metavar="N", help="tokens per block (default: 128)")
+    text.add_argument(
+        "--prepend-bos", action=argparse.BooleanOptionalAction, help="BOS in front of each block (default: if any)"
+    )
+    text.add_argument(
+        "--exclude-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave special tokens out",
+    )
+    text.add_argument(
+        "--store-batch-size-prompts", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)"
+    )
+    text.add_argument(
+        "--batch-size", type=int, default=1024, metavar="N", help="tokens that the CLT sees at a time (default: 1024)"
+    )
+    text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
+
+
+def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
+    """The CLT that the options name, on their device, in eval mode."""
+    kwargs = {"revision": options.revision} if options.revision is not None else {}
+    if options.clt_dtype is not None:
+        kwargs["dtype"] = DTYPES[options.clt_dtype]
+    device = chosen_device(options.device)
+    return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
+
+
+def chosen_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is unknown; give cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but no GPU is available; leave device out or give cpu")
+    return device
+
+
+def open_heldout(clt: CrossLayerTranscoder, options: argparse.Namespace) -> tuple[Harvester, TokenStream]:
+    """
+    The language model of a CLT and the held-out text that the options name.
+
+    Returns:
+        `tuple[Harvester, TokenStream]`: At the CLT's hooks, and on its device; and the first `eval_tokens` counted
+        tokens of the text.
+
+    Raises:
+        ValueError: If no language model is named, if one of the two cannot be loaded, or if they do not fit the CLT or
+            the options.
+    """
+    if options.batch_size < 1:  # found before a model is loaded
+        raise ValueError(f"batch_size={options.batch_size} is below 1; give the number of tokens that fit in memory")
+    if options.eval_tokens < 1:
+        raise ValueError(f"eval_tokens={options.eval_tokens} is below 1; give some thousand tokens")
+    name, revision = options.model, options.model_revision
+    if name is None:
+        name = clt.config.base_model_name_or_path
+        revision = clt.config.base_model_revision if revision is None else revision
+    if name is None:
+        raise ValueError("model is missing: this CLT does not name its language model; give --model")
+    model, tokenizer = load_language_model(
+        name,
+        revision=revision,
+        dtype=options.model_dtype,
+        trust_remote_code=options.trust_remote_code,
+        device=clt.device,
+    )
+    check_context_size(model.config, options.context_size)
+    harvester = Harvester(model, clt.config.feature_input_hook, clt.config.feature_output_hook)
+    check_harvester(clt, harvester)
+    dataset = load_text_dataset(
+        options.dataset,
+        split=options.dataset_split,
+        config_name=options.dataset_config,
+        text_column=options.dataset_text_column,
+        trust_remote_code=options.trust_remote_code,
+        max_samples=options.max_samples,
+    )
+    tokens = TokenStream(
+        dataset,
+        tokenizer,
+        text_column=options.dataset_text_column,
+        context_size=options.context_size,
+        prepend_bos=options.prepend_bos,
+        exclude_special_tokens=options.exclude_special_tokens,
+        prompts_per_batch=options.store_batch_size_prompts,
+        heldout_tokens=options.eval_tokens,
+        heldout=True,
+    )
+    return harvester, tokens
+
+
+def settings_of(options: argparse.Namespace, clt: CrossLayerTranscoder) -> dict:
+    """What a figure depends on, for the record: the CLT, its language model, the text, and how it was cut."""
+    names = ("clt", "revision", "dataset", "dataset_config", "dataset_split", "dataset_text_column", "max_samples")
+    names += ("eval_tokens", "context_size", "prepend_bos", "exclude_special_tokens", "model_dtype", "clt_dtype")
+    settings = {name: getattr(options, name) for name in names}
+    settings["model"] = options.model or clt.config.base_model_name_or_path
+    return settings
+
+
+__all__ = ["OneLineParser", "add_heldout_options", "load_clt", "open_heldout", "settings_of"]
