@@ -1,0 +1,84 @@
+"""`scripts/convert_clt.py`: what it prints, what it writes, and one line for what it refuses."""
+
+import re
+
+import pytest
+import torch
+
+from hf_clt import CrossLayerTranscoder
+from hf_clt.hub import exporters
+from scripts import convert_clt
+from tests.reference import random_clt
+
+
+@pytest.fixture
+def source(tmp_path):
+    clt = random_clt(double=False, base_model_name_or_path="some/model", feature_input_hook="mlp.hook_in").eval()
+    exporters.export_crosslayer_coding(clt, tmp_path / "source")
+    return clt, tmp_path / "source"
+
+
+def convert(capsys, *argv):
+    status = convert_clt.main([str(word) for word in argv])
+    return status, *capsys.readouterr()
+
+
+HOOKS = ("--feature-input-hook", "mlp.hook_in", "--feature-output-hook", "hook_mlp_out")
+
+
+def test_says_what_was_read_and_written(source, tmp_path, capsys):
+    clt, folder = source
+    status, out, err = convert(capsys, folder, tmp_path / "out", *HOOKS)
+    assert status == 0, err
+    assert f"read crosslayer-coding from {folder}: jumprelu CLT of some/model, 3 layers, width 5, 16 features" in out
+    assert "from mlp.hook_in to hook_mlp_out" in out
+    assert f"wrote hf_clt to {tmp_path / 'out'}: 10 files, " in out
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.decoders[0].weight, clt.decoders[0].weight)
+
+
+def test_the_formats_and_the_base_model_can_be_named(source, tmp_path, capsys):
+    _, folder = source
+    options = ("--from", "crosslayer-coding", "--to", "gemma-scope-2", "--base-model", "a/b", *HOOKS)
+    status, out, err = convert(capsys, folder, tmp_path / "gemma", *options)
+    assert status == 0, err
+    assert "of a/b" in out and "wrote gemma-scope-2" in out
+    assert (tmp_path / "gemma" / "params_layer_2.safetensors").is_file()
+    status, out, err = convert(capsys, tmp_path / "gemma", tmp_path / "back")
+    assert status == 0 and "read gemma-scope-2" in out and "of a/b" in out, err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("source", "out"), "feature_input_hook=None"),
+        (("nowhere", "out"), "nowhere: there is no such file or folder"),
+        (("source", "source", *HOOKS), "not empty|where the source lies"),
+        (("source", "out", "--to", "clt-forge", "--drop-acausal", *HOOKS), "drop_acausal is for gemma-scope-2"),
+        (("source", "out", "--to", "circuit-tracer-plt", *HOOKS), "decoder_reach=3"),
+        (("source", "out", "--to", "saelens"), "invalid choice: 'saelens'.*--help"),
+        (("source",), "required: output"),
+        (("source", "out", "--overwite"), "--overwite"),
+    ],
+)
+def test_what_is_refused_is_one_line(source, tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.delenv("HF_CLT_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    status, out, err = convert(capsys, *argv)
+    assert status == 2 and out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_overwrite(source, tmp_path, capsys):
+    _, folder = source
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    status, _, err = convert(capsys, folder, tmp_path / "out", *HOOKS)
+    assert status == 2 and "not empty" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    status, _, err = convert(capsys, folder, tmp_path / "out", *HOOKS, "--overwrite")
+    assert status == 0, err
+    assert (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
