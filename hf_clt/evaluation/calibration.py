@@ -1,7 +1,7 @@
 """
 From a topk or batchtopk CLT to a jumprelu CLT: thresholds with which every layer is exactly as active as before.
 
-A top-k CLT fires on C_s (token, feature) pairs of source layer s, over a set of held-out tokens. With one threshold θ_s
+A top-k CLT fires on C_s (token, feature) pairs of source layer s over a set of held-out tokens. With one threshold θ_s
 per layer, a = h · 1[h > θ_s] fires on as many pairs if θ_s lies between the C_s-th and the next smaller of all
 pre-activations of the layer; with one threshold per feature, every feature fires on as many tokens as before if its θ
 lies between two of its own. Both are order statistics of numbers too many to keep. They are found digit by digit: the
@@ -50,7 +50,7 @@ def to_jumprelu(
     A jumprelu CLT with the weights of a topk or batchtopk CLT, and thresholds calibrated on held-out activations.
 
     `per="layer"`: all features of a layer have the same θ, with which the layer's L0 is that of the original in eval
-    mode. A batchtopk CLT gates at its running thresholds in eval mode: these are kept as they are, so that the function
+    mode. A batchtopk CLT gates at its running thresholds in eval mode: these are kept as they are, so the function
     is the same on every token. `per="feature"`: every feature fires on as many of the tokens as in the original; one
     that fires on none of them gets the median threshold of its layer, or its largest pre-activation if that is higher.
     Where equal pre-activations make a count impossible (bfloat16 weights), features are given one too many or too few
@@ -82,7 +82,7 @@ def to_jumprelu(
     config = clt.config
     if config.activation_fn not in TOPK_FAMILY:
         raise ValueError(
-            f"activation_fn={config.activation_fn!r}: only topk and batchtopk CLTs are made into jumprelu CLTs; use this "
+            f"activation_fn={config.activation_fn!r}: only topk and batchtopk CLTs become jumprelu CLTs; use this "
             "one as it is"
         )
     if per not in DIGITS:
@@ -103,7 +103,7 @@ def to_jumprelu(
     if not figures["l0_kept"]:
         worst = max(figures["l0_change_per_layer"], key=abs)
         logger.warning(
-            "the L0 of a layer changed by %.1f %%: its pre-activations are equal too often for a threshold between them; "
+            "the L0 of a layer changed by %.1f %%: its pre-activations are equal too often for a threshold between; "
             "load the CLT in float32, or calibrate per='feature'",
             100 * worst,
         )
@@ -142,7 +142,7 @@ def passing(
         raise ValueError("batches gave no tokens; give held-out activations of some thousand tokens")
     if num_tokens is not None and seen != num_tokens:
         raise ValueError(
-            f"batches gave {num_tokens} tokens in the first pass and {seen} in a later one; give the same tokens each time"
+            f"batches gave {num_tokens} tokens in the first pass and {seen} in a later one; give the same each time"
         )
 
 

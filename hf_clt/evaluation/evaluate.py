@@ -44,7 +44,7 @@ def evaluate_clt(
         `ce_recovered`, `kl`, `top1_agreement` and `num_predictions`, the number of predictions that these count.
 
     Raises:
-        ValueError: If the harvester's model or hooks are not the CLT's, or no token counts; for a `batch_size` below 1.
+        ValueError: If the harvester's model or hooks are not the CLT's, no token counts, or `batch_size` is below 1.
     """
     sums = evaluation_sums(clt, harvester, token_batches, batch_size, progress=progress)
     metrics = sums.compute()

@@ -1,0 +1,4 @@
+from .ce_recovered import CERecovered
+
+
+__all__ = ["CERecovered"]

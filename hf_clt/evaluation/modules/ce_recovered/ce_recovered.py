@@ -1,0 +1,33 @@
+"""Cross-entropy that is kept when a cross-layer transcoder replaces a model's MLPs, as an `evaluate` module."""
+
+import math
+
+import evaluate
+
+from hf_clt.evaluation.modules import means_of, module_info
+
+
+DESCRIPTION = """
+(ce_ablated - ce_replaced) / (ce_ablated - ce_original), from the next-token cross-entropies of the language model, of
+the model with its MLP outputs replaced by the reconstruction, and with them set to their means. NaN where the ablation
+changes nothing.
+"""
+INPUTS = {
+    "count": "number of predictions",
+    "ce_original": "summed cross-entropy of the language model in nats",
+    "ce_replaced": "the same with every MLP output replaced",
+    "ce_ablated": "the same with every MLP output set to its mean",
+}
+
+
+class CERecovered(evaluate.Metric):
+    """`ce_recovered`, and the means `ce_original`, `ce_replaced` and `ce_ablated`."""
+
+    def _info(self):
+        return module_info(DESCRIPTION, INPUTS)
+
+    def _compute(self, **rows):
+        means = means_of(rows)
+        lost = means["ce_ablated"] - means["ce_original"]
+        kept = means["ce_ablated"] - means["ce_replaced"]
+        return {"ce_recovered": kept / lost if lost != 0 else math.nan, **means}

@@ -1,0 +1,4 @@
+from .dead_fraction import DeadFraction
+
+
+__all__ = ["DeadFraction"]

@@ -1,0 +1,4 @@
+from .explained_variance import ExplainedVariance
+
+
+__all__ = ["ExplainedVariance"]

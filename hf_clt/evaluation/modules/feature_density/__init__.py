@@ -1,0 +1,4 @@
+from .feature_density import FeatureDensity
+
+
+__all__ = ["FeatureDensity"]

@@ -1,0 +1,4 @@
+from .kl import KL
+
+
+__all__ = ["KL"]

@@ -1,0 +1,4 @@
+from .l0 import L0
+
+
+__all__ = ["L0"]

@@ -1,0 +1,4 @@
+from .nmse import NMSE
+
+
+__all__ = ["NMSE"]

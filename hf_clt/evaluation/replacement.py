@@ -1,0 +1,612 @@
+"""
+The replacement model: a language model whose MLP outputs are a cross-layer transcoder's reconstruction (Ameisen et al.
+2025, "Circuit Tracing: Revealing Computational Graphs in Language Models"), and how far it is from the original.
+
+The features are read from the replaced stream: those of layer s from what layer s receives when all MLPs before it are
+replaced already. So the CLT runs along with the model, source layer by source layer.
+"""
+
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from ..harvest.harvester import Harvester, check_context_size
+from ..harvest.sites import default_hooks
+from ..modeling_clt import CrossLayerTranscoder, promoted
+from ..sparsity import LayerFeatures, SparseFeatures, features_at
+
+
+PREDICTIONS_AT_A_TIME = 256  # float64 log-probabilities of a whole batch would be as large as the model
+
+# How nnsight ends an open loop over the steps of a generation, whose number nobody knows beforehand.
+LOOP_ENDS = r"(?s).*the loop asked for a step the run did not make"
+
+
+@dataclass
+class ReplacementOutput(ModelOutput):
+    """
+    Output of [`ReplacementModel`].
+
+    Args:
+        logits (`Tensor` of shape `(P, T, V)`): Next-token logits of the replacement model.
+        features ([`SparseFeatures`]): Activations of all features on (P, T) tokens, as read from the replaced stream
+            and after the interventions. None is active at excluded positions; None if a function stands in for the
+            CLT.
+    """
+
+    logits: Tensor | None = None
+    features: SparseFeatures | None = None
+
+
+# -- the CLT layer by layer -------------------------------------------------------------------------------------------
+
+
+def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
+    """
+    Raises:
+        ValueError: If the features of a layer cannot be read before the later layers are computed, or not yet.
+    """
+    config = clt.config
+    if config.activation_fn == "topk" and config.k_scope == "token":
+        raise ValueError(
+            "k_scope='token' lets the layers of a token compete for one budget, so this topk CLT cannot be read layer "
+            "by layer; train it with k_scope='layer', or make it a jumprelu CLT with clt.to_jumprelu(batches)"
+        )
+    if config.activation_fn == "batchtopk" and any(threshold().isinf().any() for threshold in clt.thresholds):
+        raise ValueError("this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first")
+
+
+def normalized_layer(clt: CrossLayerTranscoder, layer: int, inputs: Tensor) -> Tensor:
+    """x̃_s = (x_s - mean_in[s]) / std_in[s] of one layer, (N, D)."""
+    return inputs if clt.mean_in is None else (inputs - clt.mean_in[layer]) / clt.std_in[layer]
+
+
+def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatures:
+    """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode whatever the mode is."""
+    theta = clt.thresholds[layer]() if hasattr(clt, "thresholds") else None
+    features, _ = clt.encoders[layer](x, partial(clt._select, theta=theta, training=False, grad=False))
+    return clt._activate(features, theta)
+
+
+def add_written(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:
+    """Adds a_s W_dec[s][:, t-s] to all target layers t of source layer s, in place in (N, L, D)."""
+    num_targets = clt.config.num_targets(source)
+    if clt.config.decoder_tying != "per_target":
+        return clt.decoders[source](normalized, features, source, num_targets, False)[0]
+    for target in range(source, source + num_targets):
+        normalized, _ = clt.decoders[target](normalized, features, target, 1, False)
+    return normalized
+
+
+class LayerwiseReconstruction:
+    """
+    A CLT on N tokens, given its inputs one layer after the other: what `clt(inputs)` gives in eval mode, where the
+    inputs of a layer may depend on the reconstruction of the layers before it.
+
+    Args:
+        clt ([`CrossLayerTranscoder`]): The CLT.
+        num_tokens (`int`): N.
+        edit (`Callable`, *optional*): Called with a layer and its [`LayerFeatures`], gives those that write.
+
+    Attributes:
+        features (`list[LayerFeatures]`): Of the layers given so far.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        clt: CrossLayerTranscoder,
+        num_tokens: int,
+        edit: Callable[[int, LayerFeatures], LayerFeatures] | None = None,
+    ):
+        self.clt, self.edit = clt, edit
+        bias = torch.stack([decoder.bias for decoder in clt.decoders])
+        # ỹ̂ of all target layers as far as it is known: a source layer adds to its targets when its inputs are given.
+        self.normalized = bias.to(promoted(bias.dtype)).expand(num_tokens, -1, -1).clone()
+        self.features: list[LayerFeatures] = []
+
+    @torch.no_grad()
+    def __call__(self, layer: int, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            layer (`int`): The next layer: 0, then 1, and so on.
+            inputs (`Tensor` of shape `(N, D)`): What its features read, raw.
+            outputs (`Tensor` of shape `(N, D)`, *optional*): Not used.
+
+        Returns:
+            `Tensor` of shape `(N, D)`: The raw reconstruction of the layer's MLP output.
+        """
+        clt = self.clt
+        if layer != len(self.features):
+            raise ValueError(f"layer={layer} is given after {len(self.features)} layers; give all layers in order")
+        x = normalized_layer(clt, layer, inputs.to(clt.device))
+        features = encode_layer(clt, layer, x)
+        if self.edit is not None:
+            features = self.edit(layer, features)
+        self.features.append(features)
+        self.normalized = add_written(clt, self.normalized, features, layer)
+        y = self.normalized[:, layer]
+        if clt.config.skip_connection:
+            y = y + clt.skips[layer](x)
+        return y if clt.mean_out is None else y * clt.std_out[layer] + clt.mean_out[layer]
+
+
+# -- tokens and interventions -----------------------------------------------------------------------------------------
+
+
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """Number of tokens before each token of its row, -1 at padding on either side; (P, T) to (P, T) int64."""
+    return torch.where(attention_mask.bool(), attention_mask.long().cumsum(1) - 1, -1)
+
+
+def columns_of_step(positions: Tensor, counted: Tensor, start: int, stop: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """
+    What a step of a generation computes: columns `start` to `stop` of prompts that generated tokens continue.
+
+    Args:
+        positions, counted: Of the prompts, (P, T).
+        start, stop: Columns; T is the first generated token's.
+        num_rows: R, a multiple of P where every prompt has several beams or samples, which are consecutive rows.
+
+    Returns:
+        Token positions and whether tokens count, (R, stop - start) each. Generated tokens count.
+    """
+    steps = torch.arange(1, max(0, stop - positions.shape[1]) + 1, device=positions.device)
+    positions = torch.cat([positions, positions.amax(dim=1, keepdim=True) + steps], dim=1)
+    counted = torch.cat([counted, counted.new_ones(len(counted), len(steps))], dim=1)
+    beams = num_rows // len(positions)
+    return tuple(values[:, start:stop].repeat_interleave(beams, dim=0) for values in (positions, counted))
+
+
+def set_activations(
+    features: LayerFeatures, positions: Tensor, interventions: list[tuple[int | None, int, float]]
+) -> LayerFeatures:
+    """
+    The features of a layer with some activations set.
+
+    Args:
+        features: On N tokens.
+        positions: Their token positions, (N,).
+        interventions: (position, feature, value) each; position None is every one of the N tokens.
+    """
+    if not interventions:
+        return features
+    acts = features.to_dense()
+    for position, feature, value in interventions:
+        tokens = slice(None) if position is None else positions == position
+        acts[tokens, feature] = value
+    return features_at(acts, acts != 0)
+
+
+def spread_features(features: LayerFeatures, rows: Tensor, num_positions: int) -> LayerFeatures:
+    """The features of the tokens `rows` (N,), ascending, as features of all positions; the others have none."""
+    counts = torch.zeros(num_positions, dtype=torch.int64, device=features.offsets.device)
+    counts[rows.to(counts.device)] = features.offsets.diff()
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return LayerFeatures(features.values, features.indices, offsets, features.num_features)
+
+
+def no_features(clt: CrossLayerTranscoder) -> LayerFeatures:
+    """The features of a layer on no token."""
+    values = torch.zeros(0, dtype=promoted(clt.dtype), device=clt.device)
+    offsets = torch.zeros(1, dtype=torch.int64, device=clt.device)
+    return LayerFeatures(values, offsets[:0], offsets, clt.config.num_features)
+
+
+def checked_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
+    """
+    Raises:
+        ValueError: If `layers` is empty or names a layer that is none.
+    """
+    if layers is None:
+        return list(range(num_layers))
+    checked = sorted({operator.index(layer) for layer in layers})
+    if not checked or checked[0] < 0 or checked[-1] >= num_layers:
+        raise ValueError(
+            f"layers={list(layers)} must name at least one layer from 0 to {num_layers - 1}; leave it out for all"
+        )
+    return checked
+
+
+def checked_interventions(
+    interventions: Iterable[tuple[int, int | None, int, float]], clt, layers: list[int]
+) -> dict[int, list[tuple[int | None, int, float]]]:
+    """
+    Interventions by source layer.
+
+    Raises:
+        ValueError: If one is not (layer, position, feature, value), is out of range, or cannot change anything.
+    """
+    by_layer: dict[int, list[tuple[int | None, int, float]]] = {}
+    for number, given in enumerate(interventions):
+        name = f"interventions[{number}]={given!r}"
+        if not isinstance(clt, CrossLayerTranscoder):
+            raise ValueError(f"{name}: a function stands in for the CLT and has no features; give a CLT to intervene")
+        try:
+            layer, position, feature, value = given
+            layer, feature, value = operator.index(layer), operator.index(feature), float(value)
+            position = None if position is None else operator.index(position)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: give (layer, position, feature, value), a number each; position None is every token"
+            ) from error
+        config = clt.config
+        for field, found, size in (("layer", layer, config.num_layers), ("feature", feature, config.num_features)):
+            if not 0 <= found < size:
+                raise ValueError(f"{name}: {field} {found} is outside 0 to {size - 1}; give one that the CLT has")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: value {value} is not finite; give the activation to set, 0 to ablate")
+        reached = range(layer, layer + config.num_targets(layer))
+        if not set(reached) & set(layers):
+            raise ValueError(
+                f"{name}: layer {layer} writes to layers {reached[0]} to {reached[-1]}, none of which is replaced "
+                f"(layers={layers}); replace one of them"
+            )
+        by_layer.setdefault(layer, []).append((position, feature, value))
+    return by_layer
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+class ReplacementModel:
+    """
+    A language model with its MLP outputs replaced by a CLT's reconstruction, the features being read from the replaced
+    stream. The language model itself can be used as before; one thread at a time may use either.
+
+    **Layers.** With `layers`, only these get the reconstruction and the others keep their exact MLP outputs. The
+    features of all layers are read all the same, and write to the replaced layers behind them: the reconstruction of a
+    layer is what it always is, the sum over all its source layers.
+
+    **Excluded positions** keep the language model's own MLP outputs, and have no features: position 0 of each row (its
+    first token that is not padding), padding, and what `counted` excludes. A CLT is not trained on them.
+
+    **Interventions** are `(layer, position, feature, value)`: the activation of a feature of a source layer is set to
+    a value, in raw units of the activation, before it writes to any layer; 0 ablates it. `position` counts the tokens
+    before it in its row, so that padding does not move it, and holds for every row in which it is not excluded; None
+    is every position that is not excluded, generated ones included. Of two on the same activation the later counts.
+
+    Args:
+        model (`PreTrainedModel`):
+            A causal language model with its head, in eval mode.
+        clt ([`CrossLayerTranscoder`] or `Callable`):
+            The CLT; its features are computed as in eval mode. Or a function that stands in for it, called as
+            `clt(layer, inputs, outputs)` for layer 0, 1, ... of each forward pass with what the hooks of
+            [`default_hooks`] read at the N positions that are not excluded, `(N, D)` each; it returns what replaces
+            `outputs`, of a shape that broadcasts to theirs.
+        layers (`Iterable[int]`, *optional*): The layers to replace; by default all.
+
+    Raises:
+        `ValueError`: if the CLT does not fit the model or cannot be read layer by layer, if the model has no head, or
+            if a layer is out of range.
+    """
+
+    def __init__(self, model, clt: CrossLayerTranscoder | Callable, layers: Iterable[int] | None = None):
+        config = model.config.get_text_config()
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"model is a {type(model).__name__}, which has no language modeling head; load it with "
+                "AutoModelForCausalLM"
+            )
+        if isinstance(clt, CrossLayerTranscoder):
+            for name, own in (("num_layers", config.num_hidden_layers), ("d_model", config.hidden_size)):
+                if getattr(clt.config, name) != own:
+                    raise ValueError(
+                        f"{name}={getattr(clt.config, name)} of the CLT, and the language model has {own}; "
+                        f"give the model that it was trained on ({clt.config.base_model_name_or_path})"
+                    )
+            check_layer_by_layer(clt)
+            hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
+        elif callable(clt):
+            hooks = default_hooks(config.model_type)
+        else:
+            raise ValueError(
+                f"clt is a {type(clt).__name__}; give a CrossLayerTranscoder, or a function (layer, inputs, outputs)"
+            )
+        self.model, self.clt = model, clt
+        self.layers = checked_layers(layers, config.num_hidden_layers)
+        self._harvester = Harvester(model, *hooks)
+        self._nnsight = self._harvester._nnsight
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        counted: Tensor | None = None,
+        interventions: Iterable[tuple[int, int | None, int, float]] = (),
+    ) -> ReplacementOutput:
+        """
+        One forward pass, without gradients.
+
+        Args:
+            input_ids (`Tensor` of shape `(P, T)`): Token ids.
+            attention_mask (`Tensor` of shape `(P, T)`, *optional*): 1 for tokens, 0 for padding on either side; by
+                default there is none.
+            counted (`Tensor` of shape `(P, T)`, bool, *optional*): False where the language model's own MLP outputs
+                are kept, as at special tokens. Position 0 and padding always keep them; by default nothing else does.
+            interventions (`Iterable`, *optional*): See the class.
+
+        Returns:
+            [`ReplacementOutput`]
+
+        Raises:
+            `ValueError`: if the model is in training mode or cannot take these tokens, a shape does not fit, or an
+                intervention is out of range or changes nothing.
+        """
+        arguments, positions, counted = self._prepare(input_ids, attention_mask, counted)
+        by_layer = self._interventions(interventions, positions, counted)
+        rows = counted.flatten().nonzero().squeeze(1)
+        replace = self._start(positions.flatten()[rows], by_layer)
+        logits = self._run(arguments, rows, replace)
+        if replace is self.clt:
+            return ReplacementOutput(logits=logits)
+        layers = replace.features or [no_features(self.clt)] * self.clt.config.num_layers
+        layers = [spread_features(features, rows, positions.numel()) for features in layers]
+        return ReplacementOutput(logits=logits, features=SparseFeatures(layers, positions.shape))
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        counted: Tensor | None = None,
+        interventions: Iterable[tuple[int, int | None, int, float]] = (),
+        **kwargs,
+    ) -> Tensor | ModelOutput:
+        """
+        Continues prompts with the replacement model. Generated tokens are replaced as well, whatever they are.
+
+        Args:
+            input_ids (`Tensor` of shape `(P, T)`): Token ids of the prompts.
+            attention_mask (`Tensor` of shape `(P, T)`, *optional*): 1 for tokens, 0 for padding, which must be on the
+                left; by default there is none.
+            counted (`Tensor` of shape `(P, T)`, bool, *optional*): As for a forward pass.
+            interventions (`Iterable`, *optional*): See the class; positions may lie behind the prompt.
+            kwargs: What the model's own `generate` takes: `max_new_tokens`, `do_sample`, `num_beams`, ...
+
+        Returns:
+            What the model's own `generate` returns: token ids, prompts included, unless asked for more.
+
+        Raises:
+            `ValueError`: as a forward pass, and if a prompt is padded on the right.
+        """
+        arguments, positions, counted = self._prepare(input_ids, attention_mask, counted)
+        if (positions[:, -1] < 0).any():
+            raise ValueError(
+                "attention_mask has padding in the last column, where generation goes on: pad on the left"
+            )
+        by_layer = self._interventions(interventions, positions, counted, generates=True)
+        given = {name: arguments[name] for name in ("input_ids", "attention_mask")}
+        returned = []
+
+        def run(**arguments):
+            returned.append(self.model.generate(**arguments))
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=LOOP_ENDS)
+            with torch.no_grad(), self._nnsight.trace(fn=run, **given, **kwargs) as tracer:
+                for _ in tracer.iter[:]:
+                    step = self._nnsight.inputs[1]
+                    # With a cache a step computes the new tokens alone, without one the prompt again.
+                    cache, ids = step.get("past_key_values"), step["input_ids"]
+                    start = 0 if cache is None else int(cache.get_seq_length())
+                    columns = columns_of_step(positions, counted, start, start + ids.shape[1], len(ids))
+                    rows = columns[1].flatten().nonzero().squeeze(1)
+                    self._replace(rows, self._start(columns[0].flatten()[rows], by_layer))
+        return returned[0]
+
+    def _prepare(self, input_ids, attention_mask, counted):
+        """Arguments of the model's forward, token positions (P, T) and, as bool (P, T), what is not excluded."""
+        if self.model.training:
+            raise ValueError(
+                "the language model is in training mode, so dropout changes its activations: call model.eval()."
+            )
+        config = self.model.config.get_text_config()
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (prompts, tokens), one at least")
+        for name, mask in (("attention_mask", attention_mask), ("counted", counted)):
+            if mask is not None and mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
+                )
+        check_context_size(config, input_ids.shape[1])
+        if not 0 <= input_ids.min() <= input_ids.max() < config.vocab_size:
+            raise ValueError(
+                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} do not fit the language model's "
+                f"vocabulary of {config.vocab_size}: use the model's own tokenizer."
+            )
+        if attention_mask is not None:
+            attention_mask = attention_mask.long()
+        arguments = self._harvester._arguments(input_ids, attention_mask)
+        positions = token_positions(arguments["attention_mask"])
+        included = positions > 0
+        return arguments, positions, included if counted is None else included & counted.bool().to(included.device)
+
+    def _interventions(self, interventions, positions, counted, generates=False):
+        """Checked interventions by source layer; one at a position where nothing is replaced is refused."""
+        interventions = list(interventions)
+        by_layer = checked_interventions(interventions, self.clt, self.layers)
+        for number, given in enumerate(interventions):
+            position = given[1]
+            replaced = counted if position is None else counted & (positions == position)
+            follows = generates and (position is None or (positions.amax(dim=1) < position).any())
+            if not follows and not replaced.any():
+                raise ValueError(
+                    f"interventions[{number}]={given!r}: no row has a token at this position whose MLP outputs are "
+                    "replaced (position 0, padding and what counted excludes are not); give another position"
+                )
+        return by_layer
+
+    def _start(self, positions, by_layer):
+        """What replaces the outputs of one forward pass, at tokens of these positions (N,)."""
+        if not isinstance(self.clt, CrossLayerTranscoder):
+            return self.clt
+        positions = positions.to(self.clt.device)
+        return LayerwiseReconstruction(
+            self.clt,
+            len(positions),
+            lambda layer, features: set_activations(features, positions, by_layer.get(layer, [])),
+        )
+
+    def _run(self, arguments, rows, replace):
+        """Logits (P, T, V) of a forward pass in which `replace` gives the outputs at the flat positions `rows`."""
+        logits = []
+        with torch.no_grad(), self._nnsight.trace(**arguments) as tracer:
+            self._replace(rows, replace)
+            logits.append(tracer.result.logits)
+        return logits[0]
+
+    def _replace(self, rows, replace):
+        """In the body of a trace: one forward pass of the model, whose modules the reads below wait for."""
+        if len(rows) == 0:
+            return
+        for layer in range(self._harvester.num_layers):
+            module, io = self._harvester._inputs[layer]
+            inputs = (module.input if io == "input" else module.output).flatten(0, 1)
+            inputs = inputs[rows.to(inputs.device)]
+            module, _ = self._harvester._outputs[layer]
+            outputs = module.output
+            changed = outputs.flatten(0, 1).clone()
+            here = rows.to(changed.device)
+            # A function may call the very modules that it replaces; these calls are not the ones traced.
+            self._nnsight.interleaver.interleaving = False
+            try:
+                replacement = replace(layer, inputs, changed[here])
+            finally:
+                self._nnsight.interleaver.interleaving = True
+            if layer in self.layers:
+                changed[here] = replacement.to(changed)
+                module.output = changed.view_as(outputs)
+
+
+# -- the metrics ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def replacement_metrics(
+    model,
+    clt: CrossLayerTranscoder | Callable,
+    batches: Iterable[dict[str, Tensor]],
+    layers: Iterable[int] | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """
+    How far the replacement model is from the language model, on held-out tokens. Sums are float64, so the result does
+    not depend on how the tokens are cut into batches. Four forward passes over each batch; about three times the
+    logits of a batch are held.
+
+    Counted are the predictions that are made at a counted position (neither position 0, nor padding, nor excluded) and
+    whose next token is there. Positions that do not count keep the language model's own MLP outputs, in the ablation
+    too.
+
+    Args:
+        model (`PreTrainedModel`): The language model, with its head, in eval mode.
+        clt ([`CrossLayerTranscoder`] or `Callable`): The CLT, or a function in its place, see [`ReplacementModel`].
+        batches (`Iterable[dict]`):
+            Batches of a [`TokenStream`]: `input_ids`, `attention_mask`, `counted` and `documents`, each (P, T). They
+            are gone through twice, first for the means of the ablation: give a list, or a stream that starts anew.
+        layers (`Iterable[int]`, *optional*): The layers to replace, and to ablate; by default all.
+        reduce (`Callable`, *optional*): Sums a float64 tensor over all processes, where each has batches of its own:
+            `lambda tensor: accelerator.reduce(tensor, "sum")`.
+
+    Returns:
+        `dict`:
+        - `ce_original`, `ce_replaced`, `ce_ablated`: next-token cross-entropy in nats of the language model, of the
+          replacement model, and with each MLP output set to its mean over the counted tokens;
+        - `ce_recovered`: (ce_ablated - ce_replaced) / (ce_ablated - ce_original); NaN where the ablation does nothing;
+        - `kl`: KL(original ‖ replaced) of the next-token distributions in nats, mean over the predictions;
+        - `top1_agreement`: share of the predictions with the same most probable token;
+        - `num_tokens`: number of predictions counted.
+
+    Raises:
+        `ValueError`: as [`ReplacementModel`], and if `batches` can be read once only, or no prediction counts.
+        [`ActivationError`]: if an activation of the language model is not finite.
+    """
+    if iter(batches) is batches:
+        raise ValueError("batches is an iterator, which can be read once, and is read twice; give list(batches)")
+    reduce = (lambda tensor: tensor) if reduce is None else reduce
+    replaced = ReplacementModel(model, clt, layers)
+    means = reduce(_output_sums(replaced, batches))
+    means = means[:, :-1] / means[:, -1:]
+
+    sums = torch.zeros(6, dtype=torch.float64, device=means.device)
+    for batch in batches:
+        arguments, positions, counted = replaced._prepare(*_tokens_of(batch))
+        predicts = counted[:, :-1] & (positions[:, 1:] >= 0)
+        if not predicts.any():
+            continue
+        targets = arguments["input_ids"][:, 1:][predicts]
+        rows = counted.flatten().nonzero().squeeze(1)
+        original = model(**arguments).logits[:, :-1]
+        logits = [original[predicts.to(original.device)]]
+        del original
+        reconstruct = replaced._start(positions.flatten()[rows], {})
+        for replace in (reconstruct, lambda layer, inputs, outputs: means[layer]):
+            found = replaced._run(arguments, rows, replace)[:, :-1]
+            logits.append(found[predicts.to(found.device)])
+            del found
+        sums += prediction_sums(*logits, targets, means.device)
+    *totals, count = reduce(sums).tolist()
+    if count == 0:
+        raise ValueError("no prediction counts: the held-out text gave none; raise eval_tokens or give more text")
+    ce_original, ce_replaced, ce_ablated, kl, agreement = (total / count for total in totals)
+    lost = ce_ablated - ce_original
+    return {
+        "ce_original": ce_original,
+        "ce_replaced": ce_replaced,
+        "ce_ablated": ce_ablated,
+        "ce_recovered": (ce_ablated - ce_replaced) / lost if lost != 0 else math.nan,
+        "kl": kl,
+        "top1_agreement": agreement,
+        "num_tokens": int(count),
+    }
+
+
+def _tokens_of(batch):
+    return batch["input_ids"], batch["attention_mask"], batch["counted"]
+
+
+def _output_sums(replaced, batches):
+    """Σ over the counted tokens of each MLP output, and of 1, (L, D + 1) float64."""
+    harvester = replaced._harvester
+    # Apple's GPU has no float64
+    device = torch.device("cpu") if replaced.model.device.type == "mps" else replaced.model.device
+    sums = torch.zeros(harvester.num_layers, harvester.d_model + 1, dtype=torch.float64, device=device)
+    for batch in batches:
+        _, _, counted = replaced._prepare(*_tokens_of(batch))
+        counted = counted.to(batch["counted"].device)
+        _, outputs = harvester.harvest({**batch, "counted": counted}, dtype=promoted(replaced.model.dtype))
+        for layer in range(harvester.num_layers):  # one at a time: a float64 copy of a whole batch is large
+            sums[layer, :-1] += outputs[:, layer].to(device).double().sum(dim=0)
+        sums[:, -1] += len(outputs)
+    return sums
+
+
+def prediction_sums(original, replaced, ablated, targets, device):
+    """Σ over M predictions, logits (M, V) each: the three cross-entropies, the KL, the agreements, and M; (6,)."""
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    for start in range(0, len(targets), PREDICTIONS_AT_A_TIME):
+        part = slice(start, start + PREDICTIONS_AT_A_TIME)
+        logits = [values[part].to(device) for values in (original, replaced, ablated)]
+        logs = [values.double().log_softmax(dim=1) for values in logits]
+        target = targets[part].to(device)[:, None]
+        sums[:3] -= torch.stack([log.gather(1, target).sum() for log in logs])
+        sums[3] += (logs[0].exp() * (logs[0] - logs[1])).sum()
+        sums[4] += (logits[0].argmax(dim=1) == logits[1].argmax(dim=1)).sum()
+        sums[5] += len(target)
+    return sums
+
+
+__all__ = [
+    "LayerwiseReconstruction",
+    "ReplacementModel",
+    "ReplacementOutput",
+    "encode_layer",
+    "replacement_metrics",
+]
