@@ -37,7 +37,7 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
     model = parser.add_argument_group("the language model")
     model.add_argument("--model", metavar="TEXT", help="Hub name or folder (default: the one that the CLT names)")
     model.add_argument("--model-revision", metavar="TEXT", help="branch, tag or commit of --model on the Hub")
-    model.add_argument("--model-dtype", choices=list(DTYPES), help="number format (default: that of its files)")
+    model.add_argument("--model-dtype", choices=["auto", *DTYPES], help="number format (default: that of its files)")
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     model.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:n (default: a GPU when there is one)")
 

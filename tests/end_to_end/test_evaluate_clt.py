@@ -1,0 +1,166 @@
+"""`scripts/evaluate_clt.py` and `scripts/to_jumprelu.py` on a CLT that the trainer made."""
+
+import json
+import shutil
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
+from scripts import evaluate_clt, to_jumprelu
+
+
+@pytest.fixture(scope="module")
+def run(tiny_gpt2, text_file, tmp_path_factory):
+    """The folder of a finished run, and the metrics that it measured at its end."""
+
+    def reset():  # Accelerate keeps one state per process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    folder = tmp_path_factory.mktemp("run") / "clt"
+    args = CLTTrainingArguments(
+        model=tiny_gpt2,
+        dataset=text_file,
+        context_size=32,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=8,
+        batch_size=128,
+        eval_tokens=1000,
+        training_steps=120,
+        learning_rate=3e-3,
+        log_interval=20,
+        eval_interval=0,
+        checkpoint_interval=0,
+        disable_progress_bar=True,
+        output_dir=str(folder),
+        device="cpu",
+    )
+    config = CLTConfig(num_layers=2, d_model=64, num_features=128, activation_fn="batchtopk", k=8)
+    trainer = CLTTrainer(args, config)
+    trainer.train()
+    metrics = trainer.evaluate()
+    reset()
+    return folder, metrics
+
+
+@pytest.fixture
+def options(text_file):
+    """Those with which the run was evaluated."""
+    text = ["--dataset", text_file, "--context-size", "32", "--eval-tokens", "1000"]
+    return [*text, "--device", "cpu", "--disable-progress-bar"]
+
+
+def test_measures_what_the_training_run_measured(run, options, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder, expected = run
+    file, plots = tmp_path / "metrics.json", tmp_path / "plots"
+    argv = [str(folder), *options, "--batch-size", "77", "--json", str(file), "--plots", str(plots)]
+    assert evaluate_clt.main(argv) == 0
+    out = capsys.readouterr().out
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    assert metrics["num_tokens"] == expected["num_tokens"]
+    for name in ("nmse", "explained_variance", "l0", "dead_fraction"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
+        assert metrics[f"{name}_per_layer"] == pytest.approx(expected[f"{name}_per_layer"], rel=1e-4)
+    assert len(metrics["feature_density"]["counts"]) == 40
+    settings = metrics["settings"]
+    assert settings["clt"] == str(folder) and settings["eval_tokens"] == 1000 and settings["context_size"] == 32
+    assert settings["model"] == CrossLayerTranscoder.from_pretrained(folder).config.base_model_name_or_path
+    for text in ("batchtopk CLT of", "2 layers, width 64, 128 features", f"{metrics['nmse']:.4f}", str(file)):
+        assert text in out
+    names = {path.name for path in plots.iterdir()}
+    assert names == {"training_curves.png", "metrics_per_layer.png", "feature_density.png"}
+
+
+def test_with_the_replacement_model(run, options, tmp_path, capsys):
+    file = tmp_path / "metrics.json"
+    assert evaluate_clt.main([str(run[0]), *options, "--replacement", "--json", str(file)]) == 0
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    out = capsys.readouterr().out
+    assert f"recovered {metrics['ce_recovered']:.1%}" in out
+    assert 0 < metrics["num_predictions"] <= metrics["num_tokens"]
+    assert metrics["kl"] > 0 and 0 <= metrics["top1_agreement"] <= 1
+
+
+@pytest.mark.parametrize("per", ["layer", "feature"])
+def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, per, tmp_path, capsys):
+    folder, original = run
+    output, file = tmp_path / "jumprelu", tmp_path / "metrics.json"
+    assert to_jumprelu.main([str(folder), str(output), *options, "--per", per]) == 0
+    out = capsys.readouterr().out
+    assert "L0: within 1% in every layer" in out
+    assert "NMSE: within 2% of the original" in out
+    assert f"{original['nmse']:.4f}" in out
+    clt = CrossLayerTranscoder.from_pretrained(output)
+    assert clt.config.activation_fn == "jumprelu"
+    thetas = [threshold().unique().numel() for threshold in clt.thresholds]
+    assert thetas == [1, 1] if per == "layer" else min(thetas) > 64
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "scripts/to_jumprelu.py" in card and f"{original['num_tokens']:,} held-out tokens" in card
+
+    assert evaluate_clt.main([str(output), *options, "--json", str(file)]) == 0
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    assert metrics["l0_per_layer"] == pytest.approx(original["l0_per_layer"], rel=0.01)
+    assert metrics["nmse"] <= original["nmse"] * 1.02
+    assert f"{metrics['nmse']:.4f}" in out
+
+    capsys.readouterr()
+    assert to_jumprelu.main([str(folder), str(output), *options]) == 2  # it is there already
+    assert "--overwrite" in capsys.readouterr().err
+    assert to_jumprelu.main([str(output), str(tmp_path / "again"), *options]) == 2
+    assert "only topk and batchtopk" in capsys.readouterr().err
+
+
+def test_to_jumprelu_fails_where_l0_is_not_met(run, options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_clt.evaluation.calibration.L0_TOLERANCE", -1.0)
+    assert to_jumprelu.main([str(run[0]), str(tmp_path / "jumprelu"), *options]) == 1
+    assert "L0: NOT within" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        (["--dataset", "./no/such/text.txt"], ["./no/such/text.txt", "no such file"]),
+        (["--model", "./no/such/model"], ["./no/such/model"]),
+        (["--eval-tokens", "0"], ["eval_tokens=0"]),
+        (["--eval-tokens", "10000000"], ["eval_tokens", "10000000"]),
+        (["--eval-tokens", "many"], ["--eval-tokens", "many"]),
+        (["--batch-size", "0"], ["batch_size=0"]),
+        (["--context-size", "129"], ["context_size", "129", "128"]),
+        (["--device", "gpu"], ["device='gpu'"]),
+        (["--model-dtype", "int8"], ["--model-dtype", "int8"]),
+        (["--json", "no/such/folder/metrics.json"], ["no/such/folder"]),
+        (["--batchsize", "3"], ["--batchsize"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_wrong_options_give_one_line(run, options, changed, expected, capsys):
+    assert evaluate_clt.main([str(run[0]), *options, *changed]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for text in expected:
+        assert text in lines[0]
+
+
+def test_a_clt_that_is_not_there_or_does_not_fit(run, options, tmp_path, capsys):
+    assert evaluate_clt.main([str(tmp_path / "nothing"), *options]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    CrossLayerTranscoder(CLTConfig(num_layers=2, d_model=64, num_features=8)).save_pretrained(tmp_path / "nameless")
+    assert evaluate_clt.main([str(tmp_path / "nameless"), *options]) == 2
+    assert "model is missing" in capsys.readouterr().err
+    base = CrossLayerTranscoder.from_pretrained(run[0]).config.base_model_name_or_path
+    config = CLTConfig(num_layers=3, d_model=64, num_features=8, base_model_name_or_path=base)
+    CrossLayerTranscoder(config).save_pretrained(tmp_path / "larger")
+    assert evaluate_clt.main([str(tmp_path / "larger"), *options]) == 2
+    assert "num_layers=3 of the CLT does not fit" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_history_has_plots_too(run, options, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "clt"
+    shutil.copytree(run[0], folder)
+    (folder / "metrics.jsonl").unlink()
+    assert evaluate_clt.main([str(folder), *options, "--plots", str(tmp_path / "plots")]) == 0
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"metrics_per_layer.png", "feature_density.png"}
