@@ -38,10 +38,11 @@ harvester, documents = trainer.buffer.harvester, set()
 
 class Recording:
     num_layers, d_model = harvester.num_layers, harvester.d_model
+    check = harvester.check
 
-    def harvest(self, batch, dtype):
+    def read(self, batch, dtype):
         documents.update(batch["documents"][batch["counted"]].tolist())
-        return harvester.harvest(batch, dtype)
+        return harvester.read(batch, dtype)
 
 trainer.buffer.harvester = Recording()
 heldout = {int(d) for batch in trainer.heldout for d in batch["documents"][batch["counted"]]}
