@@ -210,7 +210,7 @@ def true_positions(mask: Tensor) -> Tensor:
 
 
 def ascending(positions: Tensor, size: int) -> Tensor:
-    """Different positions below `size`, sorted: on a CPU by marking and collecting them, faster where they are many."""
+    """Different positions below `size`, sorted: on a CPU by marking and collecting, faster where they are many."""
     if positions.device.type != "cpu":
         return positions.sort().values
     mask = torch.zeros(size, dtype=torch.bool)
