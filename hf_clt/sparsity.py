@@ -89,7 +89,7 @@ class SparseFeatures:
     def active_counts(self) -> Tensor:
         """Number of tokens on which each feature is active, (L, F) int64."""
         return torch.stack(
-            [count_by_feature(layer.indices, layer.num_features, layer.values.detach() > 0) for layer in self.layers]
+            [counts_of(layer.indices, layer.num_features, layer.values.detach() > 0) for layer in self.layers]
         )
 
     def l0_per_layer(self) -> Tensor:
@@ -98,16 +98,16 @@ class SparseFeatures:
         return active.float() / max(1, self.layers[0].num_tokens)
 
 
-def count_by_feature(indices: Tensor, num_features: int, counted: Tensor | None = None) -> Tensor:
-    """Number of entries of each feature, (F,) int64, or of its `counted` ones. (`bincount` would wait for a GPU.)"""
+def counts_of(indices: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
+    """How often each index below `size` occurs, (size,) int64, or is `counted`. (`bincount` would wait for a GPU.)"""
     ones = torch.ones_like(indices) if counted is None else counted.to(torch.int64)
-    return torch.zeros(num_features, dtype=torch.int64, device=indices.device).index_add_(0, indices, ones)
+    return torch.zeros(size, dtype=torch.int64, device=indices.device).index_add_(0, indices, ones)
 
 
 def offsets_of(indices: Tensor, size: int) -> Tensor:
     """Where each index below `size` begins when the entries are in ascending order of `indices`, (size + 1,) int64."""
     offsets = torch.zeros(size + 1, dtype=torch.int64, device=indices.device)
-    torch.cumsum(count_by_feature(indices, size), dim=0, out=offsets[1:])
+    torch.cumsum(counts_of(indices, size), dim=0, out=offsets[1:])
     return offsets
 
 
@@ -259,7 +259,7 @@ def _positions_topk_above_cut(h: Tensor, k: int, size: int) -> Tensor | None:
     below = np.less(h.numpy(), cut.numpy())  # NaN is not, and is ranked above all, as topk does
     candidates = true_positions(torch.from_numpy(np.logical_not(below, out=below)))
     tokens = candidates % num_tokens
-    counts = count_by_feature(tokens, num_tokens)
+    counts = counts_of(tokens, num_tokens)
     if len(candidates) > 2 * k * num_tokens or counts.amin() < k:
         return None
     # One row per token with its candidates, filled up with -inf.
@@ -334,8 +334,6 @@ __all__ = [
     "batchtopk_over_layers",
     "entries_at",
     "features_at",
-    "in_storage_order",
-    "is_stored_by_feature",
     "largest",
     "positions_batchtopk",
     "positions_topk",

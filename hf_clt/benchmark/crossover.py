@@ -8,6 +8,7 @@ import torch
 from ..kernels import rows as rows_module
 from ..kernels.decode import add_decoded
 from ..sparsity import LayerFeatures
+from .machine import synchronize
 
 
 DENSITIES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2)
@@ -40,22 +41,17 @@ def decoder_seconds(features: LayerFeatures, weight: torch.Tensor, dense: bool, 
     seconds = []
     for _ in range(repeats + 1):
         weight.grad = None
-        features.__dict__.pop("by_feature", None)  # sorted anew in every step
         values = features.values.detach().clone().requires_grad_()
+        # A new object, so that the entries are sorted by feature anew, as in every step.
         entries = LayerFeatures(values, features.indices, features.offsets, features.num_features)
-        synchronize(weight)
+        synchronize(weight.device)
         start = time.perf_counter()
         with forced(dense):
             out, _ = add_decoded(torch.zeros_like(grad), entries, weight, 0, num_targets)
             out.backward(grad)
-        synchronize(weight)
+        synchronize(weight.device)
         seconds.append(time.perf_counter() - start)
     return torch.tensor(seconds[1:]).median().item()
-
-
-def synchronize(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def measure_crossover(

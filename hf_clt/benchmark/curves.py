@@ -22,7 +22,8 @@ from ..evaluation.report import BLUE, GREY, INK, ORANGE, PLOT_STYLE
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
 from ..harvest.normalization import STATISTICS, estimate_statistics, set_firing_rate
-from ..harvest.tokens import TokenStream, load_text_dataset
+from ..harvest.tokens import open_text
+from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import MIN_STD, CrossLayerTranscoder
 from ..training.arguments import CLTTrainingArguments
 from ..training.schedules import learning_rate_scale, sparsity_scale
@@ -131,6 +132,8 @@ def compare(
     for name in ["dense", *[name for name in dict.fromkeys(names) if name != "dense"]]:
         clt = start()
         result = {"label": VARIANTS[name].label}
+        if VARIANTS[name].autocast and device.type == "cpu" and not multiplies_bfloat16():
+            result["label"] += " (float32 on this CPU)"
         result |= train(VARIANTS[name], clt, args, batches, lambda text, name=name: say(f"{name}: {text}"))
         result["heldout"] = evaluate(clt, args, batches, heldout)
         say(f"{name}: held-out nmse {result['heldout']['nmse']:.4f}, {result['seconds']:.0f} s")
@@ -177,18 +180,7 @@ def harvest(
     )
     check_context_size(model.config, args.context_size)
     harvester = Harvester(model, config.feature_input_hook, config.feature_output_hook)
-    streams = [
-        TokenStream(
-            load_text_dataset(args.dataset, text_column=args.dataset_text_column),
-            tokenizer,
-            text_column=args.dataset_text_column,
-            context_size=args.context_size,
-            prompts_per_batch=args.store_batch_size_prompts,
-            heldout_tokens=args.eval_tokens,
-            heldout=is_heldout,
-        )
-        for is_heldout in (False, True)
-    ]
+    streams = [open_text(args, tokenizer, heldout=heldout) for heldout in (False, True)]
     statistics = estimate_statistics(streams[0], harvester, args.normalization_estimation_batches, progress=False)
     dtype = getattr(torch, args.buffer_dtype or "float32")
     buffer = ActivationBuffer(
@@ -258,9 +250,9 @@ def train(
         if variant.reverse:
             inputs, labels = inputs.flip(0, 2), labels.flip(0, 2)
         for group in optimizer.param_groups:
-            scale = learning_rate_scale(step, len(batches), args.num_warmup_steps, args.lr_scheduler)
+            scale = learning_rate_scale(step, len(batches), args.num_warmup_steps, args.lr_scheduler, args.decay_steps)
             group["lr"] = args.learning_rate * scale
-        scale = sparsity_scale(step, len(batches), args.sparsity_schedule)
+        scale = sparsity_scale(step, len(batches), args.sparsity_schedule, args.sparsity_delay_steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=variant.autocast):
             if variant.dense:
                 error, penalty = dense_losses(clt, inputs, labels)

@@ -88,14 +88,17 @@ def measure(clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]]) ->
     return sums
 
 
-def activations(harvester: Harvester, token_batches: Iterable[dict], batch_size: int) -> Iterator[dict[str, Tensor]]:
+def activations(
+    harvester: Harvester, token_batches: Iterable[dict], batch_size: int, dtype: torch.dtype | None = None
+) -> Iterator[dict[str, Tensor]]:
     """
     Harvested activations of the counted tokens, in order: dicts of `inputs` and `labels`, raw, (N, L, D) each, with N
-    at most `batch_size`, in float32 (float64 if the language model is).
+    at most `batch_size`, in `dtype`, by default float32 (float64 if the language model is).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1; give the number of tokens that fit in memory")
-    dtype = torch.promote_types(harvester.model.dtype, torch.float32)
+    if dtype is None:
+        dtype = torch.promote_types(harvester.model.dtype, torch.float32)
     for batch in token_batches:
         inputs, labels = harvester.harvest(batch, dtype=dtype)
         for start in range(0, len(inputs), batch_size):

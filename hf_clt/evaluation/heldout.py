@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from ..harvest.harvester import DTYPES, Harvester, check_context_size, load_language_model
-from ..harvest.tokens import TokenStream, load_text_dataset
+from ..harvest.tokens import TokenStream, open_text
 from ..modeling_clt import CrossLayerTranscoder
 from .evaluate import check_harvester
 
@@ -66,6 +66,7 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
     text.add_argument(
         "--batch-size", type=int, default=1024, metavar="N", help="tokens that the CLT sees at a time (default: 1024)"
     )
+    parser.set_defaults(streaming=True)
     text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
 
 
@@ -122,26 +123,7 @@ def open_heldout(clt: CrossLayerTranscoder, options: argparse.Namespace) -> tupl
     check_context_size(model.config, options.context_size)
     harvester = Harvester(model, clt.config.feature_input_hook, clt.config.feature_output_hook)
     check_harvester(clt, harvester)
-    dataset = load_text_dataset(
-        options.dataset,
-        split=options.dataset_split,
-        config_name=options.dataset_config,
-        text_column=options.dataset_text_column,
-        trust_remote_code=options.trust_remote_code,
-        max_samples=options.max_samples,
-    )
-    tokens = TokenStream(
-        dataset,
-        tokenizer,
-        text_column=options.dataset_text_column,
-        context_size=options.context_size,
-        prepend_bos=options.prepend_bos,
-        exclude_special_tokens=options.exclude_special_tokens,
-        prompts_per_batch=options.store_batch_size_prompts,
-        heldout_tokens=options.eval_tokens,
-        heldout=True,
-    )
-    return harvester, tokens
+    return harvester, open_text(options, tokenizer, heldout=True)
 
 
 def settings_of(options: argparse.Namespace, clt: CrossLayerTranscoder) -> dict:

@@ -580,6 +580,48 @@ class TokenStream:
         }
 
 
+def open_text(options, tokenizer, heldout=False, rank=0, world_size=1):
+    """
+    The stream that the options of a run name, so that whoever measures a CLT reads what its training held out.
+
+    Args:
+        options: Has the fields `dataset`, `dataset_split`, `dataset_config`, `dataset_text_column`, `streaming`,
+            `trust_remote_code`, `max_samples`, `context_size`, `prepend_bos`, `exclude_special_tokens`,
+            `store_batch_size_prompts` and `eval_tokens` of [`CLTTrainingArguments`].
+        tokenizer (`PreTrainedTokenizerBase`): The language model's.
+        heldout (`bool`, *optional*, defaults to `False`): Whether to give the held-out text, or the rest.
+        rank, world_size (`int`, *optional*): This process, and how many share the text.
+
+    Returns:
+        [`TokenStream`]
+
+    Raises:
+        `ValueError`: as [`load_text_dataset`] and [`TokenStream`].
+    """
+    dataset = load_text_dataset(
+        options.dataset,
+        split=options.dataset_split,
+        config_name=options.dataset_config,
+        text_column=options.dataset_text_column,
+        streaming=options.streaming,
+        trust_remote_code=options.trust_remote_code,
+        max_samples=options.max_samples,
+    )
+    return TokenStream(
+        dataset,
+        tokenizer,
+        text_column=options.dataset_text_column,
+        context_size=options.context_size,
+        prepend_bos=options.prepend_bos,
+        exclude_special_tokens=options.exclude_special_tokens,
+        prompts_per_batch=options.store_batch_size_prompts,
+        heldout_tokens=options.eval_tokens,
+        heldout=heldout,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
 def _adds_space(tokenizer):
     """Whether the tokenizer puts a space in front of its text, so that a text cut at a space must go on without it."""
 
@@ -604,4 +646,4 @@ def _if_json(state):
         return None
 
 
-__all__ = ["TokenStream", "load_text_dataset", "split_document"]
+__all__ = ["TokenStream", "load_text_dataset", "open_text", "split_document"]

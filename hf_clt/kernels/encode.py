@@ -38,7 +38,7 @@ def multiplies_bfloat16() -> bool:
     which takes up to eight times as long as the float32 product.
     """
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return found.get("architecture") != "x86_64" or found["avx512_bf16"] or found["amx_bf16"]
+    return found.get("architecture") != "x86_64" or any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 class _PreActivations(torch.autograd.Function):

@@ -119,12 +119,11 @@ class CLTTrainingArguments:
     buffer_device: str | None = _arg(
         "buffer", None, 'Where the buffer lives, for example "cpu" to spare GPU memory. None: with the CLT.'
     )
-
-    overlap_harvest: bool | None = _arg(
+    overlap_harvest: bool = _arg(
         "buffer",
-        None,
+        False,
         "Harvest ahead while the CLT trains, on a GPU at the same time; takes up to half the buffer's memory once "
-        "more. The same tokens come in the same order either way. None: on a GPU.",
+        "more. The same tokens come in the same order either way. Off until it was measured on a GPU.",
     )
 
     # Normalisation
@@ -333,6 +332,11 @@ class CLTTrainingArguments:
             raise ValueError(
                 f"decay_steps={self.decay_steps} has no effect with lr_scheduler={self.lr_scheduler!r}; choose "
                 "lr_scheduler='constant'"
+            )
+        if self.decay_steps + self.num_warmup_steps > self.training_steps:
+            raise ValueError(
+                f"decay_steps={self.decay_steps} begin before the warm-up of {self.num_warmup_steps} of "
+                f"training_steps={self.training_steps} ends; lower decay_steps or warmup_steps"
             )
         if self.k_anneal_steps and self.initial_k is None:
             raise ValueError(f"k_anneal_steps={self.k_anneal_steps} has no effect without initial_k; give initial_k")

@@ -13,14 +13,16 @@ from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
+from ..evaluation.evaluate import activations, counting
 from ..evaluation.metrics import MetricSums
 from ..evaluation.report import plot_metrics
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
 from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
-from ..harvest.tokens import TokenStream, load_text_dataset
+from ..harvest.tokens import TokenStream, open_text
 from ..hub.model_card import save_model_card
 from ..hub.push import check_push_access, push_folder
+from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import CLTOutput, CrossLayerTranscoder
 from ..sparsity import SparseFeatures
 from .arguments import CLTTrainingArguments
@@ -85,6 +87,12 @@ class CLTTrainer:
         self.accelerator = make_accelerator(args)
         if self.accelerator.device.type == "cpu":
             prepare_cpu()
+            if args.mixed_precision != "no" and not multiplies_bfloat16() and self.accelerator.is_main_process:
+                logger.warning(
+                    "mixed_precision=%r: this CPU has no instructions for half precision and would take several times "
+                    "as long, so the matrix products stay float32",
+                    args.mixed_precision,
+                )
         self.resume_from = None
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
@@ -134,7 +142,7 @@ class CLTTrainer:
             device=args.buffer_device or self.accelerator.device,
             seed=args.seed + self.accelerator.process_index,
             progress=self._progress,
-            overlap=self.accelerator.device.type == "cuda" if args.overlap_harvest is None else args.overlap_harvest,
+            overlap=args.overlap_harvest,
         )
         self.step = 0
         self.tokens_seen = 0
@@ -157,29 +165,8 @@ class CLTTrainer:
         return self.accelerator.is_local_main_process and not self.args.disable_progress_bar
 
     def _token_stream(self, tokenizer, heldout: bool = False) -> TokenStream:
-        args = self.args
-        dataset = load_text_dataset(
-            args.dataset,
-            split=args.dataset_split,
-            config_name=args.dataset_config,
-            text_column=args.dataset_text_column,
-            streaming=args.streaming,
-            trust_remote_code=args.trust_remote_code,
-            max_samples=args.max_samples,
-        )
-        return TokenStream(
-            dataset,
-            tokenizer,
-            text_column=args.dataset_text_column,
-            context_size=args.context_size,
-            prepend_bos=args.prepend_bos,
-            exclude_special_tokens=args.exclude_special_tokens,
-            prompts_per_batch=args.store_batch_size_prompts,
-            heldout_tokens=args.eval_tokens,
-            heldout=heldout,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return open_text(self.args, tokenizer, heldout=heldout, rank=rank, world_size=world_size)
 
     def _prepare_model(self) -> None:
         """Statistics, and the initial values that come from data."""
@@ -395,16 +382,13 @@ class CLTTrainer:
             total=self.args.eval_tokens, desc="Evaluating", unit="token", disable=not self._progress, leave=False
         )
         with bar:
-            for batch in self.heldout:
-                inputs, labels = self.harvester.harvest(batch, dtype=self.buffer.dtype)
-                for start in range(0, len(inputs), self.args.batch_size):
-                    chunk = slice(start, start + self.args.batch_size)
-                    clt_start = time.perf_counter()
-                    with self.accelerator.autocast():
-                        output = self.model(inputs[chunk].to(self.accelerator.device))
-                    self.seconds["clt"] += time.perf_counter() - clt_start
-                    sums.update(labels[chunk], output.reconstruction.float(), output.features)
-                bar.update(len(inputs))
+            rows = activations(self.harvester, self.heldout, self.args.batch_size, self.buffer.dtype)
+            for batch in counting(rows, bar):
+                start = time.perf_counter()
+                with self.accelerator.autocast():
+                    output = self.model(batch["inputs"].to(self.accelerator.device))
+                self.seconds["clt"] += time.perf_counter() - start
+                sums.update(batch["labels"], output.reconstruction.float(), output.features)
         metrics = self._gathered(sums).compute()
         self.last_evaluation = (self.step, metrics)
         return metrics

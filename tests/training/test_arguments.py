@@ -415,6 +415,8 @@ class TestValidation:
         CLTTrainingArguments(normalization_method="mean_std", normalization_file=tmp_path / "s.safetensors")
         CLTTrainingArguments(optimizer="adamw", weight_decay=0.1)
         CLTTrainingArguments(lr_scheduler="constant", decay_steps=5, initial_k=64, k_anneal_steps=5)
+        with pytest.raises(ValueError, match="decay_steps=7 begin before the warm-up of 4 of training_steps=10 ends"):
+            CLTTrainingArguments(lr_scheduler="constant", training_steps=10, warmup_steps=4, decay_steps=7)
 
     def test_batch_has_to_fit_the_buffer(self):
         # 2 extraction batches of 3 rows with 4 counted positions each.

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.harvest.harvester import ActivationError
 from hf_clt.kernels import encode
+from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import list_checkpoints
 from hf_clt.training.schedules import learning_rate_scale
 from hf_clt.training.trainer import make_optimizer
@@ -558,6 +559,13 @@ def test_bfloat16_weights_keep_float32_thresholds(make, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in rows_of(tmp_path / "run", "train"))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_stays_in_float32_says_so(make, monkeypatch, caplog, fast):
+    monkeypatch.setattr(trainer_module, "multiplies_bfloat16", lambda: fast)
+    make(mixed_precision="bf16")
+    assert ("the matrix products stay float32" in caplog.text) is not fast
+
+
 def test_mixed_precision_computes_in_bfloat16_on_float32_weights(make, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "multiplies_bfloat16", lambda: True)  # elsewhere autocast computes in float32
     losses = {}
@@ -649,11 +657,15 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, activation_f
         "dead_feature_window": 3,
         "learning_rate": 3e-3,
     }
+    if activation_fn == "batchtopk":
+        arguments |= {"initial_k": 12, "k_anneal_steps": 8}
     straight = make(config, **arguments)
     straight.train()
     assert straight.buffer.epoch == 2
     shutil.move(tmp_path / "run", tmp_path / "straight")
 
+    # Harvesting ahead changes nothing either.
+    arguments["overlap_harvest"] = activation_fn == "batchtopk"
     stopped = make(config, **arguments)
     recorded(stopped, stop_at=stop_at)
     with pytest.raises(KeyboardInterrupt, match=f"stopped at step {stop_at}"):
