@@ -9,8 +9,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_clt.configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
-from hf_clt.hub.exporters import convert
-from hf_clt.hub.importers import FORMATS
+from hf_clt.hub.formats import FORMATS, convert
 
 
 # What a user can mend. Anything else is a bug and keeps its traceback.

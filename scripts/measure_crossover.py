@@ -2,14 +2,16 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from hf_clt.benchmark.cases import check_device
 from hf_clt.benchmark.crossover import measure_crossover
 from hf_clt.benchmark.machine import device_name
 from hf_clt.training.setup import prepare_cpu
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=512, help="N (default 512)")
     parser.add_argument("--num-features", type=int, default=6144, help="F (default 6144)")
@@ -17,7 +19,17 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=768, help="D (default 768)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    options = parser.parse_args()
+    return parser
+
+
+def run(argv: list[str] | None) -> None:
+    options = make_parser().parse_args(argv)
+    check_device(options.device)
+    for name in ("tokens", "num_features", "targets", "d_model"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} is not positive; give at least 1")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"{options.json}: there is no folder {options.json.parent}; make it first")
     if options.device == "cpu":
         prepare_cpu()
     shape = (options.tokens, options.num_features, options.targets, options.d_model)
@@ -34,5 +46,14 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -71,7 +71,16 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
 
 
 def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
-    """The CLT that the options name, on their device, in eval mode."""
+    """
+    The CLT that the options name, on their device, in eval mode.
+
+    Raises:
+        ValueError: For options that could not be met later on, and if the CLT cannot be loaded.
+    """
+    if options.batch_size < 1:
+        raise ValueError(f"batch_size={options.batch_size} is below 1; give the number of tokens that fit in memory")
+    if options.eval_tokens < 1:
+        raise ValueError(f"eval_tokens={options.eval_tokens} is below 1; give some thousand tokens")
     kwargs = {"revision": options.revision} if options.revision is not None else {}
     if options.clt_dtype is not None:
         kwargs["dtype"] = DTYPES[options.clt_dtype]
@@ -103,10 +112,6 @@ def open_heldout(clt: CrossLayerTranscoder, options: argparse.Namespace) -> tupl
         ValueError: If no language model is named, if one of the two cannot be loaded, or if they do not fit the CLT or
             the options.
     """
-    if options.batch_size < 1:  # found before a model is loaded
-        raise ValueError(f"batch_size={options.batch_size} is below 1; give the number of tokens that fit in memory")
-    if options.eval_tokens < 1:
-        raise ValueError(f"eval_tokens={options.eval_tokens} is below 1; give some thousand tokens")
     name, revision = options.model, options.model_revision
     if name is None:
         name = clt.config.base_model_name_or_path

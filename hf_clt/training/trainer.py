@@ -101,6 +101,7 @@ class CLTTrainer:
         check_output_dir(self.output_dir, args.overwrite_output_dir, goes_on=self._goes_on)
         if args.push_to_hub:
             check_push_access()
+        check_initial_k(self.config, args.initial_k)
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
@@ -119,7 +120,6 @@ class CLTTrainer:
             language_model, self.config.feature_input_hook, self.config.feature_output_hook, self.accelerator.device
         )
         check_fit(self.config, self.harvester, name)
-        check_initial_k(self.config, args.initial_k)
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 

@@ -1,5 +1,11 @@
 """The crossover measurement times the two ways that it says."""
 
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
 from hf_clt.benchmark import crossover
 from hf_clt.kernels import rows
 
@@ -20,3 +26,36 @@ def test_each_density_is_timed_both_ways(monkeypatch):
     for row in table:
         assert row["gathered"] > 0 and row["product"] > 0 and row["ratio"] == row["product"] / row["gathered"]
     assert rows.DENSE_ABOVE == 0.08  # as it was
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[2] / "scripts" / "measure_crossover.py"
+    spec = importlib.util.spec_from_file_location("measure_crossover", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_prints_and_writes_the_table(script, tmp_path, capsys):
+    figures = tmp_path / "crossover.json"
+    flags = "--tokens 16 --num-features 200 --targets 2 --d-model 8 --json".split()
+    assert script.main([*flags, str(figures)]) == 0
+    record = json.loads(figures.read_text())
+    assert record["shape"] == {"N": 16, "F": 200, "J": 2, "D": 8}
+    assert len(record["rows"]) == len(crossover.DENSITIES)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(crossover.DENSITIES)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--device", "tpu"], "error: device='tpu' is unknown; choose from cpu, cuda"),
+        (["--tokens", "0"], "error: tokens=0 is not positive; give at least 1"),
+        (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder; make it first"),
+    ],
+)
+def test_wrong_options_give_one_line(script, flags, message, capsys):
+    assert script.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
