@@ -39,7 +39,7 @@ def script():
 
 def test_the_script_prints_and_writes_the_table(script, tmp_path, capsys):
     figures = tmp_path / "crossover.json"
-    flags = "--tokens 16 --num-features 200 --targets 2 --d-model 8 --json".split()
+    flags = ["--tokens", "16", "--num-features", "200", "--targets", "2", "--d-model", "8", "--json"]
     assert script.main([*flags, str(figures)]) == 0
     record = json.loads(figures.read_text())
     assert record["shape"] == {"N": 16, "F": 200, "J": 2, "D": 8}

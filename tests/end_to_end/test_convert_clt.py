@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_clt import CrossLayerTranscoder
-from hf_clt.hub import exporters
+from hf_clt.hub import formats
 from scripts import convert_clt
 from tests.reference import random_clt
 
@@ -14,7 +14,7 @@ from tests.reference import random_clt
 @pytest.fixture
 def source(tmp_path):
     clt = random_clt(double=False, base_model_name_or_path="some/model", feature_input_hook="mlp.hook_in").eval()
-    exporters.export_crosslayer_coding(clt, tmp_path / "source")
+    formats.export_clt(clt, tmp_path / "source", "crosslayer-coding")
     return clt, tmp_path / "source"
 
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.hub import exporters, importers
+from hf_clt.hub import formats
 from tests.reference import random_batch, random_clt, random_statistics
 
 
@@ -112,8 +112,8 @@ def plt_forward(folder, inputs, k=None):
 @pytest.mark.parametrize("skip", [True, False])
 def test_plt(tmp_path, threshold, skip):
     folder = make_plt(tmp_path / "plt", threshold, skip)
-    assert importers.detect_format(folder) == "circuit-tracer-plt"
-    clt = importers.import_circuit_tracer_plt(folder)
+    assert formats.detect_format(folder) == "circuit-tracer-plt"
+    clt = formats.import_clt(folder, "circuit-tracer-plt")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model, config.decoder_reach) == (L, F, D, 1)
     assert config.activation_fn == ("jumprelu" if threshold else "relu") and config.skip_connection is skip
@@ -142,19 +142,19 @@ def test_plt_files_listed_in_the_configuration(tmp_path):
         (folder / f"layer_{layer}.safetensors").rename(folder / names[-1])
     described = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**described, "transcoders": names}))
-    assert importers.detect_format(folder) == "circuit-tracer-plt"
-    assert_same_clt(importers.import_clt(folder), importers.import_circuit_tracer_plt(make_plt(tmp_path / "again")))
+    assert formats.detect_format(folder) == "circuit-tracer-plt"
+    assert_same_clt(formats.import_clt(folder), formats.import_clt(make_plt(tmp_path / "again"), "circuit-tracer-plt"))
     described["transcoders"] = ["hf://some/repo/layer_0.safetensors?revision=main"]
     (folder / "config.yaml").write_text(yaml.safe_dump(described))
     with pytest.raises(ValueError, match=r"hf://some/repo.*download"):
-        importers.import_clt(folder)
+        formats.import_clt(folder)
 
 
 def test_plt_top_k_needs_consent(tmp_path):
     folder = make_plt(tmp_path / "plt", threshold=False, activation="topk", k=2)
     with pytest.raises(ValueError, match=r"activation='topk'.*negative.*activation_fn='topk'"):
-        importers.import_circuit_tracer_plt(folder)
-    clt = importers.import_circuit_tracer_plt(folder, activation_fn="topk")
+        formats.import_clt(folder, "circuit-tracer-plt")
+    clt = formats.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
     assert (clt.config.activation_fn, clt.config.k) == ("topk", 2)
     inputs = random_inputs()
     acts, reconstruction = plt_forward(folder, inputs, k=2)
@@ -163,20 +163,20 @@ def test_plt_top_k_needs_consent(tmp_path):
     assert_computes(clt, inputs[positive], acts[positive], reconstruction[positive])
     make_plt(folder, threshold=False, activation="topk")
     with pytest.raises(ValueError, match=r"k is missing; give k"):
-        importers.import_circuit_tracer_plt(folder, activation_fn="topk")
-    assert importers.import_circuit_tracer_plt(folder, activation_fn="topk", k=3).config.k == 3
+        formats.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
+    assert formats.import_clt(folder, "circuit-tracer-plt", activation_fn="topk", k=3).config.k == 3
 
 
 def test_half_precision_stays(tmp_path):
     folder = make_plt(tmp_path / "plt", dtype=torch.bfloat16)
-    clt = importers.import_circuit_tracer_plt(folder)
+    clt = formats.import_clt(folder, "circuit-tracer-plt")
     assert clt.dtype == torch.bfloat16 and str(clt.config.dtype).endswith("bfloat16")
     assert clt.thresholds[0].value.dtype == torch.float32
     tensors = load_file(folder / "layer_1.safetensors")
     assert torch.equal(clt.encoders[1].weight, tensors["W_enc"])
     assert torch.equal(clt.skips[1].weight, tensors["W_skip"].T)
     change(folder / "layer_1.safetensors", b_dec=tensors["b_dec"].float() + 1e-4)
-    clt = importers.import_circuit_tracer_plt(folder)
+    clt = formats.import_clt(folder, "circuit-tracer-plt")
     assert clt.dtype == torch.float32  # the smallest that holds all without loss
     assert torch.equal(clt.decoders[1].bias, tensors["b_dec"].float() + 1e-4)
 
@@ -194,19 +194,21 @@ def test_half_precision_stays(tmp_path):
 def test_plt_configuration_that_cannot_be_expressed(tmp_path, described, message):
     folder = make_plt(tmp_path / "plt", **described)
     with pytest.raises(ValueError, match=message):
-        importers.import_circuit_tracer_plt(folder)
+        formats.import_clt(folder, "circuit-tracer-plt")
 
 
 def test_a_hook_without_a_name_can_be_given(tmp_path):
     folder = make_plt(tmp_path / "plt", feature_input_hook="ln2.hook_normalized")
-    clt = importers.import_circuit_tracer_plt(folder, feature_input_hook="mlp.hook_in", base_model_name_or_path="a/b")
+    clt = formats.import_clt(
+        folder, "circuit-tracer-plt", feature_input_hook="mlp.hook_in", base_model_name_or_path="a/b"
+    )
     assert clt.config.feature_input_hook == "mlp.hook_in" and clt.config.base_model_name_or_path == "a/b"
     with pytest.raises(ValueError, match=r"feature_input_hook='mlp' is none of"):
-        importers.import_circuit_tracer_plt(folder, feature_input_hook="mlp")
+        formats.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp")
     with pytest.raises(ValueError, match=r"num_layers=4 is given.*leave out num_layers"):
-        importers.import_circuit_tracer_plt(folder, num_layers=4)
+        formats.import_clt(folder, "circuit-tracer-plt", num_layers=4)
     with pytest.raises(TypeError, match="sparsity_lamda"):
-        importers.import_circuit_tracer_plt(folder, feature_input_hook="mlp.hook_in", sparsity_lamda=1)
+        formats.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp.hook_in", sparsity_lamda=1)
 
 
 @pytest.mark.parametrize(
@@ -226,14 +228,14 @@ def test_plt_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_plt(tmp_path / "plt")
     change(folder / "layer_1.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        importers.read_circuit_tracer_plt(folder)  # the headers and thresholds are enough
+        formats.read_clt(folder, "circuit-tracer-plt")  # the headers and thresholds are enough
 
 
 def test_a_gap_between_the_layers(tmp_path):
     folder = make_plt(tmp_path / "plt")
     (folder / "layer_1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"layer_1\.safetensors is missing"):
-        importers.import_clt(folder)
+        formats.import_clt(folder)
 
 
 # -- crosslayer-coding ------------------------------------------------------------------------------------------------
@@ -357,8 +359,8 @@ CODING_VARIANTS = [
 @pytest.mark.parametrize("activation_fn, tying, skip", CODING_VARIANTS)
 def test_coding(tmp_path, activation_fn, tying, skip, statistics):
     folder = make_coding(tmp_path / "coding", activation_fn, tying, skip, statistics)
-    assert importers.detect_format(folder) == "crosslayer-coding"
-    clt = importers.import_crosslayer_coding(folder)
+    assert formats.detect_format(folder) == "crosslayer-coding"
+    clt = formats.import_clt(folder, "crosslayer-coding")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model, config.decoder_reach) == (L, F, D, None)
     assert config.activation_fn == activation_fn and config.skip_connection is skip
@@ -389,27 +391,27 @@ def test_coding(tmp_path, activation_fn, tying, skip, statistics):
 
 def test_coding_from_the_file_and_with_statistics_elsewhere(tmp_path):
     folder = make_coding(tmp_path / "coding", statistics=True)
-    expected = importers.import_crosslayer_coding(folder)
+    expected = formats.import_clt(folder, "crosslayer-coding")
     (folder / "norm_stats.json").rename(tmp_path / "elsewhere.json")
     file = folder / "clt_checkpoint_10.safetensors"
-    assert importers.detect_format(file) == "crosslayer-coding"
-    assert_same_clt(importers.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
+    assert formats.detect_format(file) == "crosslayer-coding"
+    assert_same_clt(formats.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
     with pytest.raises(ValueError, match=r"normalization_method='mean_std'.*no norm_stats\.json lies"):
-        importers.import_clt(file)
+        formats.import_clt(file)
     with pytest.raises(ValueError, match=r"norm_stats='none', but normalization_method='mean_std'"):
-        importers.import_clt(file, norm_stats="none")
+        formats.import_clt(file, norm_stats="none")
     # cfg.json need not know what the trainer did, so that statistics beside a checkpoint of raw activations are asked.
     change_json(folder / "cfg.json", normalization_method="none")
-    assert_same_clt(importers.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
+    assert_same_clt(formats.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
     (tmp_path / "elsewhere.json").rename(folder / "norm_stats.json")
     with pytest.raises(ValueError, match=r"normalization_method='none'.*lies beside it.*norm_stats='none'"):
-        importers.import_clt(file)
-    raw = importers.import_clt(file, norm_stats="none")
+        formats.import_clt(file)
+    raw = formats.import_clt(file, norm_stats="none")
     assert torch.equal(raw.encoders[0].weight, load_file(file)["encoder_module.encoders.0.weight"])
 
 
 def test_coding_without_statistics_says_so(tmp_path, caplog):
-    importers.import_clt(make_coding(tmp_path / "coding"))
+    formats.import_clt(make_coding(tmp_path / "coding"))
     assert "taken to be trained on raw activations" in caplog.text
 
 
@@ -418,10 +420,10 @@ def test_coding_takes_the_latest_checkpoint_of_several(tmp_path):
     file = folder / "clt_checkpoint_10.safetensors"
     (folder / "clt_checkpoint_20.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"2 checkpoints.*clt_checkpoint_10\.safetensors, clt_checkpoint_20"):
-        importers.import_clt(folder)
+        formats.import_clt(folder)
     (folder / "clt_checkpoint_latest.safetensors").write_bytes(file.read_bytes())
     change(folder / "clt_checkpoint_20.safetensors", **{"encoder_module.encoders.0.weight": torch.zeros(F, D)})
-    assert_same_clt(importers.import_clt(folder), importers.import_clt(file))
+    assert_same_clt(formats.import_clt(folder), formats.import_clt(file))
 
 
 @pytest.mark.parametrize(
@@ -445,7 +447,7 @@ def test_coding_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     folder = make_coding(tmp_path / "coding")
     change_json(folder / "cfg.json", **cfg)
     with pytest.raises(ValueError, match=message):
-        importers.read_crosslayer_coding(folder)
+        formats.read_clt(folder, "crosslayer-coding")
 
 
 @pytest.mark.parametrize(
@@ -461,14 +463,14 @@ def test_coding_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_coding(tmp_path / "coding")
     change(folder / "clt_checkpoint_10.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        importers.read_crosslayer_coding(folder)
+        formats.read_clt(folder, "crosslayer-coding")
 
 
 def test_coding_skip_from_an_earlier_layer(tmp_path):
     folder = make_coding(tmp_path / "coding", skip=True)
     change(folder / "clt_checkpoint_10.safetensors", **{"decoder_module.skip_weights.0->1": torch.ones(D, D)})
     with pytest.raises(ValueError, match=r"skip_weights\.0->1.*not zero"):
-        importers.read_crosslayer_coding(folder)
+        formats.read_clt(folder, "crosslayer-coding")
 
 
 @pytest.mark.parametrize(
@@ -486,14 +488,14 @@ def test_coding_statistics_that_do_not_fit(tmp_path, change_statistics, message)
     change_statistics(found)
     (folder / "norm_stats.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=message):
-        importers.read_crosslayer_coding(folder)
+        formats.read_clt(folder, "crosslayer-coding")
 
 
 def test_coding_without_its_configuration(tmp_path):
     folder = make_coding(tmp_path / "coding")
     (folder / "cfg.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"cfg\.json is missing"):
-        importers.import_clt(folder)
+        formats.import_clt(folder)
 
 
 # -- CLT-Forge --------------------------------------------------------------------------------------------------------
@@ -548,9 +550,9 @@ def forge_forward(folder, inputs):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_forge(tmp_path, crosses, scaled):
     folder = make_forge(tmp_path / "forge", crosses, scaled)
-    assert importers.detect_format(folder) == "clt-forge"
-    assert importers.detect_format(folder / "clt_weights.safetensors") == "clt-forge"
-    clt = importers.import_clt_forge(folder, feature_input_hook="mlp.hook_in")
+    assert formats.detect_format(folder) == "clt-forge"
+    assert formats.detect_format(folder / "clt_weights.safetensors") == "clt-forge"
+    clt = formats.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model) == (L, F, D)
     assert config.decoder_reach == (None if crosses else 1) and config.base_model_name_or_path == "gpt2"
@@ -571,7 +573,7 @@ def test_forge(tmp_path, crosses, scaled):
 
 def test_forge_shards_in_the_order_of_their_ranks(tmp_path):
     folder = make_forge(tmp_path / "forge")
-    expected = importers.import_clt_forge(folder, feature_input_hook="mlp.hook_in")
+    expected = formats.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
     tensors = load_file(folder / "clt_weights.safetensors")
     (folder / "clt_weights.safetensors").unlink()
     sizes = [1, 3, 3]
@@ -582,14 +584,14 @@ def test_forge_shards_in_the_order_of_their_ranks(tmp_path):
             for name, tensor in tensors.items()
         }
         save_file(parts, folder / f"rank{rank}_clt_weights.safetensors")
-    assert importers.detect_format(folder) == "clt-forge"
-    assert_same_clt(importers.import_clt(folder, feature_input_hook="mlp.hook_in"), expected)
+    assert formats.detect_format(folder) == "clt-forge"
+    assert_same_clt(formats.import_clt(folder, feature_input_hook="mlp.hook_in"), expected)
     (folder / "rank2_clt_weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"d_latent=7.*say 4.*missing"):
-        importers.import_clt(folder, feature_input_hook="mlp.hook_in")
+        formats.import_clt(folder, feature_input_hook="mlp.hook_in")
     (folder / "rank0_clt_weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"rank0_clt_weights\.safetensors is missing"):
-        importers.import_clt(folder, feature_input_hook="mlp.hook_in")
+        formats.import_clt(folder, feature_input_hook="mlp.hook_in")
 
 
 @pytest.mark.parametrize(
@@ -606,7 +608,7 @@ def test_forge_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     folder = make_forge(tmp_path / "forge")
     change_json(folder / "clt_cfg.json", **cfg)
     with pytest.raises(ValueError, match=message):
-        importers.read_clt_forge(folder, feature_input_hook="mlp.hook_in")
+        formats.read_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
 
 
 @pytest.mark.parametrize(
@@ -624,12 +626,12 @@ def test_forge_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_forge(tmp_path / "forge")
     change(folder / "clt_weights.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        importers.read_clt_forge(folder, feature_input_hook="mlp.hook_in")
+        formats.read_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
 
 
 def test_forge_does_not_say_its_input(tmp_path):
     with pytest.raises(ValueError, match=r"feature_input_hook=None .*ln2\.hook_normalized.*give feature_input_hook"):
-        importers.import_clt(make_forge(tmp_path / "forge"))
+        formats.import_clt(make_forge(tmp_path / "forge"))
 
 
 # -- Gemma Scope 2 ----------------------------------------------------------------------------------------------------
@@ -682,8 +684,8 @@ def gemma_forward(folder, inputs):
 @pytest.mark.parametrize("skip", [True, False])
 def test_gemma(tmp_path, skip):
     folder = make_gemma(tmp_path / "gemma", skip)
-    assert importers.detect_format(folder) == "gemma-scope-2"
-    clt = importers.import_gemma_scope_2(folder)
+    assert formats.detect_format(folder) == "gemma-scope-2"
+    clt = formats.import_clt(folder, "gemma-scope-2")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model, config.decoder_reach) == (L, F, D, None)
     assert config.skip_connection is skip and config.base_model_name_or_path == "google/gemma-3-270m-pt"
@@ -704,12 +706,12 @@ def test_gemma(tmp_path, skip):
 def test_gemma_decoders_to_earlier_layers(tmp_path):
     folder = make_gemma(tmp_path / "gemma", acausal=True)
     with pytest.raises(ValueError, match=r"w_dec in .*params_layer_1.*before its own, 1, .*drop_acausal"):
-        importers.import_gemma_scope_2(folder)
-    clt = importers.import_gemma_scope_2(folder, drop_acausal=True)
+        formats.import_clt(folder, "gemma-scope-2")
+    clt = formats.import_clt(folder, "gemma-scope-2", drop_acausal=True)
     for layer in range(L):
         path = folder / f"params_layer_{layer}.safetensors"
         change(path, w_dec=load_file(path)["w_dec"] * (torch.arange(L) >= layer)[:, None])
-    assert_same_clt(clt, importers.import_gemma_scope_2(folder))
+    assert_same_clt(clt, formats.import_clt(folder, "gemma-scope-2"))
 
 
 @pytest.mark.parametrize(
@@ -724,7 +726,7 @@ def test_gemma_decoders_to_earlier_layers(tmp_path):
 def test_gemma_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     folder = make_gemma(tmp_path / "gemma", **cfg)
     with pytest.raises(ValueError, match=message):
-        importers.read_gemma_scope_2(folder)
+        formats.read_clt(folder, "gemma-scope-2")
 
 
 @pytest.mark.parametrize(
@@ -741,21 +743,21 @@ def test_gemma_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_gemma(tmp_path / "gemma")
     change(folder / "params_layer_1.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        importers.read_gemma_scope_2(folder)
+        formats.read_clt(folder, "gemma-scope-2")
 
 
 def test_gemma_without_its_configuration_needs_the_hooks(tmp_path):
     folder = make_gemma(tmp_path / "gemma")
-    expected = importers.import_clt(folder)
+    expected = formats.import_clt(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"feature_input_hook=None .*config\.json"):
-        importers.import_clt(folder)
-    assert_same_clt(importers.import_clt(folder, **MLP_HOOKS), expected)
+        formats.import_clt(folder)
+    assert_same_clt(formats.import_clt(folder, **MLP_HOOKS), expected)
 
 
 def test_a_layer_is_read_when_it_is_asked_for(tmp_path):
     folder = make_gemma(tmp_path / "gemma")
-    _, layers = importers.read_gemma_scope_2(folder)
+    _, layers = formats.read_clt(folder, "gemma-scope-2")
     (folder / "params_layer_1.safetensors").unlink()
     assert torch.equal(next(layers)["b_dec_0"], load_file(folder / "params_layer_0.safetensors")["b_dec"])
     with pytest.raises(FileNotFoundError):
@@ -768,46 +770,46 @@ def test_a_layer_is_read_when_it_is_asked_for(tmp_path):
 @pytest.mark.parametrize("config_json", [True, False])
 def test_circuit_tracer(tmp_path, config_json):
     clt = random_clt(double=False, skip_connection=True).eval()
-    exporters.export_circuit_tracer(clt, tmp_path / "clt")
+    formats.export_clt(clt, tmp_path / "clt", "circuit-tracer")
     if not config_json:
         (tmp_path / "clt" / "config.json").unlink()
-    assert importers.detect_format(tmp_path / "clt") == ("hf_clt" if config_json else "circuit-tracer")
-    assert_same_clt(importers.import_circuit_tracer(tmp_path / "clt"), clt)
-    found = importers.import_clt(tmp_path / "clt", base_model_name_or_path="a/b")
+    assert formats.detect_format(tmp_path / "clt") == ("hf_clt" if config_json else "circuit-tracer")
+    assert_same_clt(formats.import_clt(tmp_path / "clt", "circuit-tracer"), clt)
+    found = formats.import_clt(tmp_path / "clt", base_model_name_or_path="a/b")
     assert_same_clt(found, clt)
     assert found.config.base_model_name_or_path == "a/b"
 
 
 def test_what_is_in_no_format(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        importers.detect_format(tmp_path / "nowhere")
+        formats.detect_format(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"in none of the formats hf_clt, .*it holds nothing"):
-        importers.detect_format(tmp_path)
+        formats.detect_format(tmp_path)
     (tmp_path / "clt.pt").write_bytes(b"\x80\x02")
     with pytest.raises(ValueError, match=r"clt\.pt is no safetensors file.*pickle"):
-        importers.detect_format(tmp_path / "clt.pt")
+        formats.detect_format(tmp_path / "clt.pt")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     for path, held in ((tmp_path, "clt.pt, model.safetensors"), (tmp_path / "model.safetensors", "weight")):
         with pytest.raises(ValueError, match=f"none of the formats.*it holds {held}"):
-            importers.import_clt(path)
+            formats.import_clt(path)
     with pytest.raises(ValueError, match=r"format='saelens' is none of hf_clt"):
-        importers.import_clt(tmp_path, format="saelens")
+        formats.import_clt(tmp_path, format="saelens")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):
-        importers.detect_format(tmp_path / "model.safetensors")
+        formats.detect_format(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("option", ["norm_stats", "drop_acausal"])
 def test_an_option_of_another_format_is_refused(tmp_path, option):
     for path in (make_plt(tmp_path / "plt"), saved_clt(tmp_path / "clt")):
         with pytest.raises(ValueError, match=f"{option} is for .*leave out {option}"):
-            importers.import_clt(path, **{option: "none"})
+            formats.import_clt(path, **{option: "none"})
 
 
 def test_importing_leaves_the_random_numbers_alone(tmp_path):
     folder = make_gemma(tmp_path / "gemma")
     before = torch.get_rng_state()
-    importers.import_clt(folder)
+    formats.import_clt(folder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -820,17 +822,17 @@ def saved_clt(folder, **fields):
 
 
 EXPORTS = {
-    "circuit-tracer-plt": (exporters.export_circuit_tracer_plt, plt_forward, {"decoder_reach": 1}),
-    "crosslayer-coding": (exporters.export_crosslayer_coding, coding_forward, {}),
-    "clt-forge": (exporters.export_clt_forge, forge_forward, {}),
-    "gemma-scope-2": (exporters.export_gemma_scope_2, gemma_forward, {}),
+    "circuit-tracer-plt": (plt_forward, {"decoder_reach": 1}),
+    "crosslayer-coding": (coding_forward, {}),
+    "clt-forge": (forge_forward, {}),
+    "gemma-scope-2": (gemma_forward, {}),
 }
 SKIPS = [format for format in EXPORTS if format != "clt-forge"]  # which has no skip connection
 ALL_EXPORTS = pytest.mark.parametrize("format", EXPORTS)
 
 
 def exportable_clt(format, **fields):
-    fields = {"num_layers": L, "num_features": F, "d_model": D, **MLP_HOOKS, **EXPORTS[format][2], **fields}
+    fields = {"num_layers": L, "num_features": F, "d_model": D, **MLP_HOOKS, **EXPORTS[format][1], **fields}
     return random_clt(double=False, **fields).eval()
 
 
@@ -839,10 +841,10 @@ def exportable_clt(format, **fields):
 )
 def test_round_trip(tmp_path, format, skip):
     clt = exportable_clt(format, skip_connection=skip, base_model_name_or_path="some/model")
-    export, forward, _ = EXPORTS[format]
-    export(clt, tmp_path / "out")
-    assert importers.detect_format(tmp_path / "out") == format
-    found = importers.import_clt(tmp_path / "out", **MLP_HOOKS)
+    forward, _ = EXPORTS[format]
+    formats.export_clt(clt, tmp_path / "out", format)
+    assert formats.detect_format(tmp_path / "out") == format
+    found = formats.import_clt(tmp_path / "out", **MLP_HOOKS)
     assert_same_clt(found, clt)
     assert found.config.base_model_name_or_path == "some/model"
     assert found.config.decoder_reach == clt.config.decoder_reach
@@ -870,28 +872,28 @@ def test_exports_compute_the_same(tmp_path, format, fields):
         clt.train()(random_batch(clt, num_tokens=40)[0])
         clt.eval()
     live = {name: tensor.clone() for name, tensor in clt.state_dict().items()}
-    export, forward, _ = EXPORTS[format]
-    export(clt, tmp_path / "out")
+    forward, _ = EXPORTS[format]
+    formats.export_clt(clt, tmp_path / "out", format)
     assert all(torch.equal(live[name], tensor) for name, tensor in clt.state_dict().items())
     inputs = random_inputs()
     acts, reconstruction = forward(tmp_path / "out", inputs)
     assert 0.02 < (acts > 0).double().mean() < 0.95
     torch.testing.assert_close(clt.encode(inputs).double(), acts, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(clt(inputs).reconstruction.double(), reconstruction, rtol=1e-3, atol=1e-3)
-    found = importers.import_clt(tmp_path / "out", **MLP_HOOKS)
+    found = formats.import_clt(tmp_path / "out", **MLP_HOOKS)
     torch.testing.assert_close(found(inputs).reconstruction.double(), reconstruction, rtol=1e-3, atol=1e-3)
     assert found.config.activation_fn in ("relu", "jumprelu")
 
 
 def test_forge_without_cross_layer_decoders_comes_back(tmp_path):
     clt = exportable_clt("clt-forge", decoder_reach=1)
-    exporters.export_clt_forge(clt, tmp_path)
+    formats.export_clt(clt, tmp_path, "clt-forge")
     assert load_file(tmp_path / "clt_weights.safetensors")["W_dec"].shape == (L, F, D)
-    assert_same_clt(importers.import_clt(tmp_path, feature_input_hook="mlp.hook_in"), clt)
+    assert_same_clt(formats.import_clt(tmp_path, feature_input_hook="mlp.hook_in"), clt)
 
 
 def test_forge_gets_the_buffers_that_it_demands(tmp_path):
-    exporters.export_clt_forge(exportable_clt("clt-forge"), tmp_path)
+    formats.export_clt(exportable_clt("clt-forge"), tmp_path, "clt-forge")
     tensors = load_file(tmp_path / "clt_weights.safetensors")
     assert tensors["feature_count"].shape == (L, F) and tensors["feature_count"].dtype == torch.int64
     assert tensors["layer_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
@@ -899,7 +901,6 @@ def test_forge_gets_the_buffers_that_it_demands(tmp_path):
 
 @ALL_EXPORTS
 def test_what_cannot_be_exported(tmp_path, format):
-    export = EXPORTS[format][0]
     cases = [
         ({"activation_fn": "topk"}, r"activation_fn='topk'"),
         ({"activation_fn": "batchtopk"}, r"no running threshold"),
@@ -913,16 +914,16 @@ def test_what_cannot_be_exported(tmp_path, format):
         cases.append(({"feature_output_hook": "mlp.hook_out"}, r"feature_output_hook='mlp\.hook_out'"))
     for fields, message in cases:
         with pytest.raises(ValueError, match=message):
-            export(exportable_clt(format, **fields), tmp_path / "out")
+            formats.export_clt(exportable_clt(format, **fields), tmp_path / "out", format)
         assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("format", ["circuit-tracer-plt", "gemma-scope-2"])
 def test_files_of_a_deeper_export_are_removed(tmp_path, format):
-    EXPORTS[format][0](exportable_clt(format, num_layers=L + 2), tmp_path)
+    formats.export_clt(exportable_clt(format, num_layers=L + 2), tmp_path, format)
     clt = exportable_clt(format)
-    EXPORTS[format][0](clt, tmp_path)
-    assert_same_clt(importers.import_clt(tmp_path, **MLP_HOOKS), clt)
+    formats.export_clt(clt, tmp_path, format)
+    assert_same_clt(formats.import_clt(tmp_path, **MLP_HOOKS), clt)
 
 
 # -- conversion -------------------------------------------------------------------------------------------------------
@@ -940,13 +941,13 @@ MAKERS = {
 def test_convert_gives_what_import_gives(tmp_path, format):
     source = MAKERS[format](tmp_path / "source")
     options = {"feature_input_hook": "mlp.hook_in"} if format == "clt-forge" else {}
-    found, config, written = exporters.convert(source, tmp_path / "a" / "out", **options)
+    found, config, written = formats.convert(source, tmp_path / "a" / "out", **options)
     assert found == format and config.num_layers == L
     assert {path.name for path in written} == {path.name for path in (tmp_path / "a" / "out").iterdir()}
     assert "README.md" in {path.name for path in written}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]  # nothing is left beside it
     converted = CrossLayerTranscoder.from_pretrained(tmp_path / "a" / "out")
-    expected = importers.import_clt(source, **options)
+    expected = formats.import_clt(source, **options)
     assert_same_clt(converted, expected)
     for name in set(expected.config.to_dict()) - {"_name_or_path", "architectures", "transformers_version", "dtype"}:
         assert getattr(converted.config, name, None) == getattr(expected.config, name, None), name
@@ -954,14 +955,14 @@ def test_convert_gives_what_import_gives(tmp_path, format):
 
 def test_convert_between_two_other_formats(tmp_path):
     source = make_gemma(tmp_path / "gemma", skip=False)
-    exporters.convert(source, tmp_path / "forge", to_format="clt-forge")
+    formats.convert(source, tmp_path / "forge", to_format="clt-forge")
     inputs = random_inputs()
     acts, reconstruction = gemma_forward(source, inputs)
     found_acts, found = forge_forward(tmp_path / "forge", inputs)
     torch.testing.assert_close(found_acts, acts, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found, reconstruction, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match=r"decoder_reach=3"):
-        exporters.convert(source, tmp_path / "plt", to_format="circuit-tracer-plt")
+        formats.convert(source, tmp_path / "plt", to_format="circuit-tracer-plt")
     assert not (tmp_path / "plt").exists()
 
 
@@ -970,7 +971,7 @@ def test_a_conversion_that_fails_halfway_writes_nothing(tmp_path):
     path = source / "params_layer_2.safetensors"
     change(path, w_dec=load_file(path)["w_dec"] + 1)
     with pytest.raises(ValueError, match="drop_acausal"):
-        exporters.convert(source, tmp_path / "out")
+        formats.convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["gemma"]
 
 
@@ -981,23 +982,23 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     (output / "README.md").write_text("edited by hand")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with pytest.raises(ValueError, match=r"output=.*out.*not empty"):
-        exporters.convert(source, output)
+        formats.convert(source, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-    exporters.convert(source, output, overwrite=True)
+    formats.convert(source, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "mine"
     assert (output / "README.md").read_text() == "edited by hand"
-    assert_same_clt(CrossLayerTranscoder.from_pretrained(output), importers.import_clt(source))
+    assert_same_clt(CrossLayerTranscoder.from_pretrained(output), formats.import_clt(source))
     assert not (output / "W_enc_3.safetensors").exists()
     with pytest.raises(ValueError, match="where the source lies"):
-        exporters.convert(source, source, overwrite=True)
+        formats.convert(source, source, overwrite=True)
     with pytest.raises(ValueError, match=r"output=.*is a file"):
-        exporters.convert(source, output / "mine.txt")
+        formats.convert(source, output / "mine.txt")
     with pytest.raises(ValueError, match=r"to_format='saelens'"):
-        exporters.convert(source, tmp_path / "new", to_format="saelens")
+        formats.convert(source, tmp_path / "new", to_format="saelens")
 
 
 def test_a_converted_clt_trains_on(tmp_path):
-    exporters.convert(make_gemma(tmp_path / "gemma"), tmp_path / "out")
+    formats.convert(make_gemma(tmp_path / "gemma"), tmp_path / "out")
     clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out").train()
     inputs = random_inputs()
     clt(inputs, labels=inputs).loss.backward()
