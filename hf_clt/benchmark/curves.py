@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..evaluation.metrics import MetricSums
-from ..evaluation.report import BLUE, GREY, INK, ORANGE, PLOT_STYLE
+from ..evaluation.report import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
 from ..harvest.normalization import STATISTICS, estimate_statistics, set_firing_rate
@@ -35,7 +35,6 @@ from .measure import RATE_SAMPLE
 
 THRESHOLD_BATCHES = 8  # on which batchtopk's threshold for the evaluation is set
 EARLY_STEPS = 10  # of which the difference is stated beside that of all
-GREEN, VIOLET = "#3f8f5b", "#7a56a6"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ TABLE_COLUMNS = (
 )
 
 BLUE, ORANGE, GREY, INK = "#2f6db3", "#d9772b", "#9aa3ad", "#2b2f36"
+GREEN, VIOLET = "#3f8f5b", "#7a56a6"
 PLOT_STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,

@@ -563,7 +563,7 @@ def _check_repo_id(repo_id: str):
 # The YAML file.
 
 
-class _SettingsLoader(yaml.SafeLoader):
+class SettingsLoader(yaml.SafeLoader):
     """
     YAML 1.2's reading of plain words, where PyYAML follows 1.1: `1e-4` is a number, only true and false are switches
     (so that `mixed_precision: no` is the text "no"), and dates are text. A key given twice is refused.
@@ -577,14 +577,14 @@ class _SettingsLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_SettingsLoader.yaml_implicit_resolvers = {
+SettingsLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_SettingsLoader.add_implicit_resolver(
+SettingsLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
-_SettingsLoader.add_implicit_resolver(
+SettingsLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.?[0-9]*)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
@@ -599,7 +599,7 @@ def _read_settings(path: str, options: dict[str, Option]) -> dict[str, Any]:
         )
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.load(file, Loader=_SettingsLoader)
+            settings = yaml.load(file, Loader=SettingsLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"settings file {path!r} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
@@ -846,4 +846,4 @@ def _describe_fields():
 _describe_fields()
 
 
-__all__ = ["CLTTrainingArguments", "build_config", "parse_train_args"]
+__all__ = ["CLTTrainingArguments", "SettingsLoader", "build_config", "parse_train_args"]

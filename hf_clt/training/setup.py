@@ -110,8 +110,13 @@ def remove_run(output_dir: Path) -> None:
 
 
 def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:
-    """Checks that a CLT has the layers and the width of the language model."""
-    for name, found in (("num_layers", harvester.num_layers), ("d_model", harvester.d_model)):
+    """Checks that a CLT has the layers and the width of the language model, and the harvester's hooks."""
+    for name, found in (
+        ("num_layers", harvester.num_layers),
+        ("d_model", harvester.d_model),
+        ("feature_input_hook", harvester.input_hook),
+        ("feature_output_hook", harvester.output_hook),
+    ):
         if getattr(config, name) != found:
             raise ValueError(
                 f"{name}={getattr(config, name)} does not fit {model_name}, which has {found}; give {name}={found}"

@@ -66,6 +66,9 @@ class CLTTrainer:
         config ([`CLTConfig`], *optional*): Shape and losses of a new CLT.
         model ([`CrossLayerTranscoder`], *optional*): A CLT to go on training, instead of `config`. Statistics are put
             into it so that the function it computes does not change at first.
+        harvester ([`Harvester`], *optional*): Runs the language model, with `tokenizer`; otherwise `args.model` is
+            loaded.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The tokenizer of the harvester's model.
 
     Raises:
         ValueError: For arguments that do not fit each other, the language model, the text or the output folder.
@@ -76,7 +79,12 @@ class CLTTrainer:
         args: CLTTrainingArguments,
         config: CLTConfig | None = None,
         model: CrossLayerTranscoder | None = None,
+        *,
+        harvester: Harvester | None = None,
+        tokenizer=None,
     ):
+        if (harvester is None) != (tokenizer is None):
+            raise ValueError("harvester and tokenizer belong together; give both, or neither to have model loaded")
         if (config is None) == (model is None):
             raise ValueError("CLTTrainer needs either config (a new CLT) or model (one to go on training), not both")
         if model is not None and model.lazy:
@@ -108,17 +116,17 @@ class CLTTrainer:
         name = args.model or self.config.base_model_name_or_path
         if name is None:
             raise ValueError("model=None: give the Hub name or folder of the language model to train on")
-        language_model, tokenizer = load_language_model(
-            name,
-            revision=args.model_revision,
-            dtype=args.model_dtype,
-            trust_remote_code=args.trust_remote_code,
-            device=self.accelerator.device,
-        )
-        check_context_size(language_model.config, args.context_size)
-        self.harvester = Harvester(
-            language_model, self.config.feature_input_hook, self.config.feature_output_hook, self.accelerator.device
-        )
+        if harvester is None:
+            language_model, tokenizer = load_language_model(
+                name,
+                revision=args.model_revision,
+                dtype=args.model_dtype,
+                trust_remote_code=args.trust_remote_code,
+                device=self.accelerator.device,
+            )
+            harvester = Harvester(language_model, self.config.feature_input_hook, self.config.feature_output_hook)
+        self.harvester = harvester
+        check_context_size(harvester.model.config, args.context_size)
         check_fit(self.config, self.harvester, name)
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision

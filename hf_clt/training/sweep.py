@@ -1,0 +1,240 @@
+"""
+Many trainings on the same tokens, to choose settings by: every trial is a whole run of [`CLTTrainer`], but the
+language model reads the text once for all of them.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+from ..configuration_clt import CLT_CONFIG_HELP
+from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
+from ..harvest.harvester import Harvester, load_language_model
+from .arguments import SettingsLoader, build_config, parse_train_args
+from .reporting import versions
+from .trainer import CLTTrainer
+
+
+MEASURED = ("nmse", "l0", "dead_fraction", "num_tokens", "nmse_per_layer", "l0_per_layer", "dead_fraction_per_layer")
+COLORS = {"relu": GREEN, "jumprelu": BLUE, "topk": ORANGE, "batchtopk": VIOLET}
+
+
+def read_sweep(path: str | Path) -> list[dict]:
+    """
+    The trials of a sweep.
+
+    Args:
+        path: A YAML file with two keys. `base`: options of `scripts/train_clt.py`, the same for all trials. `groups`:
+            per name further options, of which those that are lists are varied, all combinations of them.
+
+    Returns:
+        One dict per trial: `group`, `settings` (all its options) and `varied` (those of its group).
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not of this form, or an option of a trial is wrong; the message names the group.
+    """
+    path = Path(path)
+    try:
+        sweep = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sweep, dict) or set(sweep) != {"base", "groups"} or not isinstance(sweep["groups"], dict):
+        raise ValueError(f"{path} must hold the keys base and groups; see scripts/sweep_smollm2.yaml")
+    base = {name.replace("-", "_"): value for name, value in (sweep["base"] or {}).items()}
+    trials = []
+    for group, options in sweep["groups"].items():
+        options = {name.replace("-", "_"): value for name, value in options.items()}
+        lists = [value if isinstance(value, list) else [value] for value in options.values()]
+        for values in itertools.product(*lists):
+            varied = dict(zip(options, values, strict=True))
+            trial = {"group": group, "settings": {**base, **varied}, "varied": varied}
+            try:
+                parse_train_args(arguments_of(trial["settings"]))
+            except ValueError as error:
+                raise ValueError(f"{path}, group {group}: {error}") from None
+            trials.append(trial)
+    return trials
+
+
+def arguments_of(settings: dict) -> list[str]:
+    """The options as a command line of `scripts/train_clt.py`."""
+    words = {None: "none", True: "true", False: "false"}
+    arguments = []
+    for name, value in settings.items():
+        text = words[value] if value is None or isinstance(value, bool) else str(value)
+        arguments += ["--" + name.replace("_", "-"), text]
+    return arguments
+
+
+def run_sweep(
+    trials: list[dict], records: str | Path, measure: Callable[[CLTTrainer], dict] | None = None
+) -> list[dict]:
+    """
+    Runs the trials that are not recorded yet, one after another, and appends a line to `records` after each.
+
+    Args:
+        trials: What [`read_sweep`] gives; all on the same language model.
+        records: A JSONL file.
+        measure: What else to record of a trained CLT, before its folder is removed.
+
+    Returns:
+        The records of all these trials: what [`read_sweep`] gives, all settings with their defaults as `resolved`,
+        `metrics` (held out), `train_dead_fraction` (null before a whole window), `steps`, `tokens`, `seconds` and
+        `versions`. A trial whose loss was not finite has `error` in the place of `metrics`.
+    """
+    records = Path(records)
+    done = {as_key(record["resolved"]): record for record in read_records(records)}
+    runs = []
+    for trial in trials:  # all of them before the first one starts
+        args, config_kwargs = parse_train_args(arguments_of(trial["settings"]))
+        config = build_config(args, config_kwargs)
+        resolved = {**args.to_dict(), **{name: getattr(config, name) for name in CLT_CONFIG_HELP}}
+        runs.append(({**trial, "resolved": resolved}, args, config))
+    harvester = tokenizer = None
+    for number, (trial, args, config) in enumerate(runs, start=1):
+        if as_key(trial["resolved"]) in done:
+            continue
+        print(f"[{number} of {len(trials)}] {trial['group']}: {describe(trial['varied'])}", flush=True)
+        if harvester is None:
+            model, tokenizer = load_language_model(
+                args.model, dtype=args.model_dtype, device="cuda" if torch.cuda.is_available() else "cpu"
+            )
+            harvester = Harvester(model, config.feature_input_hook, config.feature_output_hook)
+            remember(harvester)
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            args.output_dir = folder
+            trainer = CLTTrainer(args, config, harvester=harvester, tokenizer=tokenizer)
+            try:
+                trainer.train()
+                metrics = trainer.evaluate()
+                outcome = {"metrics": {name: metrics[name] for name in MEASURED}}
+                outcome |= measure(trainer) if measure is not None else {}
+            except FloatingPointError as error:
+                outcome = {"error": str(error)}
+            record = {**trial, **outcome, "train_dead_fraction": trained_dead_fraction(folder)}
+        record |= {"steps": trainer.step, "tokens": trainer.tokens_seen}
+        record |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
+        append_record(records, record)
+        done[as_key(trial["resolved"])] = record
+        print(f"    {outcome.get('error') or summary(record)}", flush=True)
+    return [{**done[as_key(trial["resolved"])], **trial} for trial, _, _ in runs]  # two groups may share a trial
+
+
+def remember(harvester: Harvester) -> None:
+    """
+    Makes a harvester keep what it has read, in host memory and in the dtype it was first asked for, and hand it out
+    when the same extraction batch comes again.
+    """
+    read, kept = harvester.read, {}
+
+    def read_once(batch, dtype=torch.float32):
+        content = b"".join(batch[name].numpy().tobytes() for name in ("input_ids", "attention_mask", "counted"))
+        key = hashlib.sha256(content).digest()
+        if key not in kept:
+            kept[key] = tuple(tensor.cpu() for tensor in read(batch, dtype))
+        inputs, labels, total = kept[key]
+        return inputs.to(dtype), labels.to(dtype), total
+
+    harvester.read = read_once
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """The lines of a record file; none if there is no such file. A half-written last line is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # a whole line ends with a newline
+
+
+def append_record(path: Path, record: dict) -> None:
+    """Adds a line, in place of a half-written last one; whatever happens meanwhile, the file is the old or the new."""
+    lines = [json.dumps(line) + "\n" for line in [*read_records(path), record]]
+    unfinished = path.with_name(path.name + ".partial")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def as_key(settings: dict) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def trained_dead_fraction(folder: str | Path) -> float | None:
+    """The last `dead_fraction` that the run logged."""
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == "train"]
+    return rows[-1]["dead_fraction"] if rows else None
+
+
+def describe(varied: dict) -> str:
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in varied.items())
+
+
+def summary(record: dict) -> str:
+    metrics = record["metrics"]
+    return f"NMSE {metrics['nmse']:.4f}, L0 {metrics['l0']:.0f}, dead {metrics['dead_fraction']:.1%}"
+
+
+def format_sweep(records: list[dict]) -> str:
+    """The records as Markdown: one table per group, in the order of the trials, the lowest NMSE in bold."""
+    parts = []
+    for group, members in itertools.groupby(records, key=lambda record: record["group"]):
+        members = list(members)
+        names = list(members[0]["varied"])
+        found = [record["metrics"]["nmse"] for record in members if "metrics" in record]
+        lines = [f"### {group}", "", "| " + " | ".join(name.replace("_", "-") for name in names)]
+        lines[-1] += " | NMSE | L0 per layer | never fired, held out | dead, training |"
+        lines.append("|" + "---|" * (len(names) + 4))
+        for record in members:
+            cells = [str(record["varied"][name]) for name in names]
+            if "metrics" not in record:
+                cells += ["not finite", "", "", ""]
+            else:
+                metrics, dead = record["metrics"], record["train_dead_fraction"]
+                nmse = f"{metrics['nmse']:.4f}"
+                cells.append(f"**{nmse}**" if len(found) > 1 and metrics["nmse"] == min(found) else nmse)
+                cells.append(f"{metrics['l0'] / len(metrics['l0_per_layer']):.1f}")
+                cells.append(f"{metrics['dead_fraction']:.1%}")
+                cells.append("" if dead is None else f"{dead:.1%}")
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_frontier(records: list[dict], path: str | Path) -> None:
+    """Draws held-out NMSE against L0 per layer, a line per activation function, as PNG."""
+    import matplotlib
+
+    with matplotlib.rc_context(PLOT_STYLE):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for name, color in COLORS.items():
+            points = sorted(
+                (record["metrics"]["l0"] / len(record["metrics"]["l0_per_layer"]), record["metrics"]["nmse"])
+                for record in records
+                if "metrics" in record and record["settings"].get("activation_fn", "jumprelu") == name
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name)
+        axes.set(xscale="log", xlabel="active features per layer and token (L0)", ylabel="NMSE, held out")
+        if axes.lines:
+            axes.legend()
+        figure.savefig(path, dpi=150)
+
+
+__all__ = ["format_sweep", "plot_frontier", "read_sweep", "run_sweep"]
