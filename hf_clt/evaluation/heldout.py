@@ -34,15 +34,23 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
     clt.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of the CLT on the Hub")
     clt.add_argument("--clt-dtype", choices=list(DTYPES), help="number format of its weights (default: its files')")
 
+    add_text_options(parser, "the one that the CLT names", eval_tokens)
+    parser.add_argument(
+        "--batch-size", type=int, default=1024, metavar="N", help="tokens that the CLT sees at a time (default: 1024)"
+    )
+
+
+def add_text_options(parser: argparse.ArgumentParser, default_model: str, eval_tokens: int) -> None:
+    """The options of [`add_heldout_options`] that name the language model and the text, what [`open_text`] reads."""
     model = parser.add_argument_group("the language model")
-    model.add_argument("--model", metavar="TEXT", help="Hub name or folder (default: the one that the CLT names)")
+    model.add_argument("--model", metavar="TEXT", help=f"Hub name or folder (default: {default_model})")
     model.add_argument("--model-revision", metavar="TEXT", help="branch, tag or commit of --model on the Hub")
     model.add_argument("--model-dtype", choices=["auto", *DTYPES], help="number format (default: that of its files)")
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     model.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:n (default: a GPU when there is one)")
 
     text = parser.add_argument_group("the held-out text: the first documents, as in training")
-    text.add_argument("--dataset", required=True, metavar="TEXT", help="Hub name, file or folder of text")
+    text.add_argument("--dataset", metavar="TEXT", help="Hub name, file or folder of text; required")
     text.add_argument("--dataset-config", metavar="TEXT", help="configuration of a Hub dataset")
     text.add_argument("--dataset-split", default="train", metavar="TEXT", help="default: %(default)s")
     text.add_argument("--dataset-text-column", default="text", metavar="TEXT", help="default: %(default)s")
@@ -63,9 +71,6 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
     text.add_argument(
         "--store-batch-size-prompts", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)"
     )
-    text.add_argument(
-        "--batch-size", type=int, default=1024, metavar="N", help="tokens that the CLT sees at a time (default: 1024)"
-    )
     parser.set_defaults(streaming=True)
     text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
 
@@ -79,6 +84,8 @@ def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
     """
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} is below 1; give the number of tokens that fit in memory")
+    if options.dataset is None:
+        raise ValueError("dataset is missing; give --dataset")
     if options.eval_tokens < 1:
         raise ValueError(f"eval_tokens={options.eval_tokens} is below 1; give some thousand tokens")
     kwargs = {"revision": options.revision} if options.revision is not None else {}

@@ -35,7 +35,7 @@ class ActivationBuffer:
 
     Args:
         tokens ([`TokenStream`]): The text, in extraction batches.
-        harvester ([`Harvester`]): Runs the language model on them.
+        harvester ([`Harvester`] or [`ActivationCache`]): Gives their activations.
         n_batches (`int`): Extraction batches that the buffer holds.
         batch_size (`int`): N, tokens per training batch.
         dtype (`torch.dtype`): Type in which activations are kept and handed out.
@@ -96,7 +96,7 @@ class ActivationBuffer:
         self.overlap = overlap
         self.ahead: deque[Harvested] = deque()
         self.stream = None  # that harvests run on; None: the current one
-        if overlap and (device := harvester.model.device).type == "cuda":
+        if overlap and (device := harvester.device).type == "cuda":
             self.stream = torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))  # the weights may still be on their way
 

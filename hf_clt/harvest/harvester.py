@@ -159,6 +159,10 @@ class Harvester:
         self._inputs = [(self._nnsight.get(site.path), site.io) for site in self.input_sites]
         self._outputs = [(self._nnsight.get(site.path), site.io) for site in self.output_sites]
 
+    @property
+    def device(self):
+        return self.model.device
+
     def __call__(self, input_ids, attention_mask=None):
         """
         Activations at every position.

@@ -192,7 +192,7 @@ def build_model_card(
         template_str=template.read_text(encoding="utf-8"),
         title=f"{kind} transcoder for {Path(base).name}" if base else f"{kind} transcoder",
         summary=_summary(config, shown_base),
-        architecture=_architecture(config, shown_base),
+        architecture=_architecture(config, shown_base, trained=bool(training)),
         snippet=_snippet(config, hub_base, training, name or FOLDER_PLACEHOLDER),
         num_tokens=f"{num_tokens:,}" if num_tokens is not None else None,
         evaluation_text=_dataset_text(training, hub_dataset),
@@ -324,7 +324,7 @@ def _summary(config, shown_base):
     )
 
 
-def _architecture(config, shown_base):
+def _architecture(config, shown_base, trained):
     rows = []
     if shown_base:
         revision = f", revision `{config.base_model_revision}`" if config.base_model_revision else ""
@@ -339,7 +339,7 @@ def _architecture(config, shown_base):
             activation += f", k = {config.k:,} per token and layer{averaged}"
         else:
             activation += f", k = {config.k * config.num_layers:,} per token, shared by its layers{averaged}"
-    elif config.activation_fn == "jumprelu":
+    elif config.activation_fn == "jumprelu" and trained:  # calibrated and imported CLTs did not start from these
         activation += f", initial threshold {config.jumprelu_threshold:g}, bandwidth {config.jumprelu_bandwidth:g}"
     rows.append(("activation function", activation))
     all_layers = config.reach == config.num_layers

@@ -97,6 +97,19 @@ class CLTTrainingArguments:
         "0: no evaluation.",
     )
 
+    activation_cache: str | None = _arg(
+        "text",
+        None,
+        "Folder that scripts/cache_activations.py wrote: train on these activations, without a language model. What "
+        "the options above say comes from there. None: the language model runs along.",
+    )
+    cache_shuffle: bool = _arg(
+        "text",
+        True,
+        "Read the extraction batches of --activation-cache in a random order, a new one in each epoch. Off: as they "
+        "were harvested, which gives the run that the language model would have given.",
+    )
+
     # The buffer
     store_batch_size_prompts: int = _arg(
         "buffer", 8, "Blocks of --context-size tokens per extraction batch: one forward pass of the language model."
@@ -279,10 +292,31 @@ class CLTTrainingArguments:
     def __post_init__(self):
         for option in training_options():
             setattr(self, option.name, _check_value(option, getattr(self, option.name)))
+        if self.activation_cache is not None:
+            self._take_from_cache()
         self._check_ranges()
         self._check_combinations()
         if self.enable_wandb and "wandb" not in self.report_to:
             self.report_to = [*self.report_to, "wandb"]
+
+    def _take_from_cache(self):
+        """Fills in what is fixed by the activation cache; raises ValueError where something else was asked for."""
+        from ..harvest.cache import read_manifest
+
+        manifest = read_manifest(self.activation_cache)
+        defaults = {
+            option.name: CLTTrainingArguments.__dataclass_fields__[option.name].default
+            for option in training_options()
+        }
+        for name in CACHED:
+            now, cached = getattr(self, name), manifest[name]
+            if now not in (defaults[name], cached) and not (name == "eval_tokens" and now == 0):
+                raise ValueError(
+                    f"{name}={now!r}, but activation_cache={self.activation_cache!r} was written with {cached!r}; "
+                    f"leave {name} out, or write another cache"
+                )
+            if now == defaults[name]:
+                setattr(self, name, cached)
 
     def _check_ranges(self):
         for name in POSITIVE:
@@ -404,6 +438,11 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
     "decay_steps", "sparsity_delay_steps", "k_anneal_steps",
+)  # fmt: skip
+# What an activation cache was written with and a run on it cannot have otherwise.
+CACHED = (
+    "model", "model_revision", "model_dtype", "dataset", "dataset_config", "dataset_split", "dataset_text_column",
+    "max_samples", "context_size", "prepend_bos", "exclude_special_tokens", "eval_tokens", "store_batch_size_prompts",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu")
@@ -750,6 +789,8 @@ def parse_train_args(argv: list[str] | None = None) -> tuple[CLTTrainingArgument
         values[name] = _check_value(option, _parse_list(text) if option.kind is list else _parse_text(option, text))
 
     required = ("dataset",) if values.get("init_from") else ("model", "dataset", "num_features")
+    if values.get("activation_cache"):
+        required = tuple(name for name in required if name == "num_features")
     for name in required:
         if values.get(name) is None:
             raise ValueError(f"{name} is missing; give {options[name].flag} (see --help)")
@@ -786,23 +827,14 @@ def build_config(args: CLTTrainingArguments, config_kwargs: dict[str, Any]) -> C
         raise ValueError(
             "num_features is missing; give the number of features per layer, such as 8 x the model's width"
         )
-    model_config = _load_model_config(args)
-    for name, attribute in (("num_layers", "num_hidden_layers"), ("d_model", "hidden_size")):
-        size = getattr(model_config, attribute, None)
-        if size is None:
+    found = _facts_of_model(args)
+    for name in ("num_layers", "d_model"):
+        if given.setdefault(name, found[name]) != found[name]:
             raise ValueError(
-                f"model={args.model!r} does not say its {attribute} in config.json; choose a language model"
+                f"{name}={given[name]} does not fit model={args.model!r}, which has {found[name]}; leave {name} out"
             )
-        if given.setdefault(name, size) != size:
-            raise ValueError(
-                f"{name}={given[name]} does not fit model={args.model!r}, which has {size}; leave {name} out"
-            )
-
-    from ..harvest.sites import default_hooks  # brings in nnsight, which --help can do without
-
-    input_hook, output_hook = default_hooks(model_config.model_type)
-    given.setdefault("feature_input_hook", input_hook)
-    given.setdefault("feature_output_hook", output_hook)
+    for name in ("feature_input_hook", "feature_output_hook"):
+        given.setdefault(name, found[name])
     # A revision is one of the repository that is named, which need not be the folder that is read.
     if "base_model_name_or_path" not in given:
         given["base_model_name_or_path"] = args.model
@@ -812,6 +844,26 @@ def build_config(args: CLTTrainingArguments, config_kwargs: dict[str, Any]) -> C
                 f"model_revision={args.model_revision!r}; give model_revision alone"
             )
     return CLTConfig(**given)
+
+
+def _facts_of_model(args: CLTTrainingArguments) -> dict[str, Any]:
+    """Number of layers, width and hooks: of the activation cache, or of the language model, with its usual hooks."""
+    if args.activation_cache is not None:
+        from ..harvest.cache import read_manifest
+
+        return read_manifest(args.activation_cache)
+    model_config = _load_model_config(args)
+    found = {}
+    for name, attribute in (("num_layers", "num_hidden_layers"), ("d_model", "hidden_size")):
+        found[name] = getattr(model_config, attribute, None)
+        if found[name] is None:
+            raise ValueError(
+                f"model={args.model!r} does not say its {attribute} in config.json; choose a language model"
+            )
+    from ..harvest.sites import default_hooks  # brings in nnsight, which --help can do without
+
+    found["feature_input_hook"], found["feature_output_hook"] = default_hooks(model_config.model_type)
+    return found
 
 
 def _load_model_config(args: CLTTrainingArguments):

@@ -17,9 +17,10 @@ from ..evaluation.evaluate import activations, counting
 from ..evaluation.metrics import MetricSums
 from ..evaluation.report import plot_metrics
 from ..harvest.buffer import ActivationBuffer
+from ..harvest.cache import ActivationCache, CachedTokens
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
 from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
-from ..harvest.tokens import TokenStream, open_text
+from ..harvest.tokens import open_text
 from ..hub.model_card import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..kernels.encode import multiplies_bfloat16
@@ -113,26 +114,26 @@ class CLTTrainer:
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         name = args.model or self.config.base_model_name_or_path
-        if name is None:
-            raise ValueError("model=None: give the Hub name or folder of the language model to train on")
-        if harvester is None:
-            language_model, tokenizer = load_language_model(
-                name,
-                revision=args.model_revision,
-                dtype=args.model_dtype,
-                trust_remote_code=args.trust_remote_code,
-                device=self.accelerator.device,
-            )
-            harvester = Harvester(language_model, self.config.feature_input_hook, self.config.feature_output_hook)
-        self.harvester = harvester
-        check_context_size(harvester.model.config, args.context_size)
+        if args.activation_cache is not None:
+            self.harvester = ActivationCache(args.activation_cache)
+            order = args.seed if args.cache_shuffle else None
+            self.tokens = CachedTokens(self.harvester, "train", rank, world_size, seed=order)
+            self.heldout = CachedTokens(self.harvester, "heldout", rank, world_size) if args.eval_tokens else None
+        else:
+            if harvester is None:
+                harvester, tokenizer = self._load_harvester(name)
+            check_context_size(harvester.model.config, args.context_size)
+            self.harvester = harvester
+            self.tokens = open_text(args, tokenizer, rank=rank, world_size=world_size)
+            self.heldout = None
+            if args.eval_tokens:
+                self.heldout = open_text(args, tokenizer, heldout=True, rank=rank, world_size=world_size)
         check_fit(self.config, self.harvester, name)
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 
-        self.tokens = self._token_stream(tokenizer)
-        self.heldout = self._token_stream(tokenizer, heldout=True) if args.eval_tokens else None
         clt_dtype = getattr(torch, args.clt_dtype or "float32")
         set_seed(args.seed)
         self.model = CrossLayerTranscoder(self.config) if model is None else model
@@ -172,9 +173,19 @@ class CLTTrainer:
     def _progress(self) -> bool:
         return self.accelerator.is_local_main_process and not self.args.disable_progress_bar
 
-    def _token_stream(self, tokenizer, heldout: bool = False) -> TokenStream:
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return open_text(self.args, tokenizer, heldout=heldout, rank=rank, world_size=world_size)
+    def _load_harvester(self, name: str | None):
+        """A harvester of the language model, and its tokenizer."""
+        args = self.args
+        if name is None:
+            raise ValueError("model=None: give the Hub name or folder of the language model to train on")
+        language_model, tokenizer = load_language_model(
+            name,
+            revision=args.model_revision,
+            dtype=args.model_dtype,
+            trust_remote_code=args.trust_remote_code,
+            device=self.accelerator.device,
+        )
+        return Harvester(language_model, self.config.feature_input_hook, self.config.feature_output_hook), tokenizer
 
     def _prepare_model(self) -> None:
         """Statistics, and the initial values that come from data."""

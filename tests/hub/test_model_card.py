@@ -140,6 +140,12 @@ def test_says_what_circuit_tracer_cannot_read(changes, words):
         assert word in card.split("## What other tools read")[1]
 
 
+def test_how_jumprelu_started_is_said_of_trained_clts_alone():
+    jumprelu = config(activation_fn="jumprelu", jumprelu_threshold=0.25)
+    assert "initial threshold 0.25" in build_model_card(jumprelu, training={"steps": 10})
+    assert "threshold" not in build_model_card(jumprelu).split("## How to use it")[0]
+
+
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])
 @pytest.mark.parametrize(
     "changes",
