@@ -7,7 +7,6 @@ so that each row says which token, layer and side it is. The last ones run a rea
 
 import json
 import random
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -28,7 +27,7 @@ class NumberHarvester:
     """Activations that tell their token: inputs are id + layer / 4, labels -(id + layer / 4), in every dimension."""
 
     num_layers, d_model = LAYERS, WIDTH
-    model = SimpleNamespace(device=torch.device("cpu"))
+    device = torch.device("cpu")
 
     def read(self, batch, dtype=torch.float32):
         ids = batch["input_ids"][batch["counted"]].to(dtype)
