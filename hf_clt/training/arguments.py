@@ -169,7 +169,7 @@ class CLTTrainingArguments:
     clt_dtype: Literal["float32", "bfloat16", "float16"] | None = _arg(
         "optimisation", None, "Number format of the CLT's weights; thresholds stay float32. None: float32."
     )
-    learning_rate: float = _arg("optimisation", 1e-3, "Highest learning rate, reached at the end of the warm-up.")
+    learning_rate: float = _arg("optimisation", 2e-3, "Highest learning rate, reached at the end of the warm-up.")
     training_steps: int = _arg(
         "optimisation",
         10000,
@@ -512,6 +512,7 @@ FOUND_DEFAULTS = {
     "num_layers": "from the language model",
     "d_model": "from the language model",
     "num_features": "none; required",
+    "sparsity_lambda": "by activation function and width",
     "feature_input_hook": "by the language model",
     "feature_output_hook": "by the language model",
 }

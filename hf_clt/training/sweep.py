@@ -3,6 +3,7 @@ Many trainings on the same tokens, to choose settings by: every trial is a whole
 language model reads the text once for all of them.
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -125,6 +126,10 @@ def run_sweep(
         record |= {"steps": trainer.step, "tokens": trainer.tokens_seen}
         record |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
         append_record(records, record)
+        # Model, optimizer and Accelerator refer to each other: without a collection, trials pile up in memory.
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
         done[as_key(trial["resolved"])] = record
         print(f"    {outcome.get('error') or summary(record)}", flush=True)
     return [{**done[as_key(trial["resolved"])], **trial} for trial, _, _ in runs]  # two groups may share a trial
