@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.harvest.normalization import set_firing_rate
 from hf_clt.sharding import FeatureShard, gather_parts, gather_tokens
-from hf_clt.training.setup import make_layout
+from hf_clt.training.setup import load_initial_clt, make_layout
 from tests.reference import random_batch, random_clt, random_statistics
 
 
@@ -216,7 +216,10 @@ def check_model(folder: Path) -> None:
 def train(folder: Path, name: str, arguments: dict, config: dict) -> None:
     """One run; leaves the batches that it trained on, and what each process held at the end."""
     args = CLTTrainingArguments(**arguments)
-    trainer = CLTTrainer(args, CLTConfig(**config))
+    if args.init_from is None:
+        trainer = CLTTrainer(args, CLTConfig(**config))
+    else:
+        trainer = CLTTrainer(args, model=load_initial_clt(args, {}))
     forward, batches = trainer.model.forward, {}
 
     def recording(inputs, labels=None, **kwargs):

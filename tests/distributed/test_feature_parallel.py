@@ -28,7 +28,7 @@ from hf_clt.sharding import (
     sum_over,
 )
 from hf_clt.training.checkpoints import feature_axis, load_shared, shared_file
-from hf_clt.training.setup import check_shard, make_layout
+from hf_clt.training.setup import check_shard, load_initial_clt, make_layout
 from tests.distributed.feature_parallel_worker import CASES
 
 
@@ -100,6 +100,8 @@ def launched(arguments):
         checkpoint = str(folder / "jumprelu" / "checkpoint-5")
         more = {"feature_parallel_size": size, "resume_from_checkpoint": checkpoint}
         runs[name] = (make(name, **given, **more), {**SHAPE, **config})
+    initial = {"training_steps": 2, "init_from": str(folder / "jumprelu")}
+    runs["went on"] = (make("went on", **sharded, **initial), {})
     launch(2, folder, runs)
     return folder
 
@@ -113,7 +115,11 @@ def train_in_one(arguments: dict, config: dict, batches: dict) -> CLTTrainer:
     """The same run in one process, on the recorded token batches."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    trainer = CLTTrainer(CLTTrainingArguments(**arguments), CLTConfig(**{**SHAPE, **config}))
+    args = CLTTrainingArguments(**arguments)
+    if args.init_from is None:
+        trainer = CLTTrainer(args, CLTConfig(**{**SHAPE, **config}))
+    else:
+        trainer = CLTTrainer(args, model=load_initial_clt(args, {}))
     trainer.buffer.endless = lambda: iter(
         {"inputs": batches[f"inputs.{i}"], "labels": batches[f"labels.{i}"]} for i in range(len(batches) // 2)
     )
@@ -298,6 +304,16 @@ def test_resumed_in_another_layout(launched):
         for key, tensor in expected.items():
             # At the end of the text the processes have unequal batches, which DDP gives the same weight.
             torch.testing.assert_close(found[key], tensor, atol=2e-3, rtol=2e-3)
+
+
+def test_goes_on_with_a_released_clt(launched, arguments):
+    """Each process with its slice of it, and with statistics that leave its function as it is."""
+    batches = load_file(launched / "went on-batches-0.safetensors")
+    initial = {"training_steps": 2, "init_from": str(launched / "jumprelu")}
+    trainer = train_in_one(arguments[1]("went on in one", **initial), {}, batches)
+    found = joined(trainer.model, [load_file(launched / f"went on-{rank}.safetensors") for rank in range(2)])
+    for key, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(found[key], tensor, atol=1e-5, rtol=1e-5)
 
 
 def test_initial_values_from_data_are_those_of_both(launched):
