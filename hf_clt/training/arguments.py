@@ -231,7 +231,11 @@ class CLTTrainingArguments:
         "optimisation", None, "Updates over which k comes down from --initial-k. None: a fifth of --training-steps."
     )
     feature_parallel_size: int = _arg(
-        "optimisation", 1, "Processes that share the features of one CLT. Only 1 is supported so far."
+        "optimisation",
+        1,
+        "Processes that share the features of one CLT: each holds 1/n of encoders, decoders and optimizer state, "
+        "reads its own share of the text, and works on the tokens of all n. n divides --num-features and the number "
+        "of processes; with more than n processes, each n hold one CLT and average their gradients with the others.",
     )
     init_from: str | None = _arg(
         "optimisation",
@@ -391,10 +395,11 @@ class CLTTrainingArguments:
             )
         if self.normalization_file is not None and not os.path.isfile(self.normalization_file):
             raise ValueError(f"normalization_file={self.normalization_file!r} does not exist; give an existing file")
-        if self.feature_parallel_size != 1:
+        if self.feature_parallel_size > 1 and self.mixed_precision == "fp16":
+            # Each process would scale its own gradients, and skip steps that the others make.
             raise ValueError(
-                f"feature_parallel_size={self.feature_parallel_size} is not supported yet; leave it at 1 and start "
-                "several processes with accelerate launch, which share the tokens instead"
+                f"mixed_precision='fp16' does not go with feature_parallel_size={self.feature_parallel_size}; choose "
+                "mixed_precision='bf16'"
             )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub=True needs a repository; give hub_model_id, such as 'user/clt-gpt2'")
@@ -433,7 +438,7 @@ class CLTTrainingArguments:
 POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "batch_size", "normalization_estimation_batches",
     "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
-    "save_total_limit", "dead_feature_window", "initial_k",
+    "save_total_limit", "dead_feature_window", "initial_k", "feature_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",

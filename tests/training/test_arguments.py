@@ -379,7 +379,7 @@ class TestValidation:
             ("device", "gpu", "cuda"),
             ("buffer_device", "ram", "cpu"),
             ("report_to", [3], "a list of names"),
-            ("feature_parallel_size", 2, "leave it at 1"),
+            ("feature_parallel_size", 0, "a value above 0"),
             ("weight_decay", 0.1, "adamw"),
             ("normalization_file", "s.safetensors", "mean_std"),
             ("hub_model_id", "a/b/c", "user/clt-gpt2"),
