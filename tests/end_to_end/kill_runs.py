@@ -20,13 +20,12 @@ import time
 import traceback
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  the runs would import it, one after the other
 import torch
-import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401  each run would import it again
 
 from hf_clt.harvest.buffer import ActivationBuffer
 from hf_clt.training import trainer as trainer_module
-from hf_clt.training.checkpoints import list_checkpoints
+from hf_clt.training.checkpoints import CHECKPOINT, list_checkpoints
 from hf_clt.training.trainer import CLTTrainer
 
 
@@ -96,6 +95,7 @@ class Watch:
         ActivationBuffer._harvest = self.watched("harvest", ActivationBuffer._harvest)
         trainer_module.save_checkpoint = self.watched("checkpoint", trainer_module.save_checkpoint)
         CLTTrainer._evaluate_and_write = self.watched("evaluation", CLTTrainer._evaluate_and_write)
+        trainer_module.plot_metrics = lambda *arguments: None  # takes longer than the run
         update = CLTTrainer._update
 
         def counted(trainer, *arguments):
@@ -132,13 +132,12 @@ def exit_status(pid: int) -> int:
 
 
 def contents(folder: Path) -> dict:
-    """What two runs must have in common: all files but for times and the text of the card, and no others."""
+    """What two runs must have in common: weights, metrics but for times, and the names of all files outside of kept
+    checkpoints. Which checkpoints are kept depends on when a run was stopped."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors" and "checkpoint-" not in str(path.relative_to(folder)):
-            found[path.name] = path.read_bytes()
-        elif path.is_file():
-            found[str(path.relative_to(folder))] = None
+    for path in sorted(folder.iterdir()):
+        if not CHECKPOINT.fullmatch(path.name):
+            found[path.name] = path.read_bytes() if path.suffix == ".safetensors" else None
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for row in rows:
@@ -226,10 +225,10 @@ def run_all(folder: Path, model: str, text: str, kills: int, stops: int, seed: i
 
 def table(records: list[dict]) -> str:
     """The records as Markdown."""
-    lines = ["| | signal | variant | hit | in step | went on from | left behind | end |", "|" + "---|" * 8]
+    lines = ["| | signal | variant | hit | update | went on from | left behind | end |", "|" + "---|" * 8]
     for number, record in enumerate(records, start=1):
         cells = [number, record["signal"], record["activation_fn"], record["phase"]]
-        cells += [record["step"] + 1 if record["phase"] == "step" else record["step"], record["checkpoint"] or "start"]
+        cells += [record["step"] + 1, record["checkpoint"] or "start"]
         cells += [", ".join(record["leftovers"]) or "nothing", ", ".join(record["different"]) or "identical"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
