@@ -41,8 +41,8 @@ CLT_CONFIG_HELP = {
     "skip_connection": "Whether each layer adds a linear map of its own input to its reconstruction.",
     "feature_input_hook": "What features read: hook_resid_mid (before the pre-MLP norm) or mlp.hook_in (after it).",
     "feature_output_hook": "What is reconstructed: hook_mlp_out (added to the residual stream) or mlp.hook_out.",
-    "sparsity_lambda": "Weight lambda of the tanh sparsity loss. By default 0.01 x d_model for relu and jumprelu, 0 for "
-    "topk and batchtopk.",
+    "sparsity_lambda": "Weight lambda of the tanh sparsity loss. By default 0.01 x d_model for relu and jumprelu, 0 "
+    "for topk and batchtopk.",
     "sparsity_c": "Scale c inside the tanh of the sparsity loss.",
     "preactivation_coef": "Weight of the pre-activation loss on dead features (relu and jumprelu).",
     "aux_coef": "Weight of the auxiliary loss on dead features (topk, batchtopk). Default: by activation function.",

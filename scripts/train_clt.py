@@ -2,6 +2,7 @@
 """Trains a cross-layer transcoder: `python scripts/train_clt.py --help` says how."""
 
 import os
+import signal
 import sys
 
 from huggingface_hub.errors import StrictDataclassError
@@ -30,7 +31,8 @@ def main(argv=None) -> int:
     except USER_ERRORS as error:
         if os.environ.get("HF_CLT_DEBUG") == "1":
             raise
-        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = "; ".join([str(error), *getattr(error, "__notes__", [])])  # the trainer notes what to go on from
+        print(f"{who}error: {' '.join(text.split())}", file=sys.stderr)
         return 2
 
 
@@ -51,4 +53,6 @@ def train(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    # Until training starts there is nothing to save: SIGTERM stops at once, with the exit status of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

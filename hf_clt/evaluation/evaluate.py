@@ -89,18 +89,24 @@ def measure(clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]]) ->
 
 
 def activations(
-    harvester: Harvester, token_batches: Iterable[dict], batch_size: int, dtype: torch.dtype | None = None
+    harvester: Harvester,
+    token_batches: Iterable[dict],
+    batch_size: int,
+    dtype: torch.dtype | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """
     Harvested activations of the counted tokens, in order: dicts of `inputs` and `labels`, raw, (N, L, D) each, with N
-    at most `batch_size`, in `dtype`, by default float32 (float64 if the language model is).
+    at most `batch_size`, in `dtype`, by default float32 (float64 if the language model is). With `skip_bad`, blocks
+    with one that is NaN or infinite are left out.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1; give the number of tokens that fit in memory")
     if dtype is None:
         dtype = torch.promote_types(harvester.model.dtype, torch.float32)
     for batch in token_batches:
-        inputs, labels = harvester.harvest(batch, dtype=dtype)
+        skipping = {"skip_bad": True} if skip_bad else {}
+        inputs, labels = harvester.harvest(batch, dtype=dtype, **skipping)
         for start in range(0, len(inputs), batch_size):
             part = slice(start, start + batch_size)
             yield {"inputs": inputs[part], "labels": labels[part]}

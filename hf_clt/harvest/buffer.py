@@ -1,10 +1,16 @@
 """The activation buffer: harvested activations of many documents, mixed, each handed out exactly once."""
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
+
+from .harvester import ActivationError, without_bad_rows
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,6 +39,9 @@ class ActivationBuffer:
     GPU on a stream of their own, so that language model and CLT share the GPU and nothing waits. The batches and their
     order are the same; the activations that wait take up to half the buffer's memory once more.
 
+    After an error, of the text or of the language model, the buffer stands where it stood before the batch that could
+    not be given: its state can be saved, and it can be iterated again, and nothing is lost or repeated.
+
     Args:
         tokens ([`TokenStream`]): The text, in extraction batches.
         harvester ([`Harvester`] or [`ActivationCache`]): Gives their activations.
@@ -43,12 +52,18 @@ class ActivationBuffer:
         seed (`int`): Seed of the sampling.
         progress (`bool`): Whether the first fill, which can take minutes, shows a progress bar.
         overlap (`bool`): Whether to harvest ahead.
+        skip_bad (`bool`): Whether to leave out blocks in which the language model gives NaN or infinity, instead of
+            raising.
+
+    Attributes:
+        skipped_tokens (`int`): Counted tokens of the blocks left out so far.
 
     Yields:
         `dict`: `inputs` and `labels`, (N, L, D) each, raw; row n of both is the same token.
 
     Raises:
         ValueError: If `batch_size` is larger than the buffer.
+        [`ActivationError`]: While iterating, if an activation is NaN or infinite, without `skip_bad`.
     """
 
     def __init__(
@@ -63,6 +78,7 @@ class ActivationBuffer:
         seed: int = 0,
         progress: bool = False,
         overlap: bool = False,
+        skip_bad: bool = False,
     ):
         self.rows_per_harvest = tokens.prompts_per_batch * (
             tokens.context_size - 1
@@ -93,8 +109,10 @@ class ActivationBuffer:
         self.epoch = 0
         self._text = None  # iterator over the rest of this epoch's text; None: not started
         self._text_ended = False  # the text of this epoch has been read, though perhaps not yet all of the buffer
+        self.skip_bad, self.skipped_tokens = skip_bad, 0
         self.overlap = overlap
         self.ahead: deque[Harvested] = deque()
+        self.waiting: deque[dict] = deque()  # extraction batches that were read, and are harvested before the text
         self.stream = None  # that harvests run on; None: the current one
         if overlap and (device := harvester.device).type == "cuda":
             self.stream = torch.cuda.Stream(device)
@@ -133,28 +151,50 @@ class ActivationBuffer:
         is_free = torch.ones(len(self.inputs), dtype=torch.bool)
         is_free[unread] = False
         free = is_free.nonzero().squeeze(1)
-        filled = 0
+        filled, taken = 0, []
+        before = self.num_harvested, self.skipped_tokens
         first = self.num_harvested == 0 and self.progress
         with tqdm(total=len(free), desc="Filling the buffer", unit="token", unit_scale=True, disable=not first) as bar:
-            while len(free) - filled >= self.rows_per_harvest:
-                harvested = self.ahead.popleft() if self.ahead else self._harvest_next()
-                if harvested is None:
-                    break
-                added = self._store(harvested, free[filled:])
-                filled += added
-                bar.update(added)
+            try:
+                while len(free) - filled >= self.rows_per_harvest:
+                    harvested = self.ahead.popleft() if self.ahead else self._harvest_next()
+                    if harvested is None:
+                        break
+                    taken.append(harvested.tokens)
+                    added = self._store(harvested, free[filled:])
+                    filled += added
+                    bar.update(added)
+            except BaseException:
+                self._undo_fill(taken, *before)
+                raise
         if filled:
             unread = torch.cat([unread, free[:filled]])
             self.order = unread[torch.randperm(len(unread), generator=self.generator)]
             self.read = 0
 
+    def _undo_fill(self, taken: list[dict], num_harvested: int, skipped_tokens: int) -> None:
+        """Takes back a fill that failed; what it stored lies in slots that are free."""
+        self.waiting = deque([*taken, *(harvested.tokens for harvested in self.ahead), *self.waiting])
+        self.ahead.clear()
+        for number in range(num_harvested, self.num_harvested):
+            self.live_batches.pop(number, None)
+        self.num_harvested, self.skipped_tokens = num_harvested, skipped_tokens
+
     def _harvest_next(self) -> Harvested | None:
         """Harvests the next extraction batch of the epoch; None at its end."""
-        batch = next(self._text, None)
-        if batch is None:
-            self._text_ended = True  # and the stream stands at its beginning again
-            return None
-        return self._harvest(batch)
+        if not self.waiting:
+            try:
+                batch = next(self._text, None)
+            except BaseException:
+                self._text = iter(self.tokens)  # an iterator that has failed looks like the end of the text
+                raise
+            if batch is None:
+                self._text_ended = True  # and the stream stands at its beginning again
+                return None
+            self.waiting.append(batch)
+        harvested = self._harvest(self.waiting[0])
+        self.waiting.popleft()
+        return harvested
 
     def _harvest(self, batch: dict) -> Harvested:
         with torch.cuda.stream(self.stream):
@@ -162,40 +202,51 @@ class ActivationBuffer:
             done = self.stream.record_event() if self.stream is not None else None
         return Harvested(batch, inputs, labels, total, done)
 
-    def _harvest_ahead(self) -> None:
+    def _harvest_ahead(self, read: int) -> None:
         """Keeps as many tokens ready for the next fill as have been read since the last one: they will fit."""
         ready = sum(len(harvested.inputs) for harvested in self.ahead)
-        while not self._text_ended and ready + self.rows_per_harvest <= self.read:
+        while (self.waiting or not self._text_ended) and ready + self.rows_per_harvest <= read:
             harvested = self._harvest_next()
             if harvested is not None:
                 self.ahead.append(harvested)
                 ready += len(harvested.inputs)
 
     def _received(self, harvested: Harvested) -> tuple[torch.Tensor, torch.Tensor]:
-        """Checked inputs and labels, (N, L, D) each, where the buffer lives."""
+        """Inputs and labels, (N, L, D) each, when the language model has given them."""
         if harvested.done is not None:
             stream = torch.cuda.current_stream(harvested.inputs.device)
             stream.wait_event(harvested.done)
             for tensor in (harvested.inputs, harvested.labels, harvested.total):
                 tensor.record_stream(stream)  # its memory is not used again before this stream has read it
-        self.harvester.check(harvested.tokens, harvested.inputs, harvested.labels, harvested.total)
-        return harvested.inputs.to(self.inputs.device), harvested.labels.to(self.labels.device)
+        return harvested.inputs, harvested.labels
 
     def _store(self, harvested: Harvested, slots: torch.Tensor) -> int:
         """Puts an extraction batch into the first of the given slots; returns the number of tokens."""
-        inputs, labels = self._received(harvested)
+        tokens, (inputs, labels) = harvested.tokens, self._received(harvested)
+        try:
+            self.harvester.check(tokens, inputs, labels, harvested.total)
+        except ActivationError as error:
+            if not self.skip_bad:
+                raise
+            found = len(inputs)
+            tokens, inputs, labels = without_bad_rows(tokens, inputs, labels)
+            if self.skipped_tokens == 0:
+                logger.warning("%d tokens are skipped, and from now on all such: %s", found - len(inputs), error)
+            self.skipped_tokens += found - len(inputs)
         slots = slots[: len(inputs)]
-        self.inputs[slots.to(self.inputs.device)] = inputs
-        self.labels[slots.to(self.labels.device)] = labels
+        self.inputs[slots.to(self.inputs.device)] = inputs.to(self.inputs.device)
+        self.labels[slots.to(self.labels.device)] = labels.to(self.labels.device)
         self.slot_batch[slots] = self.num_harvested
         self.slot_row[slots] = torch.arange(len(slots))
         if len(slots):
-            self.live_batches[self.num_harvested] = {"tokens": harvested.tokens, "unread": len(slots)}
+            self.live_batches[self.num_harvested] = {"tokens": tokens, "unread": len(slots)}
         self.num_harvested += 1
         return len(slots)
 
     def _next_batch(self) -> dict:
         slots = self.order[self.read : self.read + self.batch_size]
+        if self.overlap:
+            self._harvest_ahead(self.read + len(slots))  # it may fail, and then the batch is still unread
         self.read += len(slots)
         for number, count in zip(*self.slot_batch[slots].unique(return_counts=True), strict=True):
             live = self.live_batches[int(number)]
@@ -203,10 +254,7 @@ class ActivationBuffer:
             if live["unread"] == 0:
                 del self.live_batches[int(number)]
         slots = slots.to(self.inputs.device)
-        rows = {"inputs": self.inputs[slots], "labels": self.labels[slots]}
-        if self.overlap:
-            self._harvest_ahead()
-        return rows
+        return {"inputs": self.inputs[slots], "labels": self.labels[slots]}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -227,8 +275,9 @@ class ActivationBuffer:
         for number, live in self.live_batches.items():
             for name, value in live["tokens"].items():
                 tensors[f"tokens.{number}.{name}"] = value
-        for number, harvested in enumerate(self.ahead):
-            for name, value in harvested.tokens.items():
+        ahead = [*(harvested.tokens for harvested in self.ahead), *self.waiting]
+        for number, batch in enumerate(ahead):
+            for name, value in batch.items():
                 tensors[f"ahead.{number}.{name}"] = value
         values = {
             "text": self.tokens.state_dict() if self._text is not None else None,
@@ -236,7 +285,8 @@ class ActivationBuffer:
             "num_harvested": self.num_harvested,
             "epoch": self.epoch,
             "capacity": self.capacity,
-            "num_ahead": len(self.ahead),
+            "num_ahead": len(ahead),
+            "skipped_tokens": self.skipped_tokens,
         }
         return values, tensors
 
@@ -260,14 +310,17 @@ class ActivationBuffer:
             disable=not self.progress,
         ):
             batch = tensors_of(tensors, f"tokens.{number}.")
-            inputs, labels = self._received(self._harvest(batch))
+            harvested = self._harvest(batch)
+            inputs, labels = self._received(harvested)
+            self.harvester.check(batch, inputs, labels, harvested.total)  # rows that were skipped no longer count
             slots = self.order[tensors["slot_batch"] == number]
             rows = self.slot_row[slots]
-            self.inputs[slots.to(self.inputs.device)] = inputs[rows.to(inputs.device)]
-            self.labels[slots.to(self.labels.device)] = labels[rows.to(labels.device)]
+            self.inputs[slots.to(self.inputs.device)] = inputs[rows.to(inputs.device)].to(self.inputs.device)
+            self.labels[slots.to(self.labels.device)] = labels[rows.to(labels.device)].to(self.labels.device)
             self.live_batches[number] = {"tokens": batch, "unread": count}
-        ahead = (tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
-        self.ahead = deque(self._harvest(batch) for batch in ahead)
+        self.ahead = deque()
+        self.waiting = deque(tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
+        self.skipped_tokens = values.get("skipped_tokens", 0)  # absent in checkpoints from before there was skipping
         self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]
         self.generator.set_state(tensors["generator"])
         self._text, self._text_ended = None, values["text_ended"]

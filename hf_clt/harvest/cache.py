@@ -393,8 +393,9 @@ class CachedTokens:
     def __iter__(self):
         order = self._order()
         while self.position < len(order):
-            self.position += 1
-            yield self.cache.tokens(self.split, order[self.position - 1])
+            batch = self.cache.tokens(self.split, order[self.position])
+            self.position += 1  # only now: what cannot be read is not passed over
+            yield batch
         self.rewind()
         self.epoch += 1
 

@@ -123,6 +123,28 @@ def check_context_size(model_config, context_size):
         )
 
 
+def without_bad_rows(batch, inputs, labels):
+    """
+    Leaves out the rows of a batch in which an activation is NaN or infinite, whole: one spreads through the attention
+    to all tokens of its row, masked or not.
+
+    Args:
+        batch (`dict`): Of a [`TokenStream`], (P, T) each.
+        inputs, labels (`torch.Tensor` of shape (N, L, D)): Activations of its counted tokens.
+
+    Returns:
+        `tuple[dict, torch.Tensor, torch.Tensor]`: the batch with `counted` off in these rows, so that harvesting it
+        gives what is left; inputs and labels of the counted tokens that are left.
+    """
+    row = batch["counted"].nonzero()[:, 0]
+    bad = ~(inputs.isfinite().flatten(1).all(dim=1) & labels.isfinite().flatten(1).all(dim=1)).cpu()
+    bad_rows = row[bad].unique()
+    counted = batch["counted"].clone()
+    counted[bad_rows] = False
+    kept = ~torch.isin(row, bad_rows).to(inputs.device)
+    return {**batch, "counted": counted}, inputs[kept], labels[kept]
+
+
 class Harvester:
     """
     Reads the activations that a CLT maps from and to out of a language model.
@@ -183,7 +205,7 @@ class Harvester:
         shape = *input_ids.shape, self.num_layers, self.d_model
         return inputs.view(shape), outputs.view(shape)
 
-    def harvest(self, batch, dtype=torch.float32):
+    def harvest(self, batch, dtype=torch.float32, skip_bad=False):
         """
         Activations of the tokens that count.
 
@@ -191,6 +213,8 @@ class Harvester:
             batch (`dict`): A batch of a [`TokenStream`]: `input_ids`, `attention_mask`, `counted` and `documents`,
                 each (P, T).
             dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the result.
+            skip_bad (`bool`, *optional*, defaults to `False`): Leave out rows of the batch with an activation that is
+                NaN or infinite, instead of raising.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: inputs and labels, each (N, L, D), N counted tokens in the order of
@@ -201,7 +225,12 @@ class Harvester:
             `ValueError`: if the model is in training mode, or cannot take these tokens.
         """
         inputs, labels, total = self.read(batch, dtype)
-        self.check(batch, inputs, labels, total)
+        try:
+            self.check(batch, inputs, labels, total)
+        except ActivationError:
+            if not skip_bad:
+                raise
+            _, inputs, labels = without_bad_rows(batch, inputs, labels)
         return inputs, labels
 
     def read(self, batch, dtype=torch.float32):
@@ -284,8 +313,8 @@ class Harvester:
                         f"activations of the language model are not finite in {values.dtype}: layer {layer}, {hook}, "
                         f"document {documents} (row {row}, position {position} of the batch; {int(bad.sum())} of "
                         f"{len(bad)} tokens). Load the model and keep the buffer in float32 or bfloat16 (model_dtype, "
-                        "buffer_dtype), or leave this document out."
+                        "buffer_dtype), or leave such text out (in training: on_bad_activations='skip')."
                     )
 
 
-__all__ = ["ActivationError", "Harvester", "check_context_size", "load_language_model"]
+__all__ = ["ActivationError", "Harvester", "check_context_size", "load_language_model", "without_bad_rows"]

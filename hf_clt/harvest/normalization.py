@@ -52,7 +52,9 @@ class Moments:
         return self.mean, (self.squared_deviation / self.count).sqrt()
 
 
-def estimate_statistics(tokens, harvester, num_batches: int | None, accelerator=None, progress: bool = True) -> dict:
+def estimate_statistics(
+    tokens, harvester, num_batches: int | None, accelerator=None, progress: bool = True, skip_bad: bool = False
+) -> dict:
     """
     Mean and standard deviation of inputs and targets over the first extraction batches of the text, which is rewound
     afterwards: nothing that was harvested is kept.
@@ -63,6 +65,7 @@ def estimate_statistics(tokens, harvester, num_batches: int | None, accelerator=
         num_batches: Extraction batches to use; None for all of the text.
         accelerator (`Accelerator`, *optional*): Merges the statistics of all processes.
         progress: Whether to show a progress bar.
+        skip_bad: Whether to leave out blocks with activations that are NaN or infinite, instead of raising.
 
     Returns:
         `dict` of `mean_in`, `std_in`, `mean_out`, `std_out`, float64 (L, D) each, on the CPU.
@@ -75,7 +78,8 @@ def estimate_statistics(tokens, harvester, num_batches: int | None, accelerator=
     tokens.rewind()
     with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
         for seen, batch in enumerate(tokens, start=1):
-            for moment, rows in zip(moments, harvester.harvest(batch), strict=True):
+            harvested = harvester.harvest(batch, skip_bad=True) if skip_bad else harvester.harvest(batch)
+            for moment, rows in zip(moments, harvested, strict=True):
                 if len(rows):
                     moment.update(rows)
             bar.update()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,13 @@ logger = logging.getLogger(__name__)
 PIECE_CHARACTERS = 16_384  # a longer document is cut into pieces of at most this length
 GROUP_CHARACTERS = 262_144  # pieces are tokenized together until they hold this many characters ...
 GROUP_PIECES = 1_024  # ... or are this many
+
+RETRIES = 5  # times that text which cannot be read for the moment is tried again
+FIRST_DELAY = 1.0  # seconds before the first of them; each one waits twice as long as the one before
+# Errors that will be the same the next time, though they are OSErrors as those of a connection are.
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Libraries that read over the network; not all of their errors are OSErrors.
+NETWORK = ("aiohttp", "httpx", "httpx2", "httpcore", "urllib3", "requests", "http")
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -205,6 +213,22 @@ def _cut_point(text, low, high):
     return high
 
 
+class StreamError(OSError):
+    """The text could not be read on, not after all retries either."""
+
+
+def may_pass(error):
+    """
+    Whether an error in reading text is one of the connection, so that reading again may go well: an OSError other than
+    of a missing or forbidden file, or an error of a network library. What is wrong in the text itself (ValueError,
+    TypeError) stays wrong.
+    """
+    if isinstance(error, (ValueError, TypeError, *LASTING)):
+        return False
+    modules = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, OSError) or not modules.isdisjoint(NETWORK)
+
+
 class TokenStream:
     """
     Packs the documents of a dataset into blocks of tokens: one epoch per iteration, resumable at every batch.
@@ -220,6 +244,9 @@ class TokenStream:
     stream begins right after it. Both are split over the processes piece by piece. With `world_size` above 1 the
     pieces of one long document go to different processes, and each piece is followed by EOS. Every process reads all
     of the text and tokenizes its share.
+
+    Text that cannot be read for the moment, as when a connection breaks, is opened again where the last batch ended,
+    after 1, 2, 4, ... seconds; the batches are those that would have come without. A warning tells of each retry.
 
     The dataset is copied (not its data), so one dataset can serve several streams at once. The constructor reads the
     beginning of the text, to find the held-out text and to see that there is enough.
@@ -249,6 +276,8 @@ class TokenStream:
             Number of this process.
         world_size (`int`, *optional*, defaults to 1):
             Number of processes.
+        retries (`int`, *optional*, defaults to 5):
+            How often in a row reading is tried again before it counts as failed.
 
     Yields:
         `dict`: `input_ids` and `attention_mask` (P, T) int64; `counted` (P, T) bool, the tokens to train or measure
@@ -259,6 +288,7 @@ class TokenStream:
         `ValueError`: if an argument does not fit, if the text has too few tokens for the held-out text or nothing is
             left for training in some process, or if a document cannot be read (its index is named).
         `TypeError`: if a document is not text (its index is named).
+        [`StreamError`]: if the text cannot be read, after all retries. The next iteration goes on at the same batch.
     """
 
     def __init__(
@@ -275,6 +305,7 @@ class TokenStream:
         heldout=False,
         rank=0,
         world_size=1,
+        retries=RETRIES,
     ):
         if isinstance(dataset, datasets.Dataset):
             dataset = dataset.to_iterable_dataset()
@@ -310,6 +341,7 @@ class TokenStream:
         self.heldout = heldout
         self.rank = rank
         self.world_size = world_size
+        self.retries = retries
 
         self._dataset = copy.deepcopy(dataset)  # never iterated itself: see _groups
         self._text_per_block = context_size - prepend_bos
@@ -318,7 +350,7 @@ class TokenStream:
         self._special_ids = np.array(sorted(special), dtype=np.int64)
         self._drop_space = _adds_space(tokenizer)
 
-        self._heldout_pieces = self._find_heldout()
+        self._heldout_pieces = self._with_retries(self._find_heldout)
         if heldout:
             self._pieces = range(rank, self._heldout_pieces, world_size)
         else:
@@ -327,7 +359,7 @@ class TokenStream:
         self.rewind()
 
     def __iter__(self):
-        while (batch := self._next_batch()) is not None:
+        while (batch := self._with_retries(self._next_batch)) is not None:
             yield batch
         self.rewind()
 
@@ -363,12 +395,29 @@ class TokenStream:
                 )
         self.rewind()
         self._position = copy.deepcopy(state["position"])
-        self._open()
+        self._with_retries(self._open)
 
     def _settings(self):
         names = ("context_size", "prepend_bos", "exclude_special_tokens", "heldout_tokens", "heldout", "rank")
         settings = {name: getattr(self, name) for name in (*names, "world_size")}
         return {**settings, "heldout_pieces": self._heldout_pieces}
+
+    def _with_retries(self, read):
+        """What `read()` returns, called again after a growing delay while the connection fails."""
+        for retry in range(self.retries + 1):
+            try:
+                return read()
+            except Exception as error:
+                if not may_pass(error):
+                    raise
+                reason = f"{type(error).__name__}: {_one_line(error)}"
+                if retry == self.retries:
+                    raise StreamError(f"the text cannot be read, after {retry} retries ({reason})") from error
+            delay = FIRST_DELAY * 2**retry
+            logger.warning(
+                "the text cannot be read (%s); retry %d of %d in %g s", reason, retry + 1, self.retries, delay
+            )
+            time.sleep(delay)
 
     def _groups(self, start, pieces):
         """
@@ -587,7 +636,7 @@ def open_text(options, tokenizer, heldout=False, rank=0, world_size=1):
     Args:
         options: Has the fields `dataset`, `dataset_split`, `dataset_config`, `dataset_text_column`, `streaming`,
             `trust_remote_code`, `max_samples`, `context_size`, `prepend_bos`, `exclude_special_tokens`,
-            `store_batch_size_prompts` and `eval_tokens` of [`CLTTrainingArguments`].
+            `store_batch_size_prompts` and `eval_tokens` of [`CLTTrainingArguments`], and perhaps `stream_retries`.
         tokenizer (`PreTrainedTokenizerBase`): The language model's.
         heldout (`bool`, *optional*, defaults to `False`): Whether to give the held-out text, or the rest.
         rank, world_size (`int`, *optional*): This process, and how many share the text.
@@ -619,6 +668,7 @@ def open_text(options, tokenizer, heldout=False, rank=0, world_size=1):
         heldout=heldout,
         rank=rank,
         world_size=world_size,
+        retries=getattr(options, "stream_retries", RETRIES),
     )
 
 
@@ -646,4 +696,4 @@ def _if_json(state):
         return None
 
 
-__all__ = ["TokenStream", "load_text_dataset", "open_text", "split_document"]
+__all__ = ["StreamError", "TokenStream", "load_text_dataset", "open_text", "split_document"]

@@ -77,6 +77,12 @@ class CLTTrainingArguments:
     dataset_split: str = _arg("text", "train", "Split of the dataset. Held-out text is taken from its beginning.")
     dataset_text_column: str = _arg("text", "text", "Column that holds the text.")
     streaming: bool = _arg("text", True, "Read a Hub dataset while training instead of downloading it whole first.")
+    stream_retries: int = _arg(
+        "text",
+        5,
+        "Times in a row that text which cannot be read, as when a connection breaks, is opened again where it was, "
+        "after 1, 2, 4, ... seconds. Then the run stops, with a checkpoint.",
+    )
     max_samples: int | None = _arg("text", None, "Use only the first N documents of the split. None: all.")
     context_size: int = _arg(
         "text",
@@ -131,6 +137,12 @@ class CLTTrainingArguments:
     )
     buffer_device: str | None = _arg(
         "buffer", None, 'Where the buffer lives, for example "cpu" to spare GPU memory. None: with the CLT.'
+    )
+    on_bad_activations: Literal["stop", "skip"] = _arg(
+        "buffer",
+        "stop",
+        "What to do when the language model gives NaN or infinity: stop, with a checkpoint, or skip all tokens of the "
+        "blocks where it does; metrics.jsonl counts them as skipped_tokens.",
     )
     overlap_harvest: bool = _arg(
         "buffer",
@@ -266,7 +278,9 @@ class CLTTrainingArguments:
     eval_interval: int = _arg(
         "bookkeeping", 500, "Updates between two evaluations on the held-out text. 0: only at the end."
     )
-    checkpoint_interval: int = _arg("bookkeeping", 1000, "Updates between two checkpoints. 0: none but on Ctrl-C.")
+    checkpoint_interval: int = _arg(
+        "bookkeeping", 1000, "Updates between two checkpoints. 0: none but when the run is stopped or fails."
+    )
     save_total_limit: int | None = _arg(
         "bookkeeping", 3, "Checkpoints kept in --output-dir; older ones are deleted. none: keep all."
     )
@@ -401,6 +415,10 @@ class CLTTrainingArguments:
                 f"mixed_precision='fp16' does not go with feature_parallel_size={self.feature_parallel_size}; choose "
                 "mixed_precision='bf16'"
             )
+        if self.on_bad_activations == "skip" and self.activation_cache is not None:
+            raise ValueError(
+                "on_bad_activations='skip' has no effect with activation_cache, which holds none; leave it out"
+            )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub=True needs a repository; give hub_model_id, such as 'user/clt-gpt2'")
         if self.hub_model_id is not None:
@@ -442,7 +460,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
-    "decay_steps", "sparsity_delay_steps", "k_anneal_steps",
+    "decay_steps", "sparsity_delay_steps", "k_anneal_steps", "stream_retries",
 )  # fmt: skip
 # What an activation cache was written with and a run on it cannot have otherwise.
 CACHED = (
@@ -694,7 +712,12 @@ The settings file is YAML, one "name: value" per line with the names below; opti
 good as dashes (--num_features). A switch is turned on by --name or --name true and off by --no-name or --name false.
 Where several processes are wanted, put "accelerate launch" in the place of "python".
 """
-EPILOG = "HF_CLT_DEBUG=1 in the environment shows the traceback of an error."
+EPILOG = """\
+Exit status: 0 when the CLT is finished; 2 after an error, said in one line; 130 when Ctrl-C (SIGINT) or SIGTERM, which
+clusters send before they take a machine away, stopped the run: after the step it was in, and with a checkpoint if it
+had made one. What was stopped, killed or failed goes on with --resume-from-checkpoint latest, to the same result.
+HF_CLT_DEBUG=1 in the environment shows the traceback of an error.
+"""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

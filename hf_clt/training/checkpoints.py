@@ -7,6 +7,10 @@ text, the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.js
 
 Where n processes share the features of one CLT, each writes its slice of the first three, as
 `model-00001-of-0000n.safetensors` and so on. Any number of processes can read them, each its own slice.
+
+Every folder with such a name is whole: it gets the name when all of it is on the disk, and loses it before it is
+deleted. A checkpoint that is written again is `checkpoint-<step>.old` until the new one stands in its place. All other
+names, which begin with a dot, are leftovers of a process that was killed.
 """
 
 import json
@@ -23,15 +27,38 @@ from ..sharding import FeatureShard, rows_of
 from .optimizers import state_entries
 
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.old)?")
+# Of checkpoints that were being written or deleted, of files of a release (checkpoint_format.replacing), and of
+# safetensors, which itself writes under a temporary name.
+LEFTOVER = re.compile(r"\.checkpoint-\d+(\.old)?\.tmp|\..+\.\d+\.tmp|\.tmp\w{6}")
 ALL = slice(None)
 SHARED = ("model", "optimizer", "trainer")  # what all processes agree on, or hold a slice of each
 
 
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. One that is being written has another name."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """The complete checkpoints of a run, oldest first, one for each step."""
+    found = {}
+    for path in sorted(Path(output_dir).glob("checkpoint-*")):  # checkpoint-5 comes before checkpoint-5.old
+        if CHECKPOINT.fullmatch(path.name):
+            found.setdefault(step_of(path), path)
+    return [found[step] for step in sorted(found)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of updates after which a checkpoint was written."""
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
+
+
+def newest_usable(output_dir: Path) -> str:
+    """What a run that has to stop can say about going on."""
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        return "there is no checkpoint to go on from"
+    return f"{checkpoints[-1].name} is whole: continue with --resume-from-checkpoint latest"
 
 
 def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
@@ -60,9 +87,28 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
 
 def remove_checkpoints_after(output_dir: Path, step: int) -> None:
     """Deletes the checkpoints after `step`, which a run that goes on from there abandons."""
-    for path in list_checkpoints(output_dir):
-        if int(path.name.rpartition("-")[2]) > step:
-            shutil.rmtree(path)
+    for path in reversed(list_checkpoints(output_dir)):
+        if step_of(path) > step:
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint. It loses its name first: a process killed meanwhile leaves nothing that looks whole."""
+    hidden = path.with_name(f".{path.name}.tmp")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Deletes what a killed process left half written or half deleted. No other process may write to the folder."""
+    for path in list(Path(output_dir).glob(".*")):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in Path(output_dir).glob("checkpoint-*.old"):
+        if CHECKPOINT.fullmatch(path.name) and path.with_suffix("").exists():  # the new one stands in its place
+            remove_checkpoint(path)
 
 
 def shared_file(name: str, rank: int, size: int) -> str:
@@ -94,31 +140,42 @@ def save_checkpoint(
 
     Returns:
         The folder.
+
+    Raises:
+        [`CheckpointError`]: If it cannot be written (a full disk, a folder that is read-only). What was written of it
+            is deleted, and the checkpoints before it stay.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     temporary = Path(output_dir) / f".checkpoint-{step}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
     rank = accelerator.process_index
-    _write_tensors(temporary / f"rank-{rank}.safetensors", own["tensors"])
-    _write_json(temporary / f"rank-{rank}.json", own["values"])
     size = 1 if shard is None else shard.size
-    if rank < size:
-        for name, tensors in shared.items():
-            if name != "state":
-                _write_tensors(temporary / shared_file(name, rank, size), tensors)
-    if accelerator.is_main_process:
-        _write_json(temporary / "state.json", shared["state"])
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _sync_folder(final.parent)
-        if keep is not None:
-            for old in list_checkpoints(output_dir)[:-keep]:
-                shutil.rmtree(old)
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        _write_tensors(temporary / f"rank-{rank}.safetensors", own["tensors"])
+        _write_json(temporary / f"rank-{rank}.json", own["values"])
+        if rank < size:
+            for name, tensors in shared.items():
+                if name != "state":
+                    _write_tensors(temporary / shared_file(name, rank, size), tensors)
+        if accelerator.is_main_process:
+            _write_json(temporary / "state.json", shared["state"])
+            if (metrics := final.with_name("metrics.jsonl")).exists():
+                _sync_file(metrics)  # a run that goes on from here writes none of its lines again
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _put_in_place(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{final.name} cannot be written to {str(output_dir)!r} ({reason}); {newest_usable(output_dir)}"
+        ) from error
+    if accelerator.is_main_process and keep is not None:
+        for old in list_checkpoints(output_dir)[:-keep]:
+            remove_checkpoint(old)
     accelerator.wait_for_everyone()
     return final
 
@@ -271,6 +328,20 @@ def _write_json(path: Path, values: dict) -> None:
     _sync_file(path)
 
 
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Gives a checkpoint its name. One that had the name is found under another until then, so there is always one."""
+    _sync_folder(temporary)
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():
+        if old.exists():
+            remove_checkpoint(old)
+        os.rename(final, old)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    if old.exists():
+        remove_checkpoint(old)
+
+
 def _sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -287,12 +358,16 @@ def _sync_folder(path: Path) -> None:
 
 
 __all__ = [
+    "CheckpointError",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_tensors",
     "load_shared",
+    "newest_usable",
     "optimizer_tensors",
+    "remove_checkpoint",
     "remove_checkpoints_after",
+    "remove_leftovers",
     "save_checkpoint",
 ]

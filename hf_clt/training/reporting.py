@@ -46,6 +46,15 @@ def truncate_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
+def last_evaluated_step(path: Path) -> int | None:
+    """The step of the last evaluation in a `metrics.jsonl`; None if there is none."""
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [row["step"] for row in rows if row["split"] == "heldout"]
+    return steps[-1] if steps else None
+
+
 def non_default_config(config: CLTConfig) -> dict:
     """Fields of the configuration that were chosen, for the model card."""
     plain = CLTConfig(
@@ -82,6 +91,7 @@ def versions() -> dict[str, str]:
 __all__ = [
     "command_line",
     "hardware",
+    "last_evaluated_step",
     "non_default_config",
     "progress_figures",
     "truncate_metrics",

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ..harvest.harvester import Harvester
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments
-from .checkpoints import list_checkpoints
+from .checkpoints import list_checkpoints, remove_checkpoint, remove_leftovers
 from .optimizers import CompactAdam
 
 
@@ -151,9 +150,17 @@ def keep_freed_memory() -> bool:
 
 
 def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
-    """Refuses a folder that holds another run, unless this one goes on with it or was told to overwrite."""
+    """
+    Refuses a folder that cannot be written to, or that holds another run, unless this one goes on with it or was told
+    to overwrite.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} cannot be written to ({str(nearest)!r} is read-only); give another folder"
+        )
     if overwrite or goes_on:
         return
     found = [name for name in RUN_FILES if (output_dir / name).exists()]
@@ -169,8 +176,9 @@ def remove_run(output_dir: Path) -> None:
     """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
     if not output_dir.is_dir():
         return
-    for path in list_checkpoints(output_dir):
-        shutil.rmtree(path)
+    remove_leftovers(output_dir)
+    for path in reversed(list_checkpoints(output_dir)):
+        remove_checkpoint(path)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
     remove_release(output_dir)
 

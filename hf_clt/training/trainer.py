@@ -30,14 +30,25 @@ from ..sharding import gather_tokens, sum_over
 from ..sparsity import SparseFeatures
 from .arguments import CLTTrainingArguments
 from .checkpoints import (
+    CheckpointError,
     find_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    newest_usable,
     optimizer_tensors,
     remove_checkpoints_after,
+    remove_leftovers,
     save_checkpoint,
 )
-from .reporting import command_line, hardware, non_default_config, progress_figures, truncate_metrics, versions
+from .reporting import (
+    command_line,
+    hardware,
+    last_evaluated_step,
+    non_default_config,
+    progress_figures,
+    truncate_metrics,
+    versions,
+)
 from .schedules import annealed_k, learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
     check_fit,
@@ -160,6 +171,7 @@ class CLTTrainer:
             seed=args.seed + self.accelerator.process_index,
             progress=self._progress,
             overlap=args.overlap_harvest,
+            skip_bad=self._skip_bad,
         )
         self.step = 0
         self.tokens_seen = 0
@@ -173,6 +185,7 @@ class CLTTrainer:
         self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
         self._clock = time.perf_counter()
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
+        self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
 
     # -- preparation --------------------------------------------------------------------------------------------------
@@ -180,6 +193,10 @@ class CLTTrainer:
     @property
     def _progress(self) -> bool:
         return self.accelerator.is_local_main_process and not self.args.disable_progress_bar
+
+    @property
+    def _skip_bad(self) -> bool:
+        return self.args.on_bad_activations == "skip"
 
     def _load_harvester(self, name: str | None):
         """A harvester of the language model, and its tokenizer."""
@@ -206,7 +223,9 @@ class CLTTrainer:
             batches = (
                 args.normalization_estimation_batches if args.normalization_method == "estimated_mean_std" else None
             )
-            statistics = estimate_statistics(self.tokens, self.harvester, batches, self.accelerator, self._progress)
+            statistics = estimate_statistics(
+                self.tokens, self.harvester, batches, self.accelerator, self._progress, self._skip_bad
+            )
         if statistics is not None:
             self.model.set_normalization(**statistics, reparametrize=not self.is_new)
         if not self.is_new:
@@ -236,6 +255,9 @@ class CLTTrainer:
 
         Raises:
             KeyboardInterrupt: After Ctrl-C or SIGTERM, once a checkpoint is written.
+            [`StreamError`], [`ActivationError`], ...: If text or language model fail, once a checkpoint is written
+                (with one process; with several, a note on the error names the newest there is).
+            [`CheckpointError`]: If a checkpoint cannot be written.
             FloatingPointError: If the loss is not finite.
         """
         args, accelerator = self.args, self.accelerator
@@ -258,6 +280,7 @@ class CLTTrainer:
         if accelerator.is_main_process:
             self._prepare_output_dir()
         accelerator.wait_for_everyone()
+        self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
         if self.shard is None:
             model, optimizer = accelerator.prepare(self.model, optimizer)
         else:
@@ -266,6 +289,10 @@ class CLTTrainer:
             self._copy_from_first_replica([*self.model.parameters(), *self.model.buffers()])
         start_trackers(accelerator, args)
         model.train()
+        # An evaluation that failed after its update was checkpointed is made up for.
+        if self._goes_on and is_due(self.step, args.eval_interval) and self.heldout is not None:
+            self._evaluate_and_write(optimizer)
+            model.train()
 
         batches = self.buffer.endless()
         self._log_clock = time.perf_counter()
@@ -287,7 +314,7 @@ class CLTTrainer:
                         warned = warn_if_dense(row, self.config)
                 bar.update()
                 if not is_last and self.heldout is not None and is_due(self.step, args.eval_interval):
-                    self._evaluate_and_write()
+                    self._evaluate_and_write(optimizer)
                     model.train()
                     self._log_clock = time.perf_counter()
                 if not is_last and self._agree_on_interrupt():
@@ -296,10 +323,13 @@ class CLTTrainer:
                 if not is_last and is_due(self.step, args.checkpoint_interval):
                     self._save(optimizer)
         if self.heldout is not None:
-            self._evaluate_and_write()
+            self._evaluate_and_write(optimizer)
         self.model.eval()
         self._read_clocks()
-        self._release()
+        with self._checkpoint_on_failure(optimizer):
+            self._release()
+        if self.buffer.skipped_tokens:
+            logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
         accelerator.wait_for_everyone()
         if args.report_to:
             accelerator.end_training()
@@ -319,8 +349,12 @@ class CLTTrainer:
         scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule, args.sparsity_delay_steps)
         dead = self._dead()
         fired = torch.zeros_like(self.steps_since_fired)
+        # Where a later batch of the update fails, this is what to save: the earlier ones were for nothing.
+        before = self._moving_state() if args.gradient_accumulation_steps > 1 else None
         for micro_step in range(args.gradient_accumulation_steps):
-            batch = {name: rows.to(accelerator.device) for name, rows in next(batches).items()}
+            with self._checkpoint_on_failure(optimizer, before):
+                batch = next(batches)
+            batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
             self._tokens_since_log += len(batch["inputs"])
             batch = gather_tokens(self.shard, batch)
             start = time.perf_counter()
@@ -412,6 +446,9 @@ class CLTTrainer:
         row["sparsity_scale"] = scale
         row["epoch"] = self.buffer.epoch
         row["tokens"] = self.tokens_seen
+        if self._skip_bad:
+            skipped = torch.tensor(self.buffer.skipped_tokens, device=accelerator.device)
+            row["skipped_tokens"] = int(accelerator.reduce(skipped, "sum"))
         row["tokens_per_second"] = tokens / seconds
         return row
 
@@ -419,8 +456,14 @@ class CLTTrainer:
         """Appends a line to `metrics.jsonl` and sends its scalars to the trackers."""
         if not self.accelerator.is_main_process:
             return
-        with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"metrics.jsonl cannot be written to {str(self.output_dir)!r} ({error.strerror}); "
+                f"{newest_usable(self.output_dir)}"
+            ) from error
         if self.args.report_to:
             prefix = "" if row["split"] == "train" else "heldout/"
             scalars = {
@@ -454,7 +497,7 @@ class CLTTrainer:
             total=self.args.eval_tokens, desc="Evaluating", unit="token", disable=not self._progress, leave=False
         )
         with bar:
-            rows = activations(self.harvester, self.heldout, self.args.batch_size, self.buffer.dtype)
+            rows = activations(self.harvester, self.heldout, self.args.batch_size, self.buffer.dtype, self._skip_bad)
             if self.shard is not None:
                 rows = self._in_lockstep(rows)
             for batch in counting(rows, bar):
@@ -467,8 +510,15 @@ class CLTTrainer:
         self.last_evaluation = (self.step, metrics)
         return metrics
 
-    def _evaluate_and_write(self) -> None:
-        self._write_row({"step": self.step, "split": "heldout", **self.evaluate()})
+    def _evaluate_and_write(self, optimizer) -> None:
+        """Evaluates, unless that was done before this run went on; the last metrics are for the card as well."""
+        if self.step == self._last_written and self.step < self.args.training_steps:
+            return
+        with self._checkpoint_on_failure(optimizer):
+            metrics = self.evaluate()
+        if self.step != self._last_written:
+            self._write_row({"step": self.step, "split": "heldout", **metrics})
+            self._last_written = self.step
 
     def _in_lockstep(self, rows):
         """The batches of all processes that share the features, together, until the last of them has run out."""
@@ -491,11 +541,42 @@ class CLTTrainer:
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _save(self, optimizer) -> Path:
-        self._read_clocks()
+    @contextmanager
+    def _checkpoint_on_failure(self, optimizer, before: tuple[dict, dict] | None = None):
+        """
+        If the block fails, a checkpoint is written, and a note on the error says what to go on from. Several processes
+        do not fail together, and one cannot write a checkpoint alone, so there the note names the newest.
+        """
+        try:
+            yield
+        except Exception as error:
+            written = (self.output_dir / f"checkpoint-{self.step}").exists()
+            try:
+                if self.step > 0 and not written and self.accelerator.num_processes == 1:
+                    self._save(optimizer, before)
+                error.add_note(newest_usable(self.output_dir))
+            except CheckpointError as failure:
+                error.add_note(str(failure))
+            raise
+
+    def _moving_state(self) -> tuple[dict, dict]:
+        """What changes between two updates: `own` of a checkpoint, and the model's buffers (running thresholds)."""
         values, tensors = self.buffer.state_dict()
+        values = {
+            "buffer": values,
+            "tokens_since_log": self._tokens_since_log,
+            "updates_since_log": self._updates_since_log,
+        }
+        tensors |= {"torch_rng": torch.get_rng_state(), "totals": self._totals.clone()}
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        return {"values": values, "tensors": tensors}, buffers
+
+    def _save(self, optimizer, before: tuple[dict, dict] | None = None) -> Path:
+        """Writes a checkpoint; with the state `before` the update that is going on, if that is given."""
+        self._read_clocks()
+        own, buffers = self._moving_state() if before is None else before
         shared = {
-            "model": self.model.state_dict(),
+            "model": {**self.model.state_dict(), **buffers},
             "optimizer": optimizer_tensors(self.model, optimizer),
             "trainer": {"steps_since_fired": self.steps_since_fired},
             "state": {
@@ -509,12 +590,6 @@ class CLTTrainer:
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             },
         }
-        values = {
-            "buffer": values,
-            "tokens_since_log": self._tokens_since_log,
-            "updates_since_log": self._updates_since_log,
-        }
-        own = {"values": values, "tensors": {**tensors, "torch_rng": torch.get_rng_state(), "totals": self._totals}}
         folder = save_checkpoint(
             self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit, self.shard
         )
@@ -552,9 +627,11 @@ class CLTTrainer:
 
     def _prepare_output_dir(self) -> None:
         """Makes the folder, without what the run would contradict: an overwritten run, or what came after a resume."""
+        remove_leftovers(self.output_dir)
         if self._goes_on:
-            truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
+            # In this order: the newest checkpoint, whichever that is after a crash, has all its lines of metrics.
             remove_checkpoints_after(self.output_dir, self.step)
+            truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
         elif self.args.overwrite_output_dir:
             remove_run(self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)

@@ -218,6 +218,115 @@ def test_an_error_of_the_harvester_comes_out_as_it_is():
     assert caught.value is error
 
 
+# Failures
+
+
+class Flaky:
+    """Fails at the calls whose numbers are given."""
+
+    def __init__(self, calls, error):
+        self.calls, self.error, self.count = calls, error, 0
+
+    def __call__(self):
+        self.count += 1
+        if self.count in self.calls:
+            raise self.error
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
+@pytest.mark.parametrize("where", ["text", "model", "check"])
+def test_a_failure_loses_and_repeats_nothing(where, overlap):
+    """Wherever it comes, the buffer can be iterated again or its state saved, and the batches are the same."""
+    shape = {"batch_size": 10, "n_batches": 4, "num_documents": 40, "overlap": overlap}
+    whole = [batch for buffer in [make_buffer(**shape)] for _ in range(2) for batch in buffer]
+
+    def make_failing(calls):
+        buffer = make_buffer(**shape)
+        flaky = Flaky(calls, OSError("gone"))
+        owner = buffer.tokens if where == "text" else buffer.harvester
+        name = {"text": "_next_batch", "model": "read", "check": "check"}[where]
+        method = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: (flaky(), method(*args, **kwargs))[1])
+        if where == "text":
+            buffer.tokens.retries = 0
+        return buffer
+
+    failures = 0
+    for call in range(1, 40):
+        buffer = make_failing({call, call + 1})
+        batches = []
+        while buffer.epoch < 2:
+            try:
+                batches.extend(buffer)
+            except OSError:
+                failures += 1
+                state = through_files(buffer.state_dict())
+                resumed = make_buffer(**shape, seed=99)
+                resumed.load_state_dict(*state)
+                rest = [batch for _ in range(2 - resumed.epoch) for batch in resumed]
+                assert_same_batches(batches + rest, whole)
+        assert_same_batches(batches, whole)
+    assert failures > 40
+
+
+class NaNHarvester(NumberHarvester):
+    """NaN or infinity at some tokens."""
+
+    bad = (9, 50, 51, 200)
+
+    def read(self, batch, dtype=torch.float32):
+        inputs, labels, _ = super().read(batch, dtype)
+        for token in self.bad:
+            inputs[inputs[:, 0, 0] == token, 1, 1] = torch.nan
+            labels[labels[:, 0, 0] == -token, 2, 0] = torch.inf
+        return inputs, labels, inputs.sum() + labels.sum()
+
+    def check(self, batch, inputs, labels, total):
+        if not torch.isfinite(total):
+            raise ActivationError("not finite")
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
+def test_blocks_that_are_not_finite_are_skipped_and_counted(caplog, overlap):
+    shape = {"n_batches": 4, "batch_size": 10, "overlap": overlap}
+    blocks = [
+        ids[counted].tolist()
+        for batch in make_stream()[0]
+        for ids, counted in zip(batch["input_ids"], batch["counted"], strict=True)
+    ]
+    bad = [block for block in blocks if set(block) & set(NaNHarvester.bad)]
+    assert 0 < len(bad) < len(blocks)
+    expected = sorted(token for block in blocks if block not in bad for token in block)
+    buffer = ActivationBuffer(make_stream()[0], NaNHarvester(), skip_bad=True, **shape)
+    for epoch in (1, 2):
+        assert sorted(token for batch in buffer for token in ids_of(batch)) == expected
+        assert buffer.skipped_tokens == epoch * sum(map(len, bad))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and messages[0].endswith("tokens are skipped, and from now on all such: not finite")
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
+def test_skipping_resumes_bit_for_bit_at_every_batch(overlap):
+    def make():
+        stream = make_stream()[0]
+        return ActivationBuffer(stream, NaNHarvester(), n_batches=4, batch_size=10, overlap=overlap, skip_bad=True)
+
+    buffer = make()
+    endless, batches, states, counts = buffer.endless(), [], [through_files(buffer.state_dict())], []
+    for _ in range(60):
+        batches.append(next(endless))
+        states.append(through_files(buffer.state_dict()))
+        counts.append(buffer.skipped_tokens)
+    assert buffer.epoch >= 1 and counts[-1] > counts[0]
+    for done in range(0, 60, 3):
+        resumed = make()
+        resumed.load_state_dict(*states[done])
+        endless = resumed.endless()
+        for expected, count in zip(batches[done:], counts[done:], strict=True):
+            assert_same_batches([next(endless)], [expected])
+            assert resumed.skipped_tokens == count
+
+
 # Harvesting ahead
 
 

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt.harvest import tokens
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset, split_document
+from hf_clt.harvest.tokens import StreamError, TokenStream, load_text_dataset, split_document
 
 
 WORDS = "the cat sat on a mat while seven dogs watched it sleep; nobody said: 'no, 42 mice!'".split()  # noqa: SIM905
@@ -385,6 +385,103 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
             failures += 1
     assert failures == 3
     assert same_batches(batches, whole)
+
+
+# A connection that breaks
+
+
+class NetworkError(Exception):
+    """As those of aiohttp and httpx: no OSError."""
+
+
+NetworkError.__module__ = "httpx._exceptions"
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The seconds that were waited for; the test does not wait."""
+    pauses = []
+    monkeypatch.setattr(tokens.time, "sleep", pauses.append)
+    return pauses
+
+
+def breaking(texts, failures, error):
+    """A dataset that raises `error` at each row named in `failures`, as often as its number says."""
+    left = dict(failures)
+
+    def rows():
+        for number, text in enumerate(texts):
+            if left.get(number, 0) > 0:
+                left[number] -= 1
+                raise error
+            yield {"text": text}
+
+    return datasets.IterableDataset.from_generator(rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("unexpected end"), ConnectionResetError(104, "reset"), TimeoutError(), NetworkError("closed")],
+    ids=lambda error: type(error).__name__,
+)
+def test_text_that_breaks_off_is_read_on_where_it_was(monkeypatch, pauses, caplog, error):
+    monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 200)
+    texts = odd_texts()
+    options = {"context_size": 16, "prompts_per_batch": 4, "heldout_tokens": 100}
+    whole = list(TokenStream(as_dataset(texts), TOKENIZER, **options))
+    stream = TokenStream(breaking(texts, {0: 1, 25: 3, 40: 1, 59: 2}, error), TOKENIZER, **options)
+    assert same_batches(list(stream), whole)
+    assert sorted(pauses) == [1, 1, 1, 1, 2, 2, 4]  # at row 0 while the held-out text was looked for
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 7
+    assert any(f"({type(error).__name__}: " in line and line.endswith("retry 3 of 5 in 4 s") for line in warnings)
+
+
+def test_after_all_retries_it_says_so_and_can_still_go_on(monkeypatch, pauses):
+    monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 200)
+    texts = odd_texts()
+    options = {"context_size": 16, "prompts_per_batch": 4}
+    whole = list(TokenStream(as_dataset(texts), TOKENIZER, **options))
+    stream = TokenStream(breaking(texts, {30: 4}, OSError("no route")), TOKENIZER, **options, retries=3)
+    batches = []
+    with pytest.raises(StreamError, match=r"^the text cannot be read, after 3 retries \(OSError: no route\)$"):
+        batches.extend(stream)
+    assert pauses == [1, 2, 4]
+    state = json.loads(json.dumps(stream.state_dict()))
+    rest = list(stream)
+    assert batches and same_batches(batches + rest, whole)
+    resumed = TokenStream(breaking(texts, {5: 1}, OSError("again")), TOKENIZER, **options)
+    resumed.load_state_dict(state)  # reads up to where it was
+    assert same_batches(list(resumed), rest)
+
+
+LASTING = [
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), ValueError("bad"), TypeError("bad"), KeyError("x"),
+    FileNotFoundError("gone"), PermissionError("no"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", LASTING, ids=lambda error: type(error).__name__)
+def test_what_stays_wrong_is_not_tried_again(pauses, error):
+    with pytest.raises((type(error), ValueError)):
+        list(TokenStream(breaking(odd_texts(), {30: 1}, error), TOKENIZER, context_size=16))
+    assert pauses == []
+
+
+def test_no_retries(pauses):
+    with pytest.raises(StreamError, match="after 0 retries"):
+        TokenStream(breaking(odd_texts(), {0: 1}, OSError("gone")), TOKENIZER, retries=0)
+    assert pauses == []
+
+
+def test_bad_documents_train_as_what_is_readable_of_them(tmp_path):
+    """Empty documents, white space and None are skipped; a document of one token is one."""
+    word = next(word for word in WORDS if len(encode(word)) == 1)
+    texts = ["", word, None, " \n", some_text(40, seed=1), "", word, "\ufffd\x00"]
+    assert text_run(TokenStream(as_dataset(texts), TOKENIZER, context_size=8), True) == expected_run(texts)
+    (tmp_path / "broken.jsonl").write_bytes(b'{"text": "a mat"}\n' * 3 + b'{"text": "\xff\xfe"}\n')
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(TokenStream(load_text_dataset(str(tmp_path / "broken.jsonl")), TOKENIZER, context_size=8))
 
 
 def test_streams_on_one_dataset_do_not_disturb_each_other():

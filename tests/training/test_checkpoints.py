@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, in safetensors and JSON, and read back as they were written."""
 
+import errno
 import json
 import os
 import pickletools
@@ -13,12 +14,16 @@ from safetensors.torch import load_file
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.training import checkpoints
 from hf_clt.training.checkpoints import (
+    CheckpointError,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
     optimizer_tensors,
+    remove_checkpoints_after,
+    remove_leftovers,
     save_checkpoint,
+    step_of,
 )
 
 
@@ -136,10 +141,12 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, accelerator, monk
 
     def rename(source, target):
         assert sorted(path.name for path in source.iterdir()) == sorted(path.name for path in synced)
+        assert folders == [source]  # the names of the files too
         original_rename(source, target)
         renamed.append(target)
 
-    renamed = []
+    renamed, folders = [], []
+    monkeypatch.setattr(checkpoints, "_sync_folder", folders.append)
     monkeypatch.setattr(checkpoints, "_sync_file", lambda path: (synced.append(path), original_sync(path)))
     monkeypatch.setattr(os, "rename", rename)
     save(tmp_path, accelerator)
@@ -263,3 +270,146 @@ def test_a_parameter_without_gradient_has_no_state():
     resumed = make_adam(other)
     load_optimizer_tensors(other, resumed, tensors)
     assert len(resumed.state) == len(optimizer.state)
+
+
+# Crashes, full disks, leftovers
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: nothing after it is done."""
+
+
+def killed_after(number, monkeypatch):
+    """From call `number` on, of all that changes the disk, nothing is done any more."""
+    calls = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls.append(function.__name__)
+            if len(calls) >= number:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in (
+        (checkpoints, "save_file"), (checkpoints, "_write_json"), (checkpoints, "_sync_file"),
+        (checkpoints, "_sync_folder"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
+def test_killed_anywhere_in_a_write_the_newest_checkpoint_is_whole(tmp_path, accelerator, monkeypatch, again):
+    """At every call that changes the disk: while writing, replacing one of the same step, and deleting old ones."""
+    moments = 0
+    for number in range(1, 1000):
+        folder = tmp_path / f"run-{number}"
+        save(folder, accelerator, step=1)
+        save(folder, accelerator, step=2)
+        step = 2 if again else 3
+        shared, own = contents(9)
+        with monkeypatch.context() as patched:
+            killed_after(number, patched)
+            try:
+                save_checkpoint(folder, step, shared, own, accelerator, 1)
+                done = True
+            except Killed:
+                done = False
+        found = list_checkpoints(folder)
+        assert found, f"no checkpoint at call {number}"
+        for path in found:  # all of them can be gone on from, and are what was written
+            weight = load_checkpoint(path, 0, 1)[0]["model"]["a.weight"]
+            assert any(torch.equal(weight, contents(n)[0]["model"]["a.weight"]) for n in (1, 2, 9))
+        assert step_of(found[-1]) >= 2
+        assert find_checkpoint("latest", folder) == found[-1]
+        remove_leftovers(folder)
+        assert all(path.name.startswith("checkpoint-") for path in folder.iterdir())
+        assert list_checkpoints(folder)[-1].name == found[-1].name
+        save_checkpoint(folder, 7, shared, own, accelerator, 1)
+        assert [path.name for path in folder.iterdir()] == ["checkpoint-7"]
+        if done:
+            break
+        moments += 1
+    assert moments > 20
+
+
+def test_killed_while_later_checkpoints_are_removed_the_newest_is_whole(tmp_path, accelerator, monkeypatch):
+    for number in range(1, 1000):
+        folder = tmp_path / f"run-{number}"
+        for step in (1, 2, 3):
+            save(folder, accelerator, step=step)
+        with monkeypatch.context() as patched:
+            killed_after(number, patched)
+            try:
+                remove_checkpoints_after(folder, 1)
+                done = True
+            except Killed:
+                done = False
+        for path in list_checkpoints(folder):
+            load_checkpoint(path, 0, 1)
+        if done:
+            break
+    assert number > 6
+    assert names(folder) == ["checkpoint-1"]
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path, accelerator):
+    save(tmp_path, accelerator, step=1)
+    left = [".checkpoint-2.tmp", ".checkpoint-1.old.tmp", "checkpoint-1.old"]
+    for name in left:
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    for name in (".W_enc_0.safetensors.123.tmp", ".metrics.jsonl.99.tmp", ".tmp3xY9aB"):
+        (tmp_path / name).write_text("half")
+    mine = [".gitignore", ".tmp", "notes.tmp", ".notes.tmp", ".template", "checkpoint-best.old"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*mine, "checkpoint-1"])
+    remove_leftovers(tmp_path / "nowhere")
+
+
+def test_the_one_that_was_to_be_replaced_is_kept_until_there_is_another(tmp_path, accelerator):
+    save(tmp_path, accelerator, step=5).rename(tmp_path / "checkpoint-5.old")
+    remove_leftovers(tmp_path)
+    assert find_checkpoint("latest", tmp_path).name == "checkpoint-5.old"
+    assert load_checkpoint(tmp_path / "checkpoint-5.old", 0, 1)[0]["state"]["step"] == 5
+    save(tmp_path, accelerator, step=5)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("failing", ["_write_json", "_write_tensors", "mkdir", "rename"])
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path, accelerator, monkeypatch, failing):
+    save(tmp_path, accelerator, step=3)
+
+    def full(path, *args, **kwargs):
+        if failing.startswith("_"):
+            path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints if failing.startswith("_") else os, failing, full)
+        with pytest.raises(CheckpointError) as caught:
+            save(tmp_path, accelerator, step=4, keep=1)
+    assert str(caught.value) == (
+        f"checkpoint-4 cannot be written to {str(tmp_path)!r} (No space left on device); checkpoint-3 is whole: "
+        "continue with --resume-from-checkpoint latest"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert_same(load_checkpoint(tmp_path / "checkpoint-3", 0, 1)[0], contents(3)[0])
+
+
+def test_a_file_that_the_system_refuses(tmp_path, accelerator):
+    """Not simulated: the kernel lets no file of this process grow beyond 100 kB."""
+    resource = pytest.importorskip("resource")
+    shared, own = contents(1)
+    shared["optimizer"] = {"large": torch.zeros(100_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-1 cannot .*File too large.*there is no checkpoint to"):
+            save_checkpoint(tmp_path, 1, shared, own, accelerator, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
