@@ -19,7 +19,7 @@ import yaml
 from ..configuration_clt import CLT_CONFIG_HELP
 from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
 from ..harvest.harvester import Harvester, load_language_model
-from .arguments import SettingsLoader, build_config, parse_train_args
+from .arguments import CLTTrainingArguments, SettingsLoader, build_config, parse_train_args
 from .reporting import versions
 from .trainer import CLTTrainer
 
@@ -93,7 +93,9 @@ def run_sweep(
         `versions`. A trial whose loss was not finite has `error` in the place of `metrics`.
     """
     records = Path(records)
-    done = {as_key(record["resolved"]): record for record in read_records(records)}
+    # An option that came later had its default.
+    defaults = CLTTrainingArguments().to_dict()
+    done = {as_key({**defaults, **record["resolved"]}): record for record in read_records(records)}
     runs = []
     for trial in trials:  # all of them before the first one starts
         args, config_kwargs = parse_train_args(arguments_of(trial["settings"]))
