@@ -238,7 +238,10 @@ def plot_frontier(records: list[dict], path: str | Path) -> None:
             )
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name)
-        axes.set(xscale="log", xlabel="active features per layer and token (L0)", ylabel="NMSE, held out")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.set(xlabel="active features per layer and token (L0)", ylabel="NMSE, held out")
         if axes.lines:
             axes.legend()
         figure.savefig(path, dpi=150)
