@@ -302,8 +302,9 @@ def test_resumed_in_another_layout(launched):
     for rank in range(2):
         found = load_file(launched / f"resumed whole-{rank}.safetensors")
         for key, tensor in expected.items():
-            # At the end of the text the processes have unequal batches, which DDP gives the same weight.
-            torch.testing.assert_close(found[key], tensor, atol=2e-3, rtol=2e-3)
+            # At the end of the text the processes have unequal batches, which DDP gives the same weight: an update or
+            # two differ by a part of the learning rate, 2e-3.
+            torch.testing.assert_close(found[key], tensor, atol=4e-3, rtol=2e-3)
 
 
 def test_goes_on_with_a_released_clt(launched, arguments):
