@@ -431,9 +431,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         """The activation function on selected pre-activations; what relu and a fixed gate select, they keep."""
         if self.config.activation_fn == "jumprelu":
             at_entries = AtEntries.apply(theta, features)
-            features.values = JumpReLU.apply(features.values, at_entries, self.config.jumprelu_bandwidth)
-        elif self.config.activation_fn in TOPK_FAMILY:
-            features.values = torch.relu(features.values)
+            return features.with_values(JumpReLU.apply(features.values, at_entries, self.config.jumprelu_bandwidth))
+        if self.config.activation_fn in TOPK_FAMILY:
+            return features.with_values(torch.relu(features.values))
         return features
 
     def _dead_lists(self, dead: Tensor) -> list[Tensor] | None:

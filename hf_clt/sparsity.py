@@ -6,8 +6,7 @@ selection says *where* an activation or its gradient can be non-zero (the `posit
 function says *what* stands there.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,30 +29,45 @@ class LayerFeatures:
         indices (`Tensor` of shape `(nnz,)`, int64): Feature of each entry, ascending within a token.
         offsets (`Tensor` of shape `(N + 1,)`, int64): Token n owns the entries `offsets[n]` to `offsets[n + 1]`.
         num_features (`int`): F.
+        orders (`dict`): What follows from indices and offsets, found once for all values at these entries.
     """
 
     values: Tensor
     indices: Tensor
     offsets: Tensor
     num_features: int
+    orders: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def with_values(self, values: Tensor) -> "LayerFeatures":
+        """
+        The same entries with other values. Autograd functions keep the features that they were given; were their
+        result put into the same object, it would refer to itself through the graph, which is never freed.
+        """
+        return replace(self, values=values)
 
     @property
     def num_tokens(self) -> int:
         return self.offsets.numel() - 1
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
         """Token of each entry, shape `(nnz,)`."""
-        tokens = torch.arange(self.num_tokens, device=self.offsets.device)
-        return tokens.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
+        if "tokens" not in self.orders:
+            tokens = torch.arange(self.num_tokens, device=self.offsets.device)
+            tokens = tokens.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
+            self.orders["tokens"] = tokens
+        return self.orders["tokens"]
 
-    @cached_property
+    @property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """
         The posting lists: the order of the entries by feature, shape `(nnz,)`, tokens ascending within a feature; and
         the offsets (F + 1,) of each feature's entries in this order.
         """
-        return stable_order(self.indices, self.num_features), offsets_of(self.indices, self.num_features)
+        if "by_feature" not in self.orders:
+            order = stable_order(self.indices, self.num_features)
+            self.orders["by_feature"] = order, offsets_of(self.indices, self.num_features)
+        return self.orders["by_feature"]
 
     def dense(self, values: Tensor) -> Tensor:
         """(N, F) with `values` (nnz,) at the listed entries and 0 elsewhere."""
@@ -146,7 +160,7 @@ def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:
     features = LayerFeatures(chosen[order], indices[order], offsets_of(tokens, num_tokens), num_features)
     by_feature = torch.empty_like(order)
     by_feature[order] = torch.arange(len(order), device=order.device)
-    features.by_feature = by_feature, offsets_of(indices, num_features)
+    features.orders["by_feature"] = by_feature, offsets_of(indices, num_features)
     return features
 
 

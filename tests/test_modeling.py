@@ -1,6 +1,8 @@
 """The model against the dense float64 reference of tests/reference.py, and the properties of DESIGN 2 and 6."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -283,6 +285,25 @@ def test_aux_k_caps_the_features_per_token_and_layer_even_when_more_are_dead():
     # x = -1: nothing is positive, so the residual 8 stays.
     out = clt(torch.tensor([1.0, -1.0]).double().view(2, 1, 1), labels=torch.full((2, 1, 1), 8.0).double(), dead=dead)
     assert out.aux_loss.item() == pytest.approx(((3 - 5) ** 2 + 8**2) / 2)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nothing_of_a_step_stays_in_memory(activation):
+    """Not even until the garbage collector runs: a graph that refers to itself is one that it cannot free."""
+    clt = random_clt(skip_connection=True, **ACTIVATIONS[activation], **LOSSES).train()
+    inputs, labels = random_batch(clt)
+    gc.collect()
+    gc.disable()
+    try:
+        out = clt(inputs, labels=labels, dead=dead_mask(clt))
+        out.loss.backward()
+        left = [weakref.ref(tensor) for f in out.features.layers for tensor in (f.values, f.indices, f.by_feature[0])]
+        left.append(weakref.ref(out.reconstruction))
+        assert all(ref() is not None for ref in left)
+        del out
+        assert [ref() for ref in left] == [None] * len(left)
+    finally:
+        gc.enable()
 
 
 def test_a_wrong_shape_of_dead_is_refused():

@@ -95,7 +95,7 @@ def pre_activations_at(
         dead: (dead,) int64 features, or None.
 
     Returns:
-        `features` and `columns`, differentiable in `x`, `weight` and `bias`.
+        The features and `columns`, differentiable in `x`, `weight` and `bias`.
     """
     values = features.values
     with torch.no_grad():
@@ -103,8 +103,8 @@ def pre_activations_at(
             values = row_dots(x.to(weight.dtype), features.tokens, weight, features.indices)
             values = values.to(weight.dtype) + bias[features.indices]
             columns = None if columns is None else columns.to(weight.dtype)
-    features.values, columns = _PreActivations.apply(x, weight, bias, values, columns, features, dead)
-    return features, columns
+    values, columns = _PreActivations.apply(x, weight, bias, values, columns, features, dead)
+    return features.with_values(values), columns
 
 
 __all__ = ["autocast_where_fast", "encode_dense", "multiplies_bfloat16", "pre_activations_at"]

@@ -239,7 +239,7 @@ def test_shapes_do_not_depend_on_values(interpreted, monkeypatch):
     order, starts = features.by_feature
     with FakeTensorMode() as mode:
         fake = LayerFeatures(*map(mode.from_tensor, (features.values, features.indices, features.offsets)), 70)
-        fake.by_feature = mode.from_tensor(order), mode.from_tensor(starts)
+        fake.orders["by_feature"] = mode.from_tensor(order), mode.from_tensor(starts)
         assert interpreted.transposed_row_sums(torch.empty(12, 7), fake, fake.values).shape == (70, 7)
 
 
