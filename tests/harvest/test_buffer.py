@@ -252,7 +252,7 @@ def test_a_failure_loses_and_repeats_nothing(where, overlap):
         return buffer
 
     failures = 0
-    for call in range(1, 40):
+    for call in (1, 2, 5, 6, 9, 14, 21, 30):  # in the first fill, in later ones, in the second epoch
         buffer = make_failing({call, call + 1})
         batches = []
         while buffer.epoch < 2:
@@ -266,7 +266,7 @@ def test_a_failure_loses_and_repeats_nothing(where, overlap):
                 rest = [batch for _ in range(2 - resumed.epoch) for batch in resumed]
                 assert_same_batches(batches + rest, whole)
         assert_same_batches(batches, whole)
-    assert failures > 40
+    assert failures == 16
 
 
 class NaNHarvester(NumberHarvester):
