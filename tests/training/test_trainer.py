@@ -824,8 +824,7 @@ def test_text_that_fails_for_good_stops_with_a_checkpoint(make, tmp_path, accumu
 
 def test_text_that_fails_before_the_first_update(make, tmp_path):
     trainer = make(stream_retries=0)
-    failing_from(trainer.tokens, 9)
-    trainer.buffer.capacity = 10**6  # the first fill wants all of the text
+    failing_from(trainer.tokens, 6)  # in the first fill
     with pytest.raises(StreamError):
         trainer.train()
     assert list_checkpoints(tmp_path / "run") == []
@@ -914,7 +913,7 @@ def test_a_disk_that_is_full_at_a_line_of_metrics(make, tmp_path):
 
 @pytest.fixture
 def broken_gpt2(make, tiny_gpt2, tmp_path):
-    """The tiny model, which gives NaN for one block of the training text, in its second half; and that block's size."""
+    """The tiny model, giving NaN for one block in the second half of the training text; and that block's size."""
     blocks = []
     trainer = make(overwrite_output_dir=True)
     for batch in trainer.tokens:
