@@ -232,9 +232,13 @@ def expected_shapes(config: CLTConfig, layer: int) -> dict[str, tuple[int, ...]]
     }
 
 
-def check_files(folder: Path, config: CLTConfig) -> None:
+ALL = slice(None)
+
+
+def check_files(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
     """
-    Checks the weight files of a CLT against its configuration before anything is loaded.
+    Checks the weight files of a CLT against its configuration before anything is loaded; of the values only those of
+    the features `rows`.
 
     Raises:
         FileNotFoundError: For a missing file.
@@ -259,7 +263,7 @@ def check_files(folder: Path, config: CLTConfig) -> None:
                     )
     if config.activation_fn in ("jumprelu", "batchtopk"):
         for layer in range(config.num_layers):
-            theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}")
+            theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}", rows)
             bad = int((~(theta >= 0)).sum())
             if bad:
                 raise ValueError(
@@ -271,12 +275,13 @@ def check_files(folder: Path, config: CLTConfig) -> None:
                     "load it with activation_fn='jumprelu'"
                 )
     if config.decoder_tying != "none":
-        check_tying(folder, config)
+        check_tying(folder, config, rows)
 
 
-def check_tying(folder: Path, config: CLTConfig) -> None:
+def check_tying(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
     """Checks that the decoders in the files are tied as the configuration says; raises ValueError if not."""
-    decoders = {s: read_tensor(folder, f"W_dec_{s}.safetensors", f"W_dec_{s}") for s in range(config.num_layers)}
+    layers = range(config.num_layers)
+    decoders = {s: read_tensor(folder, f"W_dec_{s}.safetensors", f"W_dec_{s}", rows) for s in layers}
     for source, weight in decoders.items():
         for j in range(weight.shape[1]):
             first = weight[:, 0] if config.decoder_tying == "per_source" else decoders[source + j][:, 0]
@@ -287,9 +292,42 @@ def check_tying(folder: Path, config: CLTConfig) -> None:
                 )
 
 
-def read_tensor(folder: Path, file: str, name: str) -> Tensor:
+def read_tensor(folder: Path, file: str, name: str, rows: slice = ALL) -> Tensor:
+    """A tensor of a weight file, or only some of its rows."""
     with safe_open(folder / file, "pt") as tensors:
-        return tensors.get_tensor(name)
+        return tensors.get_tensor(name) if rows == ALL else tensors.get_slice(name)[rows]
+
+
+def read_slice(
+    folder: Path, config: CLTConfig, layer: int, rows: slice, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """
+    The parameters of one layer, by their names in the model, of which nothing but the features `rows` is read.
+
+    Args:
+        folder: The CLT's folder, already checked.
+        config: Its configuration.
+        layer: The layer.
+        rows: The features to read, `start` to `stop`.
+        dtype: Of the result; None: as in the files. Thresholds are float32.
+    """
+    encoder, decoder = f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors"
+    with safe_open(folder / decoder, "pt") as tensors:
+        targets = ALL if config.decoder_tying == "none" else slice(0, 1)  # ties are written out in the file
+        w_dec = tensors.get_slice(f"W_dec_{layer}")[rows, targets]
+    state = {
+        f"encoders.{layer}.weight": read_tensor(folder, encoder, f"W_enc_{layer}", rows),
+        f"encoders.{layer}.bias": read_tensor(folder, encoder, f"b_enc_{layer}", rows),
+        f"decoders.{layer}.weight": w_dec,
+        f"decoders.{layer}.bias": read_tensor(folder, encoder, f"b_dec_{layer}"),
+    }
+    if config.skip_connection:
+        state[f"skips.{layer}.weight"] = read_tensor(folder, encoder, f"W_skip_{layer}")
+    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+    if config.activation_fn in ("jumprelu", "batchtopk"):
+        theta = read_tensor(folder, encoder, f"threshold_{layer}", rows).float()
+        state[f"thresholds.{layer}.value"] = theta.log() if config.activation_fn == "jumprelu" else theta[:1].clone()
+    return state
 
 
 def read_config(folder: Path, overrides: dict) -> CLTConfig:
@@ -454,6 +492,7 @@ __all__ = [
     "lazy_dtype",
     "read_ahead",
     "read_config",
+    "read_slice",
     "register_weight_names",
     "remove_release",
     "unfold_statistics",

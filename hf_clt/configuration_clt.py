@@ -9,11 +9,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
-# Defaults that depend on the activation function; each applies where the field is left at None.
-# lambda weighs one feature's activity against the summed squared error of normalised targets (see losses.py).
+# Defaults that depend on the activation function; each applies where the field is left at None. docs/defaults.md says
+# how they were found. sparsity_lambda is per unit of d_model: lambda weighs one feature's activity against a squared
+# error that is summed over the d_model dimensions of normalised targets (see losses.py).
 ACTIVATION_DEFAULTS = {
-    "relu": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 1.0, "aux_coef": 0.0, "aux_k": 0},
-    "jumprelu": {"jumprelu_bandwidth": 0.1, "sparsity_lambda": 1.0, "aux_coef": 0.0, "aux_k": 0},
+    "relu": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.01, "aux_coef": 0.0, "aux_k": 0},
+    "jumprelu": {"jumprelu_bandwidth": 0.1, "sparsity_lambda": 0.01, "aux_coef": 0.0, "aux_k": 0},
     "topk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 256},
     "batchtopk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 256},
 }
@@ -40,7 +41,8 @@ CLT_CONFIG_HELP = {
     "skip_connection": "Whether each layer adds a linear map of its own input to its reconstruction.",
     "feature_input_hook": "What features read: hook_resid_mid (before the pre-MLP norm) or mlp.hook_in (after it).",
     "feature_output_hook": "What is reconstructed: hook_mlp_out (added to the residual stream) or mlp.hook_out.",
-    "sparsity_lambda": "Weight lambda of the tanh sparsity loss. 0 by default for topk and batchtopk.",
+    "sparsity_lambda": "Weight lambda of the tanh sparsity loss. By default 0.01 x d_model for relu and jumprelu, 0 "
+    "for topk and batchtopk.",
     "sparsity_c": "Scale c inside the tanh of the sparsity loss.",
     "preactivation_coef": "Weight of the pre-activation loss on dead features (relu and jumprelu).",
     "aux_coef": "Weight of the auxiliary loss on dead features (topk, batchtopk). Default: by activation function.",
@@ -91,10 +93,12 @@ class CLTConfig(PreTrainedConfig):
         for name in kwargs:
             if name not in known and not name.startswith("_"):
                 raise TypeError(f"CLTConfig has no field {name!r}; did you mean one of {', '.join(_nearest(name))}?")
+        super().__post_init__(**kwargs)  # which knows hidden_size for d_model
         for name, value in ACTIVATION_DEFAULTS.get(self.activation_fn, {}).items():
+            if name == "sparsity_lambda":
+                value = None if self.d_model is None else value * self.d_model  # without a shape it stays open
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        super().__post_init__(**kwargs)
         self._check_ranges()
 
     def _check_ranges(self):

@@ -7,7 +7,8 @@ loss); Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary 
 import torch
 from torch import Tensor
 
-from .sparsity import AtEntries, LayerFeatures
+from .sharding import FeatureShard
+from .sparsity import AtEntries, LayerFeatures, among_largest, true_positions
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
@@ -56,7 +57,9 @@ def preactivation_loss(
     return torch.stack(terms).sum() / pre_activations[0].shape[0]
 
 
-def dead_features(pre_activations: Tensor, dead: Tensor, aux_k: int, num_features: int) -> LayerFeatures:
+def dead_features(
+    pre_activations: Tensor, dead: Tensor, aux_k: int, num_features: int, shard: FeatureShard | None = None
+) -> LayerFeatures:
     """
     The `aux_k` largest pre-activations among the dead features of one layer (all of them when fewer), then ReLU.
 
@@ -64,16 +67,24 @@ def dead_features(pre_activations: Tensor, dead: Tensor, aux_k: int, num_feature
         pre_activations: (N, dead), h of the dead features.
         dead: (dead,) int64, which these are.
         aux_k: Features per token.
-        num_features: F.
+        num_features: F, or as many as this process holds.
+        shard: Where features are spread over a group of processes, all of whose dead features compete.
     """
     per_token = min(aux_k, dead.numel())
     top = pre_activations.topk(per_token, dim=1)
-    return LayerFeatures(
+    features = LayerFeatures(
         values=torch.relu(top.values).flatten(),
         indices=dead[top.indices].flatten(),
         offsets=torch.arange(len(pre_activations) + 1, device=dead.device) * per_token,
         num_features=num_features,
     )
+    if shard is None:
+        return features
+    # Processes with fewer dead features than others fill their candidates up with -inf.
+    candidates = top.values.detach().new_full((len(pre_activations), min(aux_k, num_features)), -torch.inf)
+    candidates[:, :per_token] = top.values.detach()
+    kept = among_largest(candidates, min(aux_k, shard.size * candidates.shape[1]), shard)
+    return features.take(true_positions(kept[:, :per_token]))
 
 
 __all__ = ["dead_features", "preactivation_loss", "reconstruction_loss", "safe_sqrt", "sparsity_loss"]

@@ -27,6 +27,7 @@ from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
 from .losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
+from .sharding import FeatureShard, any_over, collect_rows, min_over, rows_of, sum_over, uniform_
 from .sparsity import (
     AtEntries,
     JumpReLU,
@@ -118,10 +119,10 @@ class Threshold(nn.Module):
     the running threshold, a buffer (1,), infinite before the first training batch.
     """
 
-    def __init__(self, config: CLTConfig):
+    def __init__(self, config: CLTConfig, num_features: int):
         super().__init__()
         if config.activation_fn == "jumprelu":
-            self.value = nn.Parameter(torch.empty(config.num_features, dtype=torch.float32))
+            self.value = nn.Parameter(torch.empty(num_features, dtype=torch.float32))
         else:
             self.register_buffer("value", torch.empty(1, dtype=torch.float32))
         self.is_log = config.activation_fn == "jumprelu"
@@ -185,6 +186,10 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     Args:
         config ([`CLTConfig`]): The configuration.
+        shard ([`FeatureShard`], *optional*): The slice of the features that this process holds; None: all of them.
+            Then all processes of the group call the methods below together, with the same tokens. What is one per
+            target layer (losses, reconstruction, biases, skips) is the same on each; what is one per feature
+            (features, `dead`, gradients) is that of the slice.
     """
 
     config_class = CLTConfig
@@ -194,16 +199,19 @@ class CrossLayerTranscoder(PreTrainedModel):
     lazy = False  # whether the weights stay in their files; see `from_pretrained`
     training_k: int | None = None  # k in train mode, where the trainer anneals it; None: that of the configuration
 
-    def __init__(self, config: CLTConfig):
+    def __init__(self, config: CLTConfig, shard: FeatureShard | None = None):
         if config.num_layers is None:
             raise ValueError("num_layers=None: give num_layers, d_model and num_features")
         super().__init__(config)
-        layers, f, d = range(config.num_layers), config.num_features, config.d_model
+        self.shard = shard
+        held = rows_of(shard, config.num_features)
+        self.num_held = held.stop - held.start  # features per layer that are here: F, or F / n
+        layers, f, d = range(config.num_layers), self.num_held, config.d_model
         tied = config.decoder_tying != "none"
         self.encoders = nn.ModuleList(Encoder(f, d) for _ in layers)
         self.decoders = nn.ModuleList(Decoder(f, 1 if tied else config.num_targets(s), d) for s in layers)
         if config.activation_fn in ("jumprelu", "batchtopk"):
-            self.thresholds = nn.ModuleList(Threshold(config) for _ in layers)
+            self.thresholds = nn.ModuleList(Threshold(config, f) for _ in layers)
         if config.skip_connection:
             self.skips = nn.ModuleList(Skip(d) for _ in layers)
         for name in STATISTICS:
@@ -214,11 +222,10 @@ class CrossLayerTranscoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
         if isinstance(module, Encoder):
-            init.uniform_(module.weight, -(config.num_features**-0.5), config.num_features**-0.5)
+            uniform_(self.shard, module.weight, config.num_features**-0.5)
             init.zeros_(module.bias)
         elif isinstance(module, Decoder):
-            bound = (config.num_layers * config.d_model) ** -0.5
-            init.uniform_(module.weight, -bound, bound)
+            uniform_(self.shard, module.weight, (config.num_layers * config.d_model) ** -0.5)
             init.zeros_(module.bias)
         elif isinstance(module, Threshold):
             init.constant_(module.value, torch.tensor(config.jumprelu_threshold).log() if module.is_log else torch.inf)
@@ -249,10 +256,10 @@ class CrossLayerTranscoder(PreTrainedModel):
             ValueError: If a shape does not fit, or for a batchtopk model in eval mode that was never trained.
         """
         config = self.config
-        if dead is not None and tuple(dead.shape) != (config.num_layers, config.num_features):
+        if dead is not None and tuple(dead.shape) != (config.num_layers, self.num_held):
             raise ValueError(
                 f"dead has shape {tuple(dead.shape)}; expected (num_layers={config.num_layers}, "
-                f"num_features={config.num_features})"
+                f"num_features={self.num_held})"
             )
         x = self._normalized_inputs(inputs)
         dead_lists = None if dead is None or labels is None else self._dead_lists(dead)
@@ -272,19 +279,20 @@ class CrossLayerTranscoder(PreTrainedModel):
         error = reconstruction_loss(targets, normalized)
         penalty = preactivation = auxiliary = 0 * error  # an absent term can be back-propagated as well
         if penalises:
-            penalty = config.sparsity_lambda * sparsity_scale * sparsity_loss(features, norms, config.sparsity_c)
+            penalty = sum_over(self.shard, sparsity_loss(features, norms, config.sparsity_c))
+            penalty = config.sparsity_lambda * sparsity_scale * penalty
         if revives:
-            preactivation = config.preactivation_coef * preactivation_loss(
-                dead_pre_activations, self._thresholds_or_zero(), norms, dead_lists
-            )
+            thetas = self._thresholds_or_zero()
+            preactivation = sum_over(self.shard, preactivation_loss(dead_pre_activations, thetas, norms, dead_lists))
+            preactivation = config.preactivation_coef * preactivation
         elif dead_lists is not None:
             residual = (targets - normalized).detach()
             revived = [
-                dead_features(h, f, config.aux_k, config.num_features)
+                dead_features(h, f, config.aux_k, self.num_held, self.shard)
                 for h, f in zip(dead_pre_activations, dead_lists, strict=True)
             ]
             explained, _ = self._add_features(torch.zeros_like(residual), revived)
-            auxiliary = config.aux_coef * reconstruction_loss(residual, explained)
+            auxiliary = config.aux_coef * reconstruction_loss(residual, sum_over(self.shard, explained))
         return CLTOutput(
             loss=error + penalty + preactivation + auxiliary,
             reconstruction_loss=error,
@@ -313,10 +321,10 @@ class CrossLayerTranscoder(PreTrainedModel):
             inputs (`Tensor` of shape `(..., L, D)`): Raw inputs, needed with a skip connection only.
         """
         if isinstance(acts, Tensor):
-            if acts.shape[-2:] != (self.config.num_layers, self.config.num_features):
+            if acts.shape[-2:] != (self.config.num_layers, self.num_held):
                 raise ValueError(
                     f"acts have shape {tuple(acts.shape)}; expected (..., num_layers={self.config.num_layers}, "
-                    f"num_features={self.config.num_features})"
+                    f"num_features={self.num_held})"
                 )
             acts = sparse_from_dense(acts)
         x = None
@@ -333,6 +341,11 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise ValueError(
                 f"inputs have shape {tuple(inputs.shape)}; expected (..., num_layers={expected[0]}, "
                 f"d_model={expected[1]})"
+            )
+        if self.shard is not None and inputs.requires_grad:
+            raise ValueError(
+                "inputs require a gradient, which a process with a slice of the features cannot give; load the CLT "
+                "without shard"
             )
         x = inputs.reshape(-1, *expected)
         return x if self.mean_in is None else (x - self.mean_in) / self.std_in
@@ -369,15 +382,11 @@ class CrossLayerTranscoder(PreTrainedModel):
         ]
         dead = [None for _ in layers] if dead is None else dead
         if self._shares_budget(training):
-            # The budget of all layers is cut from each layer's candidates, and only what is kept is differentiated.
+            # The budget is cut from each layer's candidates, and only what is kept is differentiated.
             with torch.no_grad():
                 found = [encoder(x[:, s], select[s], dead[s]) for s, encoder in enumerate(self.encoders)]
             candidates, columns = zip(*found, strict=True)
-            budget = self._k(training) * config.num_layers
-            if config.activation_fn == "topk":
-                kept = topk_over_layers(candidates, budget)
-            else:
-                kept = batchtopk_over_layers(candidates, budget * len(x))
+            kept = self._within_budget(candidates, self._k(training), len(x))
             selected = list(zip(kept, columns, strict=True))
             found = [encoder(x[:, s], None, dead[s], selected[s]) for s, encoder in enumerate(self.encoders)]
         else:
@@ -391,18 +400,27 @@ class CrossLayerTranscoder(PreTrainedModel):
         return self.training_k if training and self.training_k is not None else self.config.k
 
     def _shares_budget(self, training: bool) -> bool:
-        """Whether features of all layers compete with each other, so that no layer can be selected on its own."""
+        """Whether features compete with those of other layers or processes: no layer can be selected on its own."""
         selects = self.config.activation_fn == "topk" or (self.config.activation_fn == "batchtopk" and training)
-        return selects and self.config.k_scope == "token"
+        return selects and (self.config.k_scope == "token" or self.shard is not None)
+
+    def _within_budget(self, candidates: list[LayerFeatures], k: int, num_tokens: int) -> list[LayerFeatures]:
+        """Of the candidates of each layer those that are within the budget of all layers, or of their own."""
+        budget, select = k, topk_over_layers
+        if self.config.activation_fn == "batchtopk":
+            budget, select = k * num_tokens, batchtopk_over_layers
+        if self.config.k_scope == "token":
+            return select(candidates, budget * self.config.num_layers, self.shard)
+        return [select([layer], budget, self.shard)[0] for layer in candidates]
 
     def _select(self, h: Tensor, theta: Tensor | None, training: bool, grad: bool) -> LayerFeatures:
         """Where the activation function of a layer, or its gradient, can be non-zero, with h there."""
         config = self.config
         if config.activation_fn in TOPK_FAMILY and (training or config.activation_fn == "topk"):
-            k = self._k(training) * (config.num_layers if self._shares_budget(training) else 1)
+            k = min(self._k(training) * (config.num_layers if config.k_scope == "token" else 1), self.num_held)
             if config.activation_fn == "topk":
-                return entries_at(h, positions_topk(h, min(k, config.num_features)))
-            return entries_at(h, positions_batchtopk(h, min(k, config.num_features) * len(h)))
+                return entries_at(h, positions_topk(h, k))
+            return entries_at(h, positions_batchtopk(h, k * len(h)))
         lower = 0.0 if theta is None else theta
         if config.activation_fn == "jumprelu" and training and grad:
             # Inactive features inside the straight-through window receive gradient for their threshold.
@@ -425,7 +443,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         if not (revives if config.activation_fn in TOPK_FAMILY else config.preactivation_coef > 0):
             return None
         layer, feature = dead.nonzero(as_tuple=True)
-        if layer.numel() == 0:
+        if not any_over(self.shard, layer.numel() > 0, dead.device):
             return None
         return list(feature.split(layer.bincount(minlength=config.num_layers).tolist()))
 
@@ -434,6 +452,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         """EMA of the smallest selected positive pre-activation; a batch without one leaves it."""
         infinite = self.thresholds[0].value.new_full((1,), torch.inf)
         smallest = [torch.cat([infinite, torch.where(f.values > 0, f.values, torch.inf)]).amin() for f in features]
+        smallest = min_over(self.shard, torch.stack(smallest)).unbind()
         if self.config.k_scope == "token":  # one budget over all layers has one threshold
             smallest = [torch.stack(smallest).amin()] * len(features)
         for threshold, value in zip(self.thresholds, smallest, strict=True):
@@ -456,7 +475,11 @@ class CrossLayerTranscoder(PreTrainedModel):
         start = bias.to(promoted(bias.dtype)).expand(features[0].num_tokens, -1, -1)
         if self.config.skip_connection:
             start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
-        normalized, squares = self._add_features(start.clone(), features, with_norms)
+        if self.shard is None:
+            normalized, squares = self._add_features(start.clone(), features, with_norms)
+        else:
+            written, squares = self._add_features(torch.zeros_like(start), features, with_norms)
+            normalized = start + sum_over(self.shard, written)
         if not with_norms:
             return normalized, None
         reached = [range(s, s + self.config.num_targets(s)) for s in range(self.config.num_layers)]
@@ -586,7 +609,10 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     @torch.no_grad()
     def released_layer(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of one layer as they are released: named as on disk, on the CPU, statistics folded in."""
+        """
+        The tensors of one layer as they are released: named as on disk, on the CPU, statistics folded in. Where the
+        features are spread over a group, all its processes call this, and the first gets them whole.
+        """
         if self.mean_in is not None:
             tensors = self._folded_layer(layer, {name: getattr(self, name).double() for name in STATISTICS})
         else:
@@ -597,15 +623,23 @@ class CrossLayerTranscoder(PreTrainedModel):
                 "W_dec": self._written_out_decoder(layer),
                 "W_skip": self.skips[layer].weight if self.config.skip_connection else None,
             }
-        released = {
-            f"{name}_{layer}": tensor.detach().to("cpu", self.encoders[layer].weight.dtype)
+        tensors = {
+            name: tensor.detach().to(self.encoders[layer].weight.dtype)
             for name, tensor in tensors.items()
             if tensor is not None
         }
         if hasattr(self, "thresholds"):
-            theta = self.thresholds[layer]().detach().expand(self.config.num_features)
-            released[f"threshold_{layer}"] = theta.to("cpu", torch.float32)
-        return released
+            tensors["threshold"] = self.thresholds[layer]().detach().expand(self.num_held).float()
+        return {
+            f"{name}_{layer}": collect_rows(self.shard, tensor) if name in PER_FEATURE else tensor.cpu()
+            for name, tensor in tensors.items()
+        }
+
+    def per_feature(self) -> set[str]:
+        """Names of the parameters that have a row per feature, of which a process may hold a slice."""
+        names = {f"encoders.{s}.{part}" for s in range(self.config.num_layers) for part in ("weight", "bias")}
+        names |= {f"decoders.{s}.weight" for s in range(self.config.num_layers)}
+        return names | {name for name, _ in self.named_parameters() if name.startswith("thresholds.")}
 
     def save_pretrained(
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
@@ -616,7 +650,8 @@ class CrossLayerTranscoder(PreTrainedModel):
 
         Args:
             save_directory (`str` or `Path`): Folder to write to; created if missing.
-            is_main_process (`bool`): Whether this process writes.
+            is_main_process (`bool`): Whether this process writes. Where the features are spread over a group, all its
+                processes call this, and the first writes.
             push_to_hub (`bool`): Whether to push as well, to `kwargs["repo_id"]`, by default the folder's name.
             kwargs: Passed to `push_to_hub`.
         """
@@ -625,6 +660,14 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
         if folder.is_file():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
+        layers = (self.released_layer(s) for s in range(self.config.num_layers))
+        if self.shard is not None:
+            if push_to_hub:
+                raise ValueError("push_to_hub=True on a CLT with a shard of the features; save it and push the folder")
+            if self.shard.rank > 0:
+                for _ in layers:  # this process's slices go to the first
+                    pass
+                return
         if is_main_process:
             from .hub.model_card import circuit_tracer_gaps, save_model_card
 
@@ -633,7 +676,7 @@ class CrossLayerTranscoder(PreTrainedModel):
                 config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
             config.dtype = str(self.encoders[0].weight.dtype).removeprefix("torch.")
             config.architectures = [type(self).__name__]
-            files.write_release(folder, config, (self.released_layer(s) for s in range(config.num_layers)))
+            files.write_release(folder, config, layers)
             save_model_card(folder, config)
             for gap in circuit_tracer_gaps(config):
                 logger.warning("circuit-tracer cannot express %s; hf_clt loads the CLT as it is", gap)
@@ -642,7 +685,13 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, config: CLTConfig | None = None, lazy: bool = False, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        config: CLTConfig | None = None,
+        lazy: bool = False,
+        shard: FeatureShard | None = None,
+        **kwargs,
     ):
         """
         Loads a CLT from a folder or from the Hub, or a folder that has circuit-tracer's files alone.
@@ -656,13 +705,15 @@ class CrossLayerTranscoder(PreTrainedModel):
                 its files must not be changed in place. Tied decoders, which are written out on disk and whose files
                 are read once to check the tie, lie in memory, each once. `forward` with labels reads all decoders
                 where λ > 0, whose penalty takes their norms.
+            shard ([`FeatureShard`], *optional*): Reads the rows of this slice of the features alone, onto the CPU.
             kwargs: Fields of `CLTConfig` to override, and what `PreTrainedModel.from_pretrained` takes (`revision`,
                 `subfolder`, `dtype`, `device_map`, `token`, `cache_dir`, `output_loading_info`, ...).
 
         Raises:
             FileNotFoundError: If a weight file is missing.
             ValueError: If a file is truncated or does not fit the configuration; the message names it. With `lazy`,
-                also for a `dtype` other than the files' and for a `device_map`.
+                also for a `dtype` other than the files' and for a `device_map`; with `shard` for what does not go with
+                it.
             RuntimeError: If the weights cannot stay in their files, as on some network mounts.
         """
         name = str(pretrained_model_name_or_path)
@@ -687,6 +738,8 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise ValueError(f"{next(iter(overrides))} is given beside config=; set it in the configuration instead")
         if config is None:
             config = files.read_config(folder, overrides)
+        if shard is not None:
+            return cls._from_slices(folder, config, shard, name, lazy=lazy, **kwargs)
         files.check_files(folder, config)
         if lazy:
             kwargs["dtype"] = files.lazy_dtype(folder, config, kwargs)
@@ -697,6 +750,28 @@ class CrossLayerTranscoder(PreTrainedModel):
         if lazy:
             model._stay_in_files()
         return loaded
+
+    @classmethod
+    def _from_slices(cls, folder: Path, config: CLTConfig, shard: FeatureShard, name: str, dtype=None, **kwargs):
+        """A CLT of which only the rows of `shard` are read; see `from_pretrained`."""
+        given = [argument for argument, value in kwargs.items() if value]
+        if given:
+            raise ValueError(
+                f"{given[0]} is given with shard, which loads slices onto the CPU; leave out one of the two"
+            )
+        rows = shard.rows(config.num_features)
+        files.check_files(folder, config, rows)
+        wanted = config.dtype if dtype in (None, "auto") else dtype
+        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        with torch.device("meta"):
+            model = cls(config, shard=shard)
+        state = {}
+        for layer in range(config.num_layers):
+            state |= files.read_slice(folder, config, layer, rows, wanted)
+        model.load_state_dict(state, assign=True)
+        model.config.name_or_path = model.name_or_path = name
+        model.config.dtype = model.dtype
+        return model.eval()
 
     def _stay_in_files(self) -> None:
         """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""
@@ -721,15 +796,25 @@ class CrossLayerTranscoder(PreTrainedModel):
         """
         from .evaluation.calibration import to_jumprelu
 
+        self._check_whole("to_jumprelu")
         return to_jumprelu(self, batches, per, progress)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""
         from .hub.push import push_to_hub
 
+        self._check_whole("push_to_hub")
         return push_to_hub(self, repo_id, **kwargs)
 
+    def _check_whole(self, method: str) -> None:
+        if self.shard is not None:
+            raise ValueError(
+                f"{method} on a CLT with a shard of the features; call save_pretrained on all processes, and {method} "
+                "on what from_pretrained loads from there"
+            )
 
+
+PER_FEATURE = ("W_enc", "b_enc", "W_dec", "threshold")  # what has a row per feature among what is released
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 

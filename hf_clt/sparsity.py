@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sharding import FeatureShard, gather_candidates
+
 
 GROUPS = (64, 32, 16)  # entries whose maximum stands for them in the first round of an exact top-k
 
@@ -286,25 +288,41 @@ def positions_batchtopk(h: Tensor, count: int) -> Tensor:
     return ascending(largest(in_storage_order(h), count), h.numel())
 
 
-def topk_over_layers(candidates: list[LayerFeatures], k: int) -> list[LayerFeatures]:
+def topk_over_layers(
+    candidates: list[LayerFeatures], k: int, shard: FeatureShard | None = None
+) -> list[LayerFeatures]:
     """
-    The k largest entries of each token over all layers, from the k largest of each layer (every token has as many).
+    The k largest entries of each token over all given layers and all processes of a group, from the k largest of each
+    (every token has as many).
     """
     if candidates[0].num_tokens == 0:
         return candidates
     rows = [layer.values.view(layer.num_tokens, -1) for layer in candidates]
-    chosen = torch.cat(rows, dim=1).topk(k, dim=1, sorted=False).indices
-    kept = torch.zeros_like(torch.cat(rows, dim=1), dtype=torch.bool).scatter_(1, chosen, True)
-    kept = kept.split([row.shape[1] for row in rows], dim=1)
+    kept = among_largest(torch.cat(rows, dim=1), k, shard).split([row.shape[1] for row in rows], dim=1)
     return [layer.take(true_positions(mask)) for layer, mask in zip(candidates, kept, strict=True)]
 
 
-def batchtopk_over_layers(candidates: list[LayerFeatures], count: int) -> list[LayerFeatures]:
-    """The `count` largest entries of the batch over all layers, from the `count` largest of each layer."""
-    values = torch.cat([layer.values for layer in candidates])
+def among_largest(rows: Tensor, k: int, shard: FeatureShard | None = None) -> Tensor:
+    """
+    Which of this process's candidates (N, C) are among the k largest of their row over all processes of a group, bool
+    (N, C): exactly k in all, ties too.
+    """
+    values, own = gather_candidates(shard, rows)
+    chosen = values.topk(k, dim=1, sorted=False).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)[:, own]
+
+
+def batchtopk_over_layers(
+    candidates: list[LayerFeatures], count: int, shard: FeatureShard | None = None
+) -> list[LayerFeatures]:
+    """
+    The `count` largest entries of the batch over all given layers and all processes of a group, from the `count`
+    largest of each.
+    """
+    values, own = gather_candidates(shard, torch.cat([layer.values for layer in candidates]))
     kept = torch.zeros_like(values, dtype=torch.bool)
     kept[largest(values, count)] = True
-    kept = kept.split([layer.values.numel() for layer in candidates])
+    kept = kept[own].split([layer.values.numel() for layer in candidates])
     return [layer.take(true_positions(mask)) for layer, mask in zip(candidates, kept, strict=True)]
 
 
@@ -331,6 +349,7 @@ __all__ = [
     "JumpReLU",
     "LayerFeatures",
     "SparseFeatures",
+    "among_largest",
     "batchtopk_over_layers",
     "entries_at",
     "features_at",

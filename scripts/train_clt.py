@@ -7,9 +7,10 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_clt import CLTTrainer, CrossLayerTranscoder
+from hf_clt import CLTTrainer
 from hf_clt.evaluation.report import format_metrics_table
 from hf_clt.training.arguments import build_config, parse_train_args
+from hf_clt.training.setup import load_initial_clt
 
 
 # What a user can mend. Anything else is a bug and keeps its traceback.
@@ -38,8 +39,7 @@ def main(argv=None) -> int:
 def train(argv=None) -> int:
     args, config_kwargs = parse_train_args(argv)
     if args.init_from is not None:
-        clt = CrossLayerTranscoder.from_pretrained(args.init_from, **config_kwargs)
-        trainer = CLTTrainer(args, model=clt)
+        trainer = CLTTrainer(args, model=load_initial_clt(args, config_kwargs))
     else:
         trainer = CLTTrainer(args, build_config(args, config_kwargs))
     trainer.train()

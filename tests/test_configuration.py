@@ -58,6 +58,9 @@ def test_defaults_that_depend_on_the_activation_function_are_filled_in(activatio
     top_k = activation_fn in ("topk", "batchtopk")
     assert (config.sparsity_lambda == 0) == top_k
     assert (config.aux_coef > 0) == (config.aux_k > 0) == top_k
+    # The error is summed over the width, so lambda goes with it.
+    twice = CLTConfig(**{**SHAPE, "d_model": 2 * SHAPE["d_model"]}, activation_fn=activation_fn)
+    assert twice.sparsity_lambda == 2 * config.sparsity_lambda
 
 
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])

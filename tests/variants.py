@@ -1,7 +1,7 @@
 """
 Trains every variant of a CLT on a real language model, and compares what was trained with the plain formulas of
 tests/reference.py and with what comes back from disk. Needs what `scripts/prepare_quickstart.py --first-layers 10`
-makes; from the root of the checkout, about a quarter of an hour on 2 cores:
+makes; from the root of the checkout, about ten minutes on 2 cores:
 
     python -m tests.variants benchmarks/variants.jsonl benchmarks/variants.md
 """

@@ -288,7 +288,7 @@ def with_thresholds(clt: CrossLayerTranscoder, thresholds: list[Tensor]) -> Cros
     config = CLTConfig.from_dict(values)
     result = copy.deepcopy(clt)
     result.config = config
-    result.thresholds = nn.ModuleList(Threshold(config) for _ in thresholds).to(clt.device)
+    result.thresholds = nn.ModuleList(Threshold(config, config.num_features) for _ in thresholds).to(clt.device)
     for threshold, theta in zip(result.thresholds, thresholds, strict=True):
         threshold.value.copy_(theta.log())
     return result.eval()

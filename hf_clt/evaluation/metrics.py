@@ -185,6 +185,22 @@ class MetricSums:
             total.merge(sums)
         return total
 
+    @staticmethod
+    def with_joined_features(parts: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:
+        """
+        Of processes that share the features of one CLT in groups of `size`, and see the same tokens in a group: the
+        states of the groups, with the features of all of a group's processes side by side.
+
+        Args:
+            parts (`list[dict[str, torch.Tensor]]`): What [`MetricSums.tensors`] gave on each process, in rank order.
+            size (`int`): Processes per group; those of a group have consecutive ranks.
+        """
+        groups = [parts[first : first + size] for first in range(0, len(parts), size)]
+        return [
+            {**group[0], "active_counts": torch.cat([part["active_counts"] for part in group], dim=1)}
+            for group in groups
+        ]
+
     def compute(self) -> dict:
         """
         The metrics over all tokens seen. `nmse` of a layer is its squared error over its squared deviation from the

@@ -323,8 +323,10 @@ class ActivationCache:
             file, _ = self.batches[SPLITS[split]][number]
             raise ActivationError(f"activations in {self.folder / file} are not finite; write the cache again")
 
-    def harvest(self, batch: dict, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """As [`Harvester.harvest`]."""
+    def harvest(
+        self, batch: dict, dtype: torch.dtype = torch.float32, skip_bad: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As [`Harvester.harvest`]; there is nothing to skip, since only finite activations are written."""
         inputs, labels, total = self.read(batch, dtype)
         self.check(batch, inputs, labels, total)
         return inputs, labels

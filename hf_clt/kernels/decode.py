@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
+from .encode import autocast_where_fast
 from .rows import entry_dots, row_sums, transposed_row_sums, use_dense
 
 
@@ -32,7 +33,8 @@ class _AddDecoded(torch.autograd.Function):
             entries = values.nonzero().squeeze(1)
             active, active_values = features.take(entries), values[entries]
         if use_dense(active_values, active.num_tokens, active.num_features):
-            written = active.dense(active_values).to(rows.dtype) @ rows
+            with autocast_where_fast(rows.device):
+                written = active.dense(active_values).to(rows.dtype) @ rows
         else:
             written = row_sums(rows, active.indices, active.offsets, active_values)
         # A tied decoder has J = 1 and writes the same to all its targets.

@@ -27,8 +27,14 @@ def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    with nullcontext() if multiplies_bfloat16() else torch.autocast("cpu", enabled=False):
+    with autocast_where_fast(x.device):
         return torch.addmm(bias[:, None], weight, x.T).T
+
+
+def autocast_where_fast(device: torch.device):
+    """A context without autocast on a CPU that would emulate bfloat16 products; elsewhere it changes nothing."""
+    slow = device.type == "cpu" and not multiplies_bfloat16()
+    return torch.autocast("cpu", enabled=False) if slow else nullcontext()
 
 
 @cache
@@ -101,4 +107,4 @@ def pre_activations_at(
     return features, columns
 
 
-__all__ = ["encode_dense", "multiplies_bfloat16", "pre_activations_at"]
+__all__ = ["autocast_where_fast", "encode_dense", "multiplies_bfloat16", "pre_activations_at"]

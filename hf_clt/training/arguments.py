@@ -181,7 +181,7 @@ class CLTTrainingArguments:
     clt_dtype: Literal["float32", "bfloat16", "float16"] | None = _arg(
         "optimisation", None, "Number format of the CLT's weights; thresholds stay float32. None: float32."
     )
-    learning_rate: float = _arg("optimisation", 1e-3, "Highest learning rate, reached at the end of the warm-up.")
+    learning_rate: float = _arg("optimisation", 2e-3, "Highest learning rate, reached at the end of the warm-up.")
     training_steps: int = _arg(
         "optimisation",
         10000,
@@ -243,7 +243,11 @@ class CLTTrainingArguments:
         "optimisation", None, "Updates over which k comes down from --initial-k. None: a fifth of --training-steps."
     )
     feature_parallel_size: int = _arg(
-        "optimisation", 1, "Processes that share the features of one CLT. Only 1 is supported so far."
+        "optimisation",
+        1,
+        "Processes that share the features of one CLT: each holds 1/n of encoders, decoders and optimizer state, "
+        "reads its own share of the text, and works on the tokens of all n. n divides --num-features and the number "
+        "of processes; with more than n processes, each n hold one CLT and average their gradients with the others.",
     )
     init_from: str | None = _arg(
         "optimisation",
@@ -405,10 +409,11 @@ class CLTTrainingArguments:
             )
         if self.normalization_file is not None and not os.path.isfile(self.normalization_file):
             raise ValueError(f"normalization_file={self.normalization_file!r} does not exist; give an existing file")
-        if self.feature_parallel_size != 1:
+        if self.feature_parallel_size > 1 and self.mixed_precision == "fp16":
+            # Each process would scale its own gradients, and skip steps that the others make.
             raise ValueError(
-                f"feature_parallel_size={self.feature_parallel_size} is not supported yet; leave it at 1 and start "
-                "several processes with accelerate launch, which share the tokens instead"
+                f"mixed_precision='fp16' does not go with feature_parallel_size={self.feature_parallel_size}; choose "
+                "mixed_precision='bf16'"
             )
         if self.on_bad_activations == "skip" and self.activation_cache is not None:
             raise ValueError(
@@ -451,7 +456,7 @@ class CLTTrainingArguments:
 POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "batch_size", "normalization_estimation_batches",
     "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
-    "save_total_limit", "dead_feature_window", "initial_k",
+    "save_total_limit", "dead_feature_window", "initial_k", "feature_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
@@ -530,6 +535,7 @@ FOUND_DEFAULTS = {
     "num_layers": "from the language model",
     "d_model": "from the language model",
     "num_features": "none; required",
+    "sparsity_lambda": "by activation function and width",
     "feature_input_hook": "by the language model",
     "feature_output_hook": "by the language model",
 }

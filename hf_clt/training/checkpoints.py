@@ -5,6 +5,9 @@ Checkpoints: what resuming needs, in safetensors and JSON, never half written.
 `optimizer.safetensors`, `trainer.safetensors` (feature counters), `state.json`, and per process the position in the
 text, the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`.
 
+Where n processes share the features of one CLT, each writes its slice of the first three, as
+`model-00001-of-0000n.safetensors` and so on. Any number of processes can read them, each its own slice.
+
 Every folder with such a name is whole: it gets the name when all of it is on the disk, and loses it before it is
 deleted. A checkpoint that is written again is `checkpoint-<step>.old` until the new one stands in its place. All other
 names, which begin with a dot, are leftovers of a process that was killed.
@@ -17,9 +20,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..sharding import FeatureShard, rows_of
 from .optimizers import state_entries
 
 
@@ -27,6 +31,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.old)?")
 # Of checkpoints that were being written or deleted, of files of a release (checkpoint_format.replacing), and of
 # safetensors, which itself writes under a temporary name.
 LEFTOVER = re.compile(r"\.checkpoint-\d+(\.old)?\.tmp|\..+\.\d+\.tmp|\.tmp\w{6}")
+ALL = slice(None)
+SHARED = ("model", "optimizer", "trainer")  # what all processes agree on, or hold a slice of each
 
 
 class CheckpointError(OSError):
@@ -105,7 +111,20 @@ def remove_leftovers(output_dir: Path) -> None:
             remove_checkpoint(path)
 
 
-def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accelerator, keep: int | None) -> Path:
+def shared_file(name: str, rank: int, size: int) -> str:
+    """The file with slice `rank` of `size` of the features."""
+    return f"{name}.safetensors" if size == 1 else f"{name}-{rank + 1:05}-of-{size:05}.safetensors"
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    shared: dict,
+    own: dict,
+    accelerator,
+    keep: int | None,
+    shard: FeatureShard | None = None,
+) -> Path:
     """
     Writes `checkpoint-<step>` under a temporary name, flushes it to the disk, and renames it; then deletes old ones.
 
@@ -113,10 +132,11 @@ def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accele
         output_dir: The run's folder.
         step: Updates done.
         shared: What all processes agree on: name -> dict of tensors, written as `<name>.safetensors`, and "state", a
-            JSON-able dict. Written by the main process.
+            JSON-able dict. Written by the main process; with `shard`, the tensors by each process of the first group.
         own: "values" (JSON-able) and "tensors" of this process.
         accelerator: For the rank and the barriers.
         keep: Number of checkpoints to keep; None for all.
+        shard: The slice of the features that this process holds; None: all.
 
     Returns:
         The folder.
@@ -128,6 +148,7 @@ def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accele
     final = Path(output_dir) / f"checkpoint-{step}"
     temporary = Path(output_dir) / f".checkpoint-{step}.tmp"
     rank = accelerator.process_index
+    size = 1 if shard is None else shard.size
     try:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,10 +156,11 @@ def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accele
         accelerator.wait_for_everyone()
         _write_tensors(temporary / f"rank-{rank}.safetensors", own["tensors"])
         _write_json(temporary / f"rank-{rank}.json", own["values"])
-        if accelerator.is_main_process:
+        if rank < size:
             for name, tensors in shared.items():
                 if name != "state":
-                    _write_tensors(temporary / f"{name}.safetensors", tensors)
+                    _write_tensors(temporary / shared_file(name, rank, size), tensors)
+        if accelerator.is_main_process:
             _write_json(temporary / "state.json", shared["state"])
             if (metrics := final.with_name("metrics.jsonl")).exists():
                 _sync_file(metrics)  # a run that goes on from here writes none of its lines again
@@ -158,9 +180,22 @@ def save_checkpoint(output_dir: Path, step: int, shared: dict, own: dict, accele
     return final
 
 
-def load_checkpoint(folder: Path, rank: int, num_processes: int) -> tuple[dict, dict]:
+def load_checkpoint(
+    folder: Path,
+    rank: int,
+    num_processes: int,
+    shard: FeatureShard | None = None,
+    per_feature: set[str] = frozenset(),
+) -> tuple[dict, dict]:
     """
     Reads what `save_checkpoint` wrote.
+
+    Args:
+        folder: The checkpoint.
+        rank: Which process this is.
+        num_processes: How many there are.
+        shard: The slice of the features to read; None: all. The checkpoint may have been written in another layout.
+        per_feature: See [`load_shared`].
 
     Returns:
         `shared` and `own`, as given to `save_checkpoint`.
@@ -174,9 +209,71 @@ def load_checkpoint(folder: Path, rank: int, num_processes: int) -> tuple[dict, 
             f"{folder.name} was written by {state['num_processes']} processes, and this run has {num_processes}; "
             "start as many as before"
         )
-    shared = {name: _read(folder / f"{name}.safetensors") for name in ("model", "optimizer", "trainer")}
     own = {"values": _read(folder / f"rank-{rank}.json"), "tensors": _read(folder / f"rank-{rank}.safetensors")}
-    return {**shared, "state": state}, own
+    return load_shared(folder, shard, per_feature), own
+
+
+def load_shared(folder: Path, shard: FeatureShard | None = None, per_feature: set[str] = frozenset()) -> dict:
+    """
+    The part of a checkpoint that does not depend on the number of processes, of which only a slice of the features is
+    read.
+
+    Args:
+        folder: The checkpoint.
+        shard: The slice of the features to read; None: all.
+        per_feature: The parameters with a row per feature, see [`CrossLayerTranscoder.per_feature`]. Without it, a
+            checkpoint is read in the layout in which it was written, of one process.
+
+    Returns:
+        `shared`, as given to `save_checkpoint`.
+
+    Raises:
+        ValueError: If a file is missing or damaged.
+    """
+    state = _read(folder / "state.json")
+    size = state.get("feature_parallel_size", 1)
+    if size == 1 and shard is None:
+        shared = {name: _read(folder / shared_file(name, 0, 1)) for name in SHARED}
+    else:
+        num_features = state["config"]["num_features"]
+        rows = rows_of(shard, num_features)
+        shared = {name: _read_slice(folder, name, size, num_features, rows, per_feature) for name in SHARED}
+    return {**shared, "state": state}
+
+
+def feature_axis(name: str, dim: int, per_feature: set[str]) -> int | None:
+    """The axis of the features in a tensor of a checkpoint, of `dim` axes; None if it has none."""
+    if name == "steps_since_fired":
+        return 1
+    return 0 if dim > 0 and name.partition(":")[0] in per_feature else None  # of a parameter or its optimizer state
+
+
+def _read_slice(
+    folder: Path, name: str, size: int, num_features: int, rows: slice, per_feature: set[str]
+) -> dict[str, torch.Tensor]:
+    """The features `rows` of what was written in `size` slices."""
+    held = num_features // size
+    parts = {}
+    for rank in range(rows.start // held, (rows.stop - 1) // held + 1):
+        inside = slice(max(rows.start - rank * held, 0), min(rows.stop - rank * held, held))
+        path = folder / shared_file(name, rank, size)
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (no dict)
+                    stored = file.get_slice(key)
+                    axis = feature_axis(key, len(stored.get_shape()), per_feature)
+                    if axis is not None:
+                        part = stored[(ALL,) * axis + (inside,)]
+                        parts.setdefault(key, []).append(part)
+                    elif key not in parts:
+                        parts[key] = [file.get_tensor(key)]
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, error) from error
+    tensors = {}
+    for key, found in parts.items():
+        axis = feature_axis(key, found[0].dim(), per_feature)
+        tensors[key] = found[0] if len(found) == 1 else torch.cat(found, dim=axis)
+    return tensors
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -212,9 +309,13 @@ def _read(path: Path) -> dict:
     try:
         return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path.parent.name}/{path.name} is missing or damaged ({error}); resume from another checkpoint"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path.parent.name}/{path.name} is missing or damaged ({error}); resume from another checkpoint"
+    )
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -262,6 +363,7 @@ __all__ = [
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_tensors",
+    "load_shared",
     "newest_usable",
     "optimizer_tensors",
     "remove_checkpoint",

@@ -3,15 +3,18 @@
 import ctypes
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from ..checkpoint_format import remove_release
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..harvest.harvester import Harvester
 from ..modeling_clt import CrossLayerTranscoder
+from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments
 from .checkpoints import list_checkpoints, remove_checkpoint, remove_leftovers
 from .optimizers import CompactAdam
@@ -52,6 +55,69 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
             f"train alone and overwrite each other; {LAUNCH_REMEDY}"
         )
     return accelerator
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    How a CLT lies on the processes of a run. With n = `feature_parallel_size`, process r = d · n + f holds slice f of
+    the features in replica d: a group of n consecutive processes holds a CLT and works on the same tokens; processes
+    with the same f hold the same features and average their gradients.
+
+    Args:
+        shard ([`FeatureShard`] or None): The slice of this process; None: all features, n = 1.
+        replica (`int`): d.
+        num_replicas (`int`): Number of groups.
+        replicas (`ProcessGroup` or None): The processes with the same f; None if there is one, or for n = 1, where
+            DistributedDataParallel looks after them.
+    """
+
+    shard: FeatureShard | None = None
+    replica: int = 0
+    num_replicas: int = 1
+    replicas: dist.ProcessGroup | None = None
+
+
+def make_layout(accelerator: Accelerator, feature_parallel_size: int) -> Layout:
+    """
+    Groups the processes of a run; all of them call this.
+
+    Raises:
+        ValueError: If the number of processes is no multiple of `feature_parallel_size`.
+    """
+    rank, num_processes, size = accelerator.process_index, accelerator.num_processes, feature_parallel_size
+    if num_processes % size:
+        raise ValueError(
+            f"feature_parallel_size={size} does not divide the number of processes, {num_processes}; start a multiple "
+            f"of {size} with accelerate launch --num_processes"
+        )
+    num_replicas = num_processes // size
+    if size == 1:
+        return Layout(None, rank, num_replicas, None)
+    # Every process takes part in making every group, those of others too.
+    groups = [dist.new_group(range(d * size, (d + 1) * size)) for d in range(num_replicas)]
+    replicas = [dist.new_group(range(f, num_processes, size)) for f in range(size)] if num_replicas > 1 else None
+    shard = FeatureShard(rank % size, size, groups[rank // size])
+    return Layout(shard, rank // size, num_replicas, replicas[shard.rank] if replicas else None)
+
+
+def check_shard(config: CLTConfig, size: int, model: CrossLayerTranscoder | None) -> None:
+    """Refuses features that cannot be split evenly, and a CLT that holds another slice than the run needs."""
+    FeatureShard(0, size).rows(config.num_features)
+    held = 1 if model is None or model.shard is None else model.shard.size
+    if model is not None and held != size:
+        raise ValueError(
+            f"feature_parallel_size={size}, but each process has 1/{held} of the model's features; load it with "
+            "hf_clt.training.setup.load_initial_clt"
+        )
+
+
+def load_initial_clt(args: CLTTrainingArguments, config_kwargs: dict) -> CrossLayerTranscoder:
+    """The CLT of `--init-from`; where several processes share its features, the slice of this one."""
+    shard = None
+    if args.feature_parallel_size > 1:
+        shard = make_layout(make_accelerator(args), args.feature_parallel_size).shard
+    return CrossLayerTranscoder.from_pretrained(args.init_from, shard=shard, **config_kwargs)
 
 
 def prepare_cpu() -> None:
@@ -174,7 +240,11 @@ def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None
 __all__ = [
     "check_fit",
     "check_output_dir",
+    "check_shard",
+    "Layout",
+    "load_initial_clt",
     "make_accelerator",
+    "make_layout",
     "keep_freed_memory",
     "make_optimizer",
     "prepare_cpu",

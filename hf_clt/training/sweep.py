@@ -3,6 +3,7 @@ Many trainings on the same tokens, to choose settings by: every trial is a whole
 language model reads the text once for all of them.
 """
 
+import gc
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ import yaml
 from ..configuration_clt import CLT_CONFIG_HELP
 from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
 from ..harvest.harvester import Harvester, load_language_model
-from .arguments import SettingsLoader, build_config, parse_train_args
+from .arguments import CLTTrainingArguments, SettingsLoader, build_config, parse_train_args
 from .reporting import versions
 from .trainer import CLTTrainer
 
@@ -92,7 +93,9 @@ def run_sweep(
         `versions`. A trial whose loss was not finite has `error` in the place of `metrics`.
     """
     records = Path(records)
-    done = {as_key(record["resolved"]): record for record in read_records(records)}
+    # An option that came later had its default.
+    defaults = CLTTrainingArguments().to_dict()
+    done = {as_key({**defaults, **record["resolved"]}): record for record in read_records(records)}
     runs = []
     for trial in trials:  # all of them before the first one starts
         args, config_kwargs = parse_train_args(arguments_of(trial["settings"]))
@@ -125,6 +128,10 @@ def run_sweep(
         record |= {"steps": trainer.step, "tokens": trainer.tokens_seen}
         record |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
         append_record(records, record)
+        # Model, optimizer and Accelerator refer to each other: without a collection, trials pile up in memory.
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
         done[as_key(trial["resolved"])] = record
         print(f"    {outcome.get('error') or summary(record)}", flush=True)
     return [{**done[as_key(trial["resolved"])], **trial} for trial, _, _ in runs]  # two groups may share a trial
@@ -231,7 +238,10 @@ def plot_frontier(records: list[dict], path: str | Path) -> None:
             )
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name)
-        axes.set(xscale="log", xlabel="active features per layer and token (L0)", ylabel="NMSE, held out")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.set(xlabel="active features per layer and token (L0)", ylabel="NMSE, held out")
         if axes.lines:
             axes.legend()
         figure.savefig(path, dpi=150)

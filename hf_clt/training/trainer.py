@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
@@ -25,6 +26,7 @@ from ..hub.model_card import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import CLTOutput, CrossLayerTranscoder
+from ..sharding import gather_tokens, sum_over
 from ..sparsity import SparseFeatures
 from .arguments import CLTTrainingArguments
 from .checkpoints import (
@@ -52,7 +54,9 @@ from .setup import (
     check_fit,
     check_initial_k,
     check_output_dir,
+    check_shard,
     make_accelerator,
+    make_layout,
     make_optimizer,
     prepare_cpu,
     remove_run,
@@ -104,7 +108,10 @@ class CLTTrainer:
         self.args = args
         self.config = model.config if config is None else config
         self.output_dir = Path(args.output_dir)
+        check_shard(self.config, args.feature_parallel_size, model)
         self.accelerator = make_accelerator(args)
+        self.layout = make_layout(self.accelerator, args.feature_parallel_size)
+        self.shard = self.layout.shard
         if self.accelerator.device.type == "cpu":
             prepare_cpu()
             if args.mixed_precision != "no" and not multiplies_bfloat16() and self.accelerator.is_main_process:
@@ -147,7 +154,8 @@ class CLTTrainer:
 
         clt_dtype = getattr(torch, args.clt_dtype or "float32")
         set_seed(args.seed)
-        self.model = CrossLayerTranscoder(self.config) if model is None else model
+        self.model = CrossLayerTranscoder(self.config, self.shard) if model is None else model
+        self.model.shard = self.shard
         self.is_new = model is None
         for part in (self.model.encoders, self.model.decoders, getattr(self.model, "skips", None)):
             if part is not None:
@@ -171,7 +179,7 @@ class CLTTrainer:
         self._totals = torch.zeros(len(LOSSES), device=self.accelerator.device)
         self._tokens_since_log = self._updates_since_log = 0
         self.steps_since_fired = torch.zeros(
-            self.config.num_layers, self.config.num_features, dtype=torch.int64, device=self.accelerator.device
+            self.config.num_layers, self.model.num_held, dtype=torch.int64, device=self.accelerator.device
         )
         # Wall time: in the language model (harvester), in the CLT, and in all; of earlier parts of a resumed run too.
         self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
@@ -223,15 +231,18 @@ class CLTTrainer:
         if not self.is_new:
             return
         self.buffer.fill()
-        sample = slice(0, min(RATE_SAMPLE, self.buffer.num_unread))  # the slots fill from the first on
+        size = 1 if self.shard is None else self.shard.size
+        first = slice(0, min(RATE_SAMPLE // size, self.buffer.num_unread))  # the slots fill from the first on
+        sample = {"inputs": self.buffer.inputs[first], "labels": self.buffer.labels[first]}
+        sample = gather_tokens(self.shard, {n: rows.to(self.accelerator.device) for n, rows in sample.items()})
         if statistics is None:
-            set_output_bias(self.model, self.buffer.labels[sample].to(self.accelerator.device))
+            set_output_bias(self.model, sample["labels"])
         rate = args.initial_feature_rate
         if rate is None:
             is_topk = self.config.activation_fn in ("topk", "batchtopk")
             rate = 0.0 if is_topk else min(0.02, 64 / self.config.num_features)
         if rate > 0:
-            set_firing_rate(self.model, self.buffer.inputs[sample].to(self.accelerator.device), rate)
+            set_firing_rate(self.model, sample["inputs"], rate)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -255,7 +266,13 @@ class CLTTrainer:
         if self.resume_from is None:
             self._prepare_model()
         else:
-            shared, own = load_checkpoint(self.resume_from, accelerator.process_index, accelerator.num_processes)
+            shared, own = load_checkpoint(
+                self.resume_from,
+                accelerator.process_index,
+                accelerator.num_processes,
+                self.shard,
+                self.model.per_feature(),
+            )
             self._restore_model(shared)
         optimizer = make_optimizer(self.model, args)
         if shared is not None:
@@ -264,7 +281,12 @@ class CLTTrainer:
             self._prepare_output_dir()
         accelerator.wait_for_everyone()
         self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
-        model, optimizer = accelerator.prepare(self.model, optimizer)
+        if self.shard is None:
+            model, optimizer = accelerator.prepare(self.model, optimizer)
+        else:
+            model = accelerator.prepare_model(self.model, evaluation_mode=True)  # no DistributedDataParallel
+            optimizer = accelerator.prepare_optimizer(optimizer)
+            self._copy_from_first_replica([*self.model.parameters(), *self.model.buffers()])
         start_trackers(accelerator, args)
         model.train()
         # An evaluation that failed after its update was checkpointed is made up for.
@@ -333,6 +355,8 @@ class CLTTrainer:
             with self._checkpoint_on_failure(optimizer, before):
                 batch = next(batches)
             batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
+            self._tokens_since_log += len(batch["inputs"])
+            batch = gather_tokens(self.shard, batch)
             start = time.perf_counter()
             is_last = micro_step == args.gradient_accumulation_steps - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
@@ -341,22 +365,50 @@ class CLTTrainer:
             fired += output.features.active_counts()
             losses = torch.stack([getattr(output, name).detach().float() for name in LOSSES])
             self._totals += losses / args.gradient_accumulation_steps
-            self._tokens_since_log += len(batch["inputs"])
             self.seconds["clt"] += time.perf_counter() - start
         start = time.perf_counter()
-        if args.max_grad_norm > 0:
-            clip_grad_norm(accelerator, list(model.parameters()), args.max_grad_norm)
+        if self.shard is None:
+            if args.max_grad_norm > 0:
+                clip_grad_norm(accelerator, list(model.parameters()), args.max_grad_norm)
+            fired = accelerator.reduce(fired, "sum")
+        else:
+            self._average_over_replicas([p.grad for p in self.model.parameters() if p.grad is not None])
+            if args.max_grad_norm > 0:
+                clip_sharded_grad_norm(self.model, args.max_grad_norm)
+            if self.layout.replicas is not None:
+                dist.all_reduce(fired, group=self.layout.replicas)
         optimizer.step()
         optimizer.zero_grad()
-        fired = accelerator.reduce(fired, "sum")
+        if self.shard is not None and self.config.activation_fn == "batchtopk":
+            self._copy_from_first_replica([threshold.value for threshold in self.model.thresholds])
         self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
         self.step += 1
         self._updates_since_log += 1
         self.seconds["clt"] += time.perf_counter() - start
         return batch, output, scale
 
+    @torch.no_grad()
+    def _copy_from_first_replica(self, tensors: list[torch.Tensor]) -> None:
+        """Gives all processes with the same features the values of the first, as DistributedDataParallel does."""
+        if self.layout.replicas is None:
+            return
+        first = dist.get_global_rank(self.layout.replicas, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, src=first, group=self.layout.replicas)
+
+    def _average_over_replicas(self, gradients: list[torch.Tensor]) -> None:
+        """Averages the gradients of all processes with the same features, in place."""
+        if self.layout.replicas is None:
+            return
+        for gradient in gradients:
+            gradient /= self.layout.num_replicas
+            dist.all_reduce(gradient, group=self.layout.replicas)
+
     def _dead(self) -> torch.Tensor | None:
-        """Features that did not fire for a whole window, (L, F) bool; None before the first window is over."""
+        """
+        Features of this process that did not fire for a whole window, (L, F) bool; None before the first window is
+        over.
+        """
         if self.step < self.args.dead_feature_window:
             return None
         return self.steps_since_fired >= self.args.dead_feature_window
@@ -371,10 +423,13 @@ class CLTTrainer:
                 f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower "
                 "learning_rate, or use clt_dtype=float32"
             )
-        sums = MetricSums(self.config.num_layers, self.config.d_model, self.config.num_features)
+        sums = MetricSums(self.config.num_layers, self.config.d_model, self.model.num_held)
         sums.update(batch["labels"], output.reconstruction.detach(), output.features)
         metrics = self._gathered(sums).compute()
         dead = self._dead()
+        if dead is not None:
+            num_dead = sum_over(self.shard, dead.sum(dim=1))
+            dead = num_dead.float() / self.config.num_features
         tokens = int(accelerator.reduce(torch.tensor(self._tokens_since_log, device=accelerator.device), "sum"))
         self.tokens_seen += tokens
         now = time.perf_counter()
@@ -385,8 +440,8 @@ class CLTTrainer:
         for name in ("nmse", "explained_variance", "l0"):
             row[name] = metrics[name]
             row[f"{name}_per_layer"] = metrics[f"{name}_per_layer"]
-        row["dead_fraction"] = None if dead is None else dead.float().mean().item()
-        row["dead_fraction_per_layer"] = None if dead is None else dead.float().mean(dim=1).tolist()
+        row["dead_fraction"] = None if dead is None else dead.mean().item()
+        row["dead_fraction_per_layer"] = None if dead is None else dead.tolist()
         row["learning_rate"] = learning_rate
         row["sparsity_scale"] = scale
         row["epoch"] = self.buffer.epoch
@@ -437,14 +492,14 @@ class CLTTrainer:
         if self.last_evaluation is not None and self.last_evaluation[0] == self.step:
             return self.last_evaluation[1]
         self.model.eval()
-        sums = MetricSums(
-            self.config.num_layers, self.config.d_model, self.config.num_features, self.accelerator.device
-        )
+        sums = MetricSums(self.config.num_layers, self.config.d_model, self.model.num_held, self.accelerator.device)
         bar = tqdm(
             total=self.args.eval_tokens, desc="Evaluating", unit="token", disable=not self._progress, leave=False
         )
         with bar:
             rows = activations(self.harvester, self.heldout, self.args.batch_size, self.buffer.dtype, self._skip_bad)
+            if self.shard is not None:
+                rows = self._in_lockstep(rows)
             for batch in counting(rows, bar):
                 start = time.perf_counter()
                 with self.accelerator.autocast():
@@ -465,10 +520,24 @@ class CLTTrainer:
             self._write_row({"step": self.step, "split": "heldout", **metrics})
             self._last_written = self.step
 
+    def _in_lockstep(self, rows):
+        """The batches of all processes that share the features, together, until the last of them has run out."""
+        rows = iter(rows)
+        nothing = torch.empty(0, self.config.num_layers, self.config.d_model, dtype=self.buffer.dtype)
+        while True:
+            own = next(rows, {"inputs": nothing, "labels": nothing})
+            batch = gather_tokens(self.shard, {n: tensor.to(self.accelerator.device) for n, tensor in own.items()})
+            if len(batch["inputs"]) == 0:
+                return
+            yield batch
+
     def _gathered(self, sums: MetricSums) -> MetricSums:
         if self.accelerator.num_processes == 1:
             return sums
-        return MetricSums.from_gathered(gather_object([{k: v.cpu() for k, v in sums.tensors().items()}]))
+        parts = gather_object([{k: v.cpu() for k, v in sums.tensors().items()}])
+        if self.shard is not None:
+            parts = MetricSums.with_joined_features(parts, self.shard.size)
+        return MetricSums.from_gathered(parts)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -515,12 +584,15 @@ class CLTTrainer:
                 "tokens_seen": self.tokens_seen,
                 "seconds": self.seconds,
                 "num_processes": self.accelerator.num_processes,
+                "feature_parallel_size": self.args.feature_parallel_size,
                 "config": self.config.to_dict(),
                 "args": self.args.to_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             },
         }
-        folder = save_checkpoint(self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit)
+        folder = save_checkpoint(
+            self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit, self.shard
+        )
         if self.accelerator.is_main_process and self._progress:
             tqdm.write(f"checkpoint written: {folder}")
         return folder
@@ -596,10 +668,12 @@ class CLTTrainer:
 
     def _release(self) -> None:
         """Writes the released CLT with its card, and pushes it if asked."""
-        if not self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        if is_main or (self.shard is not None and self.layout.replica == 0):
+            self.model.save_pretrained(self.output_dir, is_main_process=is_main)
+        if not is_main:
             return
         metrics = self.last_evaluation[1] if self.last_evaluation is not None else None
-        self.model.save_pretrained(self.output_dir)
         save_model_card(self.output_dir, self.model.config, metrics, self.training_facts(), command_line())
         if find_spec("matplotlib") is not None:  # the extra `plots`
             history = [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -656,6 +730,19 @@ def clip_grad_norm(accelerator, parameters: list[torch.nn.Parameter], max_norm: 
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
+def clip_sharded_grad_norm(clt: CrossLayerTranscoder, max_norm: float) -> None:
+    """
+    [`clip_grad_norm`] where several processes share the features: the norm is that of all gradients, in which those of
+    output biases and skips, which every process has, count once.
+    """
+    names = clt.per_feature()
+    gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
+    of_features = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name in names])
+    of_outputs = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name not in names])
+    norm = (sum_over(clt.shard, of_features.square()) + of_outputs.square()).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(clt.parameters(), max_norm, norm)
+
+
 def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
@@ -664,7 +751,7 @@ def warn_if_wide(features: SparseFeatures, config: CLTConfig) -> None:
     """Warns when jumprelu's straight-through window holds so many features that computing only these saves nothing."""
     layers = features.layers
     listed = sum(layer.indices.numel() for layer in layers)
-    share = listed / max(1, layers[0].num_tokens * config.num_features * len(layers))
+    share = listed / max(1, layers[0].num_tokens * layers[0].num_features * len(layers))
     if config.activation_fn == "jumprelu" and share > WIDE_WINDOW:
         logger.warning(
             "%.0f %% of the features are active or inside the jumprelu window (jumprelu_bandwidth=%g): every step is "

@@ -12,6 +12,7 @@ import pytest
 
 from hf_clt import CLTTrainer, CLTTrainingArguments
 from hf_clt.training.arguments import build_config
+from scripts import cache_activations
 from scripts.train_clt import main
 
 
@@ -75,7 +76,16 @@ def commands():
             yield from (line for line in code.replace("\\\n", " ").splitlines() if line.strip())
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if not c.startswith("make")])
+@pytest.mark.parametrize("command", [c for c in commands() if "scripts/cache_activations.py" in c])
+def test_caching_command_runs(command, folder, monkeypatch, capsys, fresh_accelerate):
+    words = shlex.split(command)
+    monkeypatch.chdir(folder)
+    options = words[words.index("scripts/cache_activations.py") + 1 :]
+    assert cache_activations.main([*options, "--eval-tokens", "200", "--max-tokens", "2000"]) == 0
+    assert "tokens to train on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "scripts/train_clt.py" in c])
 def test_training_command_runs(command, folder, monkeypatch, capsys, fresh_accelerate):
     # `accelerate launch` itself is tested in tests/distributed; eight processes are too many here.
     words = shlex.split(command)
@@ -93,4 +103,5 @@ def test_make_target_exists(command):
 
 def test_every_block_is_covered():
     assert {kind for kind, _ in BLOCKS} == {"python", "bash"}
-    assert all("scripts/train_clt.py" in c or c.startswith("make ") for c in commands())
+    covered = ("scripts/train_clt.py", "scripts/cache_activations.py")
+    assert all(c.startswith("make ") or any(script in c for script in covered) for c in commands())

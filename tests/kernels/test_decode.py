@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_clt.kernels import rows
+from hf_clt.kernels import encode, rows
 from hf_clt.kernels.decode import add_decoded, decode_dense
 from hf_clt.sparsity import features_at
 
@@ -151,3 +151,15 @@ def test_half_precision_decoders_add_into_float32(dtype):
     assert out.dtype == torch.float32 and [grad.dtype for grad in grads] == [torch.float32, dtype]
     rows = weight.detach().double().sum(dim=(1, 2)).expand(50, F)
     torch.testing.assert_close(grads[0].double(), rows * support, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_dense_product_follows_autocast_where_that_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(encode, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(rows, "DENSE_ABOVE", -1.0)
+    generator = torch.Generator().manual_seed(0)
+    acts, weight = torch.rand(8, 16, generator=generator), torch.randn(16, 2, 4, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = add_decoded(torch.zeros(8, 2, 4), features_at(acts, acts > 0.5), weight, 0, 2)
+    error = (found - decode_dense(torch.where(acts > 0.5, acts, 0), weight)).abs().max()
+    assert (error > 1e-4) if fast else (error < 1e-5)

@@ -381,7 +381,7 @@ class TestValidation:
             ("device", "gpu", "cuda"),
             ("buffer_device", "ram", "cpu"),
             ("report_to", [3], "a list of names"),
-            ("feature_parallel_size", 2, "leave it at 1"),
+            ("feature_parallel_size", 0, "a value above 0"),
             ("weight_decay", 0.1, "adamw"),
             ("normalization_file", "s.safetensors", "mean_std"),
             ("hub_model_id", "a/b/c", "user/clt-gpt2"),
@@ -453,7 +453,7 @@ class TestHelpers:
         assert CLTTrainingArguments(training_steps=1003, initial_k=64, k_anneal_steps=0).num_k_anneal_steps == 0
 
     def test_to_dict_and_non_default(self):
-        args = CLTTrainingArguments(model="gpt2", seed=1, report_to=["trackio"], learning_rate=1e-3)
+        args = CLTTrainingArguments(model="gpt2", seed=1, report_to=["trackio"], learning_rate=2e-3)
         assert CLTTrainingArguments(**json.loads(json.dumps(args.to_dict()))) == args
         assert args.non_default() == {"model": "gpt2", "seed": 1, "report_to": ["trackio"]}
         assert CLTTrainingArguments().non_default() == {}
@@ -541,7 +541,7 @@ class TestScript:
         starts = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")}
         assert starts == {"--" + name.replace("_", "-") for name in names}
         assert "--no-streaming turns it off" in done.stdout
-        assert "(default: 0.001)" in done.stdout
+        assert "(default: 0.002)" in done.stdout
         assert "130 when Ctrl-C (SIGINT) or SIGTERM" in done.stdout
 
     def test_errors_are_one_line(self, capsys, monkeypatch):
