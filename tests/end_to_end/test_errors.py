@@ -1,5 +1,6 @@
 """Bad input: exit status 2 and one line that names it, before any long work, and nothing written or lost."""
 
+import errno
 import importlib.util
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.harvest.tokens import TokenStream
+from hf_clt.training import checkpoints
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_clt.py"
@@ -228,3 +231,42 @@ def test_ctrl_c_before_training_says_so(run, tmp_path, monkeypatch):
     status, stderr = run()
     assert status == 130
     assert stderr.splitlines()[-1] == "interrupted"
+
+
+def test_text_that_breaks_off_for_good(run, monkeypatch, caplog):
+    """Retried, then one line that says how to go on, and doing so works."""
+    pauses, calls, next_batch = [], [], TokenStream._next_batch
+
+    def fail(stream):
+        calls.append(stream.heldout)
+        if calls.count(False) >= 14:  # 4 for the statistics, 4 for the first fill
+            raise ConnectionError("no route to host")
+        return next_batch(stream)
+
+    options = ("--normalization-estimation-batches", "4", "--training-steps", "20")
+    with monkeypatch.context() as broken:
+        broken.setattr(TokenStream, "_next_batch", fail)
+        broken.setattr("hf_clt.harvest.tokens.time.sleep", pauses.append)
+        outcome = run("--stream-retries", "3", *options)
+    expected = ("the text cannot be read, after 3 retries (ConnectionError: no route to host); checkpoint-",)
+    expected += (" is whole: continue with --resume-from-checkpoint latest",)
+    assert_refused(outcome, *expected, started=True)
+    assert pauses == [1, 2, 4]
+    assert ["; retry " in record.getMessage() for record in caplog.records].count(True) == 3
+    assert run("--resume-from-checkpoint", "latest", *options)[0] == 0
+
+
+def test_a_full_disk(run, tmp_path, monkeypatch):
+    write = checkpoints._write_tensors
+
+    def full(path, tensors):
+        if "checkpoint-2" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, tensors)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoints, "_write_tensors", full)
+        outcome = run("--checkpoint-interval", "1", "--training-steps", "4")
+    expected = (f"checkpoint-2 cannot be written to '{tmp_path / 'run'}' (No space left on device)",)
+    assert_refused(outcome, *expected, "checkpoint-1 is whole: continue with --resume", started=True)
+    assert run("--resume-from-checkpoint", "latest", "--training-steps", "4")[0] == 0

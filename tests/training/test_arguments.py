@@ -64,6 +64,8 @@ TRAINING_FLAGS = {
     "--init-from": ("user/clt", "user/clt"),
     "--hub-model-id": ("user/clt", "user/clt"),
     "--initial-feature-rate": ("0.25", 0.25),
+    "--stream-retries": ("0", 0),
+    "--on-bad-activations": ("skip", "skip"),
 }
 CONFIG_FLAGS = {
     "--base-model-name-or-path": ("a/b", "a/b"),
@@ -540,6 +542,7 @@ class TestScript:
         assert starts == {"--" + name.replace("_", "-") for name in names}
         assert "--no-streaming turns it off" in done.stdout
         assert "(default: 0.002)" in done.stdout
+        assert "130 when Ctrl-C (SIGINT) or SIGTERM" in done.stdout
 
     def test_errors_are_one_line(self, capsys, monkeypatch):
         monkeypatch.delenv("RANK", raising=False)

@@ -1,10 +1,15 @@
 """What the set-up of a run changes in the process."""
 
+import os
 import platform
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+
+from hf_clt.training.setup import check_output_dir
 
 
 COUNT_FAULTS = """
@@ -48,3 +53,27 @@ def test_freed_memory_is_kept():
     before, after = map(int, done.stdout.split())
     assert before >= 100
     assert after < before / 10
+
+
+def test_a_folder_that_is_read_only_is_refused(tmp_path):
+    """In a process without the rights of root, to whom no folder is read-only."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own can be entered by its user alone
+    folder.chmod(0o555)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            check_output_dir(folder / "a" / "run", overwrite=True, goes_on=False)
+        except ValueError as error:
+            expected = f"output_dir={str(folder / 'a' / 'run')!r} cannot be written to ({str(folder)!r} is read-only)"
+            status = 0 if str(error).startswith(expected) else 2
+        finally:
+            os._exit(status)
+    try:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        folder.chmod(0o755)
+        folder.rmdir()
+    check_output_dir(tmp_path / "a" / "run", overwrite=False, goes_on=False)
