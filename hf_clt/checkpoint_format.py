@@ -87,10 +87,15 @@ def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
 
 @contextmanager
 def replacing(path: Path):
-    """Yields a temporary name that takes the place of `path` when the block ends well, and is removed otherwise."""
+    """
+    Yields a temporary name that takes the place of `path` when the block ends well and its content is on the disk, and
+    is removed otherwise.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read

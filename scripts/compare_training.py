@@ -19,7 +19,8 @@ from pathlib import Path
 
 from hf_clt.benchmark.curves import VARIANTS, compare, format_comparison, plot_comparison
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
-from hf_clt.training.arguments import CLTTrainingArguments, build_config
+from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.command_line import build_config
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains many cross-layer transcoders on the same tokens, to choose settings by; the language model reads them once.
 
-  python scripts/sweep_clt.py scripts/sweep_smollm2.yaml --records benchmarks/sweep.jsonl --table benchmarks/sweep.md
+  python scripts/sweep_clt.py scripts/sweep_smollm2.yaml --records benchmarks/sweep.jsonl --table docs/sweep.md
 
 A trial that is recorded already is not run again, so an interrupted sweep goes on where it stopped.
 """

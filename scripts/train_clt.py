@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_clt import CLTTrainer
 from hf_clt.evaluation.report import format_metrics_table
-from hf_clt.training.arguments import build_config, parse_train_args
+from hf_clt.training.command_line import build_config, parse_train_args
 from hf_clt.training.setup import load_initial_clt
 
 

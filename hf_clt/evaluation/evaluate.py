@@ -105,8 +105,7 @@ def activations(
     if dtype is None:
         dtype = torch.promote_types(harvester.model.dtype, torch.float32)
     for batch in token_batches:
-        skipping = {"skip_bad": True} if skip_bad else {}
-        inputs, labels = harvester.harvest(batch, dtype=dtype, **skipping)
+        inputs, labels = harvester.harvest(batch, dtype=dtype, skip_bad=skip_bad)
         for start in range(0, len(inputs), batch_size):
             part = slice(start, start + batch_size)
             yield {"inputs": inputs[part], "labels": labels[part]}

@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from ..harvest.harvester import DTYPES, Harvester, check_context_size, load_language_model
-from ..harvest.tokens import TokenStream, open_text
+from ..harvest.tokens import RETRIES, TokenStream, open_text
 from ..modeling_clt import CrossLayerTranscoder
 from .evaluate import check_harvester
 
@@ -49,14 +49,14 @@ def add_text_options(parser: argparse.ArgumentParser, default_model: str, eval_t
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     model.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:n (default: a GPU when there is one)")
 
-    text = parser.add_argument_group("the held-out text: the first documents, as in training")
+    text = parser.add_argument_group("the text, of which training holds out the first documents")
     text.add_argument("--dataset", metavar="TEXT", help="Hub name, file or folder of text; required")
     text.add_argument("--dataset-config", metavar="TEXT", help="configuration of a Hub dataset")
     text.add_argument("--dataset-split", default="train", metavar="TEXT", help="default: %(default)s")
     text.add_argument("--dataset-text-column", default="text", metavar="TEXT", help="default: %(default)s")
     text.add_argument("--max-samples", type=int, metavar="N", help="use the first N documents only")
     text.add_argument(
-        "--eval-tokens", type=int, default=eval_tokens, metavar="N", help="tokens to measure on (default: %(default)s)"
+        "--eval-tokens", type=int, default=eval_tokens, metavar="N", help="held-out tokens (default: %(default)s)"
     )
     text.add_argument("--context-size", type=int, default=128, metavar="N", help="tokens per block (default: 128)")
     text.add_argument(
@@ -71,7 +71,7 @@ def add_text_options(parser: argparse.ArgumentParser, default_model: str, eval_t
     text.add_argument(
         "--store-batch-size-prompts", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)"
     )
-    parser.set_defaults(streaming=True)
+    parser.set_defaults(streaming=True, stream_retries=RETRIES)
     text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
 
 

@@ -8,7 +8,6 @@ the language model would give. `manifest.json` is written last, so a folder that
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checkpoint_format import replacing, write_text
 from .harvester import ActivationError, Harvester
 from .tokens import TokenStream
 
@@ -189,14 +189,10 @@ def _write_split(folder, own_path, own, split, state, harvester, stream, dtype, 
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
-    """Writes a safetensors file under a temporary name and renames it; its SHA-256 and its size in bytes."""
-    unfinished = path.with_name(f".{path.name}")
-    save_file(tensors, unfinished)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    digest, size = sha256(unfinished), unfinished.stat().st_size
-    os.replace(unfinished, path)
-    return digest, size
+    """Writes a safetensors file; its SHA-256 and its size in bytes."""
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
+        return sha256(temporary), temporary.stat().st_size
 
 
 def _write_manifest(folder: Path, settings: dict, world_size: int) -> None:
@@ -217,12 +213,7 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, values: dict) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -78,8 +78,7 @@ def estimate_statistics(
     tokens.rewind()
     with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
         for seen, batch in enumerate(tokens, start=1):
-            harvested = harvester.harvest(batch, skip_bad=True) if skip_bad else harvester.harvest(batch)
-            for moment, rows in zip(moments, harvested, strict=True):
+            for moment, rows in zip(moments, harvester.harvest(batch, skip_bad=skip_bad), strict=True):
                 if len(rows):
                     moment.update(rows)
             bar.update()

@@ -636,7 +636,7 @@ def open_text(options, tokenizer, heldout=False, rank=0, world_size=1):
     Args:
         options: Has the fields `dataset`, `dataset_split`, `dataset_config`, `dataset_text_column`, `streaming`,
             `trust_remote_code`, `max_samples`, `context_size`, `prepend_bos`, `exclude_special_tokens`,
-            `store_batch_size_prompts` and `eval_tokens` of [`CLTTrainingArguments`], and perhaps `stream_retries`.
+            `store_batch_size_prompts`, `eval_tokens` and `stream_retries` of [`CLTTrainingArguments`].
         tokenizer (`PreTrainedTokenizerBase`): The language model's.
         heldout (`bool`, *optional*, defaults to `False`): Whether to give the held-out text, or the rest.
         rank, world_size (`int`, *optional*): This process, and how many share the text.
@@ -668,7 +668,7 @@ def open_text(options, tokenizer, heldout=False, rank=0, world_size=1):
         heldout=heldout,
         rank=rank,
         world_size=world_size,
-        retries=getattr(options, "stream_retries", RETRIES),
+        retries=options.stream_retries,
     )
 
 

@@ -7,7 +7,6 @@ import gc
 import hashlib
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,10 +15,13 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..checkpoint_format import write_text
 from ..configuration_clt import CLT_CONFIG_HELP
 from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
 from ..harvest.harvester import Harvester, load_language_model
-from .arguments import CLTTrainingArguments, SettingsLoader, build_config, parse_train_args
+from .arguments import CLTTrainingArguments
+from .command_line import SettingsLoader, build_config, parse_train_args
+from .options import as_text
 from .reporting import versions
 from .trainer import CLTTrainer
 
@@ -68,12 +70,7 @@ def read_sweep(path: str | Path) -> list[dict]:
 
 def arguments_of(settings: dict) -> list[str]:
     """The options as a command line of `scripts/train_clt.py`."""
-    words = {None: "none", True: "true", False: "false"}
-    arguments = []
-    for name, value in settings.items():
-        text = words[value] if value is None or isinstance(value, bool) else str(value)
-        arguments += ["--" + name.replace("_", "-"), text]
-    return arguments
+    return [text for name, value in settings.items() for text in ("--" + name.replace("_", "-"), as_text(value))]
 
 
 def run_sweep(
@@ -167,12 +164,7 @@ def read_records(path: str | Path) -> list[dict]:
 def append_record(path: Path, record: dict) -> None:
     """Adds a line, in place of a half-written last one; whatever happens meanwhile, the file is the old or the new."""
     lines = [json.dumps(line) + "\n" for line in [*read_records(path), record]]
-    unfinished = path.with_name(path.name + ".partial")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_text(path, "".join(lines))
 
 
 def as_key(settings: dict) -> str:

@@ -132,22 +132,8 @@ class CLTTrainer:
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         name = args.model or self.config.base_model_name_or_path
-        if args.activation_cache is not None:
-            self.harvester = ActivationCache(args.activation_cache)
-            order = args.seed if args.cache_shuffle else None
-            self.tokens = CachedTokens(self.harvester, "train", rank, world_size, seed=order)
-            self.heldout = CachedTokens(self.harvester, "heldout", rank, world_size) if args.eval_tokens else None
-        else:
-            if harvester is None:
-                harvester, tokenizer = self._load_harvester(name)
-            check_context_size(harvester.model.config, args.context_size)
-            self.harvester = harvester
-            self.tokens = open_text(args, tokenizer, rank=rank, world_size=world_size)
-            self.heldout = None
-            if args.eval_tokens:
-                self.heldout = open_text(args, tokenizer, heldout=True, rank=rank, world_size=world_size)
+        self.harvester, self.tokens, self.heldout = self._open_activations(name, harvester, tokenizer)
         check_fit(self.config, self.harvester, name)
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
@@ -198,19 +184,28 @@ class CLTTrainer:
     def _skip_bad(self) -> bool:
         return self.args.on_bad_activations == "skip"
 
-    def _load_harvester(self, name: str | None):
-        """A harvester of the language model, and its tokenizer."""
+    def _open_activations(self, name: str | None, harvester: Harvester | None, tokenizer):
+        """What gives activations, and the extraction batches to train and (or None) to evaluate on."""
         args = self.args
-        if name is None:
-            raise ValueError("model=None: give the Hub name or folder of the language model to train on")
-        language_model, tokenizer = load_language_model(
-            name,
-            revision=args.model_revision,
-            dtype=args.model_dtype,
-            trust_remote_code=args.trust_remote_code,
-            device=self.accelerator.device,
-        )
-        return Harvester(language_model, self.config.feature_input_hook, self.config.feature_output_hook), tokenizer
+        share = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        if args.activation_cache is not None:
+            cache = ActivationCache(args.activation_cache)
+            tokens = CachedTokens(cache, "train", **share, seed=args.seed if args.cache_shuffle else None)
+            return cache, tokens, CachedTokens(cache, "heldout", **share) if args.eval_tokens else None
+        if harvester is None:
+            if name is None:
+                raise ValueError("model=None: give the Hub name or folder of the language model to train on")
+            language_model, tokenizer = load_language_model(
+                name,
+                revision=args.model_revision,
+                dtype=args.model_dtype,
+                trust_remote_code=args.trust_remote_code,
+                device=self.accelerator.device,
+            )
+            harvester = Harvester(language_model, self.config.feature_input_hook, self.config.feature_output_hook)
+        check_context_size(harvester.model.config, args.context_size)
+        heldout = open_text(args, tokenizer, heldout=True, **share) if args.eval_tokens else None
+        return harvester, open_text(args, tokenizer, **share), heldout
 
     def _prepare_model(self) -> None:
         """Statistics, and the initial values that come from data."""
@@ -367,16 +362,10 @@ class CLTTrainer:
             self._totals += losses / args.gradient_accumulation_steps
             self.seconds["clt"] += time.perf_counter() - start
         start = time.perf_counter()
-        if self.shard is None:
-            if args.max_grad_norm > 0:
-                clip_grad_norm(accelerator, list(model.parameters()), args.max_grad_norm)
-            fired = accelerator.reduce(fired, "sum")
-        else:
-            self._average_over_replicas([p.grad for p in self.model.parameters() if p.grad is not None])
-            if args.max_grad_norm > 0:
-                clip_sharded_grad_norm(self.model, args.max_grad_norm)
-            if self.layout.replicas is not None:
-                dist.all_reduce(fired, group=self.layout.replicas)
+        self._average_over_replicas()
+        if args.max_grad_norm > 0:
+            clip_grad_norm(accelerator, self.model, args.max_grad_norm)
+        fired = self._sum_over_replicas(fired)
         optimizer.step()
         optimizer.zero_grad()
         if self.shard is not None and self.config.activation_fn == "batchtopk":
@@ -396,13 +385,22 @@ class CLTTrainer:
         for tensor in tensors:
             dist.broadcast(tensor, src=first, group=self.layout.replicas)
 
-    def _average_over_replicas(self, gradients: list[torch.Tensor]) -> None:
-        """Averages the gradients of all processes with the same features, in place."""
+    def _average_over_replicas(self) -> None:
+        """Averages the gradients of all processes with the same features, unless DistributedDataParallel did."""
         if self.layout.replicas is None:
             return
-        for gradient in gradients:
-            gradient /= self.layout.num_replicas
-            dist.all_reduce(gradient, group=self.layout.replicas)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.layout.num_replicas
+                dist.all_reduce(parameter.grad, group=self.layout.replicas)
+
+    def _sum_over_replicas(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes with the same features."""
+        if self.shard is None:
+            return self.accelerator.reduce(counts, "sum")
+        if self.layout.replicas is not None:
+            dist.all_reduce(counts, group=self.layout.replicas)
+        return counts
 
     def _dead(self) -> torch.Tensor | None:
         """
@@ -717,30 +715,26 @@ class CLTTrainer:
         return {**shares, "other": 1 - sum(shares.values())}
 
 
-def clip_grad_norm(accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> None:
+def clip_grad_norm(accelerator, clt: CrossLayerTranscoder, max_norm: float) -> None:
     """
     Scales the gradients to a norm of at most `max_norm`. On a CPU, where looking at the norm costs nothing and writing
     all gradients again much, only when it is larger; on a GPU always, without waiting for the norm.
     """
-    if accelerator.device.type != "cpu":
-        accelerator.clip_grad_norm_(parameters, max_norm)
+    if clt.shard is None and accelerator.device.type != "cpu":
+        accelerator.clip_grad_norm_(clt.parameters(), max_norm)  # which undoes the scaling of float16 as well
         return
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if not norm <= max_norm:  # NaN as well: it shall reach the parameters and stop the run
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    norm = total_grad_norm(clt)
+    if accelerator.device.type != "cpu" or not norm <= max_norm:  # NaN as well: it shall stop the run
+        torch.nn.utils.clip_grads_with_norm_(clt.parameters(), max_norm, norm)
 
 
-def clip_sharded_grad_norm(clt: CrossLayerTranscoder, max_norm: float) -> None:
-    """
-    [`clip_grad_norm`] where several processes share the features: the norm is that of all gradients, in which those of
-    output biases and skips, which every process has, count once.
-    """
+def total_grad_norm(clt: CrossLayerTranscoder) -> torch.Tensor:
+    """The norm of all gradients. Where several share the features, output biases and skips, on each, count once."""
     names = clt.per_feature()
     gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
     of_features = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name in names])
     of_outputs = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name not in names])
-    norm = (sum_over(clt.shard, of_features.square()) + of_outputs.square()).sqrt()
-    torch.nn.utils.clip_grads_with_norm_(clt.parameters(), max_norm, norm)
+    return (sum_over(clt.shard, of_features.square()) + of_outputs.square()).sqrt()
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -4,9 +4,6 @@ files, and whole training runs. One launch for all of it; what runs in it is in 
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,9 +27,10 @@ from hf_clt.sharding import (
 from hf_clt.training.checkpoints import feature_axis, load_shared, shared_file
 from hf_clt.training.setup import check_shard, load_initial_clt, make_layout
 from tests.distributed.feature_parallel_worker import CASES
+from tests.distributed.launch import launch
 
 
-ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("feature_parallel_worker.py")
 SHAPE = {"num_layers": 2, "d_model": 64, "num_features": 48, "k": 6}
 # What each run has beside `ARGUMENTS`: arguments, and fields of the CLT.
 RUNS = {
@@ -57,20 +55,6 @@ ARGUMENTS = {
     "disable_progress_bar": True,
 }
 FROM_DATA = {"normalization_method": "estimated_mean_std", "normalization_file": None, "initial_feature_rate": None}
-
-
-def launch(num_processes: int, folder: Path, runs: dict) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
-    command += [str(num_processes), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/feature_parallel_worker.py"), str(folder), json.dumps(runs)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +86,7 @@ def launched(arguments):
         runs[name] = (make(name, **given, **more), {**SHAPE, **config})
     initial = {"training_steps": 2, "init_from": str(folder / "jumprelu")}
     runs["went on"] = (make("went on", **sharded, **initial), {})
-    launch(2, folder, runs)
+    launch(2, WORKER, str(folder), json.dumps(runs))
     return folder
 
 
@@ -334,7 +318,7 @@ def test_two_groups_of_two(arguments, tmp_path):
     given = {**given, "training_steps": 3, "log_interval": 1, "checkpoint_interval": 0, "eval_interval": 0}
     given |= {"dead_feature_window": 1, "batch_size": 16}
     run = make("two groups", feature_parallel_size=2, **given) | {"output_dir": str(tmp_path / "run")}
-    launch(4, tmp_path, {"run": (run, {**SHAPE, **config})})
+    launch(4, WORKER, str(tmp_path), json.dumps({"run": (run, {**SHAPE, **config})}))
     first, second = (load_file(tmp_path / f"run-batches-{rank}.safetensors") for rank in (0, 2))
     batches = {name: torch.cat([rows, second[name]]) for name, rows in first.items()}
     trainer = train_in_one(make("one", **given) | {"output_dir": str(tmp_path / "one")}, config, batches)

@@ -5,25 +5,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.launch import ROOT, launch
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = [
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
-    "--mixed_precision",
-    "no",
-    "--dynamo_backend",
-    "no",
-]
+
 # What each process leaves behind for the tests to look at.
 WORKER = """
 import json, os, sys
@@ -79,16 +68,7 @@ def launched(tiny_gpt2, small_text_file, tmp_path_factory):
     }
     config = {"num_layers": 2, "d_model": 64, "num_features": 48, "activation_fn": "jumprelu"}
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, str(folder / "worker.py")]
-    done = subprocess.run(
-        [*command, json.dumps([arguments, config, str(folder)])],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(2, folder / "worker.py", json.dumps([arguments, config, str(folder)]))
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     tensors = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
     return folder / "run", ranks, tensors

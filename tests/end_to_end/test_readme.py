@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_clt import CLTTrainer, CLTTrainingArguments
-from hf_clt.training.arguments import build_config
+from hf_clt.training.command_line import build_config
 from scripts import cache_activations
 from scripts.train_clt import main
 

@@ -148,7 +148,7 @@ def test_wrong_input_gives_one_clear_line(harvester, tokens, language_model):
 def test_a_float64_language_model_is_harvested_in_float64(tokens):
     asked = []
 
-    def harvest(batch, dtype):
+    def harvest(batch, dtype, skip_bad):
         asked.append(dtype)
         return (torch.ones(5, 2, 4, dtype=dtype),) * 2
 

@@ -12,7 +12,7 @@ from hf_clt import CLTTrainer
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, packed, unpacked, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import open_text
-from hf_clt.training.arguments import build_config, parse_train_args
+from hf_clt.training.command_line import build_config, parse_train_args
 from scripts import cache_activations
 
 
@@ -189,6 +189,8 @@ def test_a_cache_that_does_not_fit_is_refused(cached, tiny_gpt2, text_file, tmp_
     folder = cached("bfloat16")
     for options, message in (
         (["--context-size", "64"], "context_size=64, but activation_cache"),
+        (["--context-size", "128"], "context_size=128, but activation_cache"),  # the default, but asked for
+        (["--on-bad-activations", "skip"], "has no effect with activation_cache"),
         (["--model", "other/model"], "model='other/model', but activation_cache"),
         (["--dataset", "other.txt"], "dataset='other.txt'"),
         (["--num-layers", "3"], "num_layers=3 does not fit"),

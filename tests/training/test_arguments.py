@@ -12,7 +12,8 @@ import pytest
 from transformers import GPT2Config, Qwen3Config
 
 from hf_clt.configuration_clt import CLT_CONFIG_HELP, CLTConfig
-from hf_clt.training.arguments import CLTTrainingArguments, build_config, parse_train_args
+from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.command_line import build_config, parse_train_args
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_clt.py"

@@ -1,11 +1,14 @@
 """Sweeps: a trial is the run that `scripts/train_clt.py` would make; the language model reads the text once."""
 
+import json
+import weakref
+
 import pytest
 import torch
 
 from hf_clt import CLTTrainer
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.training.arguments import build_config, parse_train_args
+from hf_clt.training.command_line import build_config, parse_train_args
 from hf_clt.training.sweep import (
     arguments_of,
     format_sweep,
@@ -88,6 +91,29 @@ def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(sweep_file, tm
     (same,) = run_sweep(read_sweep(sweep_file)[-1:], records)
     assert len(read_records(records)) == 4
     assert same["group"] == "same" and same["metrics"] == first[0]["metrics"]
+
+
+def test_what_a_trial_leaves(sweep_file, tmp_path):
+    """Its record, which is known although options are added later, and nothing in memory."""
+    records, models = tmp_path / "records.jsonl", []
+
+    def measure(trainer):
+        assert all(model() is None for model in models)
+        models.append(weakref.ref(trainer.model))
+        return {"seen": len(models)}
+
+    trials = read_sweep(sweep_file)[:3]
+    assert [record["seen"] for record in run_sweep(trials, records, measure)] == [1, 2, 3]
+    older = read_records(records)
+    for record in older:
+        del record["resolved"]["stream_retries"]
+    records.write_text("".join(json.dumps(record) + "\n" for record in older))
+    run_sweep(trials, records, measure)
+    assert len(models) == 3
+    older[0]["resolved"]["learning_rate"] = 0.5  # another trial
+    records.write_text("".join(json.dumps(record) + "\n" for record in older))
+    run_sweep(trials, records, measure)
+    assert len(models) == 4
 
 
 def test_a_trial_that_diverges_is_recorded(sweep_file, tmp_path):
