@@ -70,8 +70,9 @@ def to_jumprelu(
         statistics are kept where there are some: θ is in units of h, which folding does not change. What depends on
         the activation function in its configuration (λ, the bandwidth, the auxiliary loss) is jumprelu's default, so
         that training can go on, and `jumprelu_threshold` is the mean θ. Each layer's L0 is kept; the NMSE of a topk
-        CLT with `k_scope="layer"`, which fills up k features on every token, can rise by more than 2 %, which
-        thresholds alone do not mend: `nmse_kept` says so.
+        CLT with `k_scope="layer"`, which fills up k features on every token, can rise by more than 2 %, which no
+        thresholds mend: `nmse_kept` says so. Some further updates as batchtopk, begun from the result, do
+        (docs/results.md); with `per="layer"` that one's calibration changes nothing.
 
         And the figures on these tokens: `before` and `after`, each what [`MetricSums.compute`] gives; `num_tokens`;
         `nmse_change` and `l0_change_per_layer`, relative to the original; `l0_kept`, whether each layer's L0 changed
@@ -341,6 +342,11 @@ def format_calibration(figures: dict) -> str:
     lines.append(f"L0: {verdict} {L0_TOLERANCE:.0%} in every layer (largest change {percent(worst)})")
     verdict = "within" if figures["nmse_kept"] else "NOT within"
     lines.append(f"NMSE: {verdict} {NMSE_TOLERANCE:.0%} of the original ({percent(figures['nmse_change'])})")
+    if not figures["nmse_kept"]:
+        lines.append(
+            "  To mend it, train this jumprelu CLT (thresholds per layer) for some updates with --init-from CLT "
+            "--activation-fn batchtopk, and calibrate what comes out: docs/results.md"
+        )
     lines.append(f"measured on {figures['num_tokens']:,} held-out tokens, those of the calibration")
     return "\n".join(lines)
 
