@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..configuration_clt import TOPK_FAMILY
 from ..harvest.harvester import Harvester, load_language_model
@@ -27,7 +28,17 @@ from ..training.setup import make_optimizer, prepare_cpu
 from ..training.trainer import CLTTrainer
 from .cases import Case
 from .dense_reference import dense_losses
-from .machine import device_name, measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize, versions
+from .estimate import flops_per_token
+from .machine import (
+    best_seconds,
+    device_name,
+    measure_rates,
+    memory_in_use,
+    peak_memory,
+    reset_peak_memory,
+    synchronize,
+    versions,
+)
 
 
 PHASES = ("forward", "backward", "optimizer")
@@ -322,20 +333,24 @@ class _Timed(CLTTrainer):
         pass
 
 
-def end_to_end(case: Case, source: Source, statistics: str) -> dict:
+def end_to_end(case: Case, source: Source, statistics: str | None) -> dict:
     """
     Trains with the trainer as users run it: language model, buffer, CLT, logging; no evaluation and no checkpoint.
 
     Args:
         case: The shape of the CLT.
         source: The language model and the text.
-        statistics: A file written by [`harvest`].
+        statistics: A file written by [`harvest`]; None: the activations are not normalised.
 
     Returns:
         `dict`: `tokens_per_second` trained on, from the first fill of the buffer to the last step. The language
         model's time on tokens that are left in the buffer at the end is taken off. `language_model_share` and
-        `clt_share` of that time.
+        `clt_share` of that time. `peak_bytes` beyond what was in use before anything was loaded, `buffer_batches`,
+        and `model_dtype`, the language model's format.
     """
+    device = torch.device(case.device)
+    before = memory_in_use(device)
+    reset_peak_memory(device)
     per_harvest = source.prompts * (source.context_size - 1)
     args = {
         "model": source.model,
@@ -346,7 +361,7 @@ def end_to_end(case: Case, source: Source, statistics: str) -> dict:
         "n_batches_in_buffer": max(2, -(-2 * case.tokens // per_harvest)),
         "batch_size": case.tokens,
         "eval_tokens": 0,
-        "normalization_method": "mean_std",
+        "normalization_method": "none" if statistics is None else "mean_std",
         "normalization_file": statistics,
         "initial_feature_rate": 0.0 if case.activation_fn in TOPK_FAMILY else case.l0 / case.num_features,
         "clt_dtype": case.dtype,
@@ -363,7 +378,8 @@ def end_to_end(case: Case, source: Source, statistics: str) -> dict:
     with TemporaryDirectory() as folder:
         trainer = _Timed(CLTTrainingArguments(output_dir=folder, **args), case.config())
         trainer.train()
-        synchronize(torch.device(case.device))
+        synchronize(device)
+    peak = peak_memory(device)
     trained, unread = source.end_to_end_steps * case.tokens, trainer.buffer.num_unread
     seconds = trainer.seconds
     spare = seconds["language_model"] * unread / (trained + unread)
@@ -373,7 +389,34 @@ def end_to_end(case: Case, source: Source, statistics: str) -> dict:
         "steps": source.end_to_end_steps,
         "language_model_share": (seconds["language_model"] - spare) / total,
         "clt_share": seconds["clt"] / total,
+        "peak_bytes": None if peak is None else peak - before,
+        "buffer_batches": args["n_batches_in_buffer"],
+        "model_dtype": str(trainer.harvester.model.dtype).removeprefix("torch."),
     }
+
+
+def measure_language_model(config: dict, prompts: int, context_size: int, device: str, dtype: str) -> dict:
+    """
+    How fast a language model with random weights gives activations.
+
+    Args:
+        config: `model_type` and shape, as of `AutoConfig.for_model`.
+        prompts, context_size: Blocks of a forward pass, and tokens of each.
+        device: Where it runs.
+        dtype: Format of its weights.
+
+    Returns:
+        `dict`: `flops_per_second`, the operations of [`flops_per_token`] over the fastest of several passes.
+    """
+    if torch.device(device).type == "cpu":
+        prepare_cpu()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=getattr(torch, dtype))
+    harvester = Harvester(model.to(device).eval())
+    ids = torch.randint(model.config.vocab_size, (prompts, context_size))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "counted": torch.ones_like(ids).bool()}
+    fastest = best_seconds(lambda: harvester.harvest(batch), torch.device(device), at_least=2.0)
+    return {"flops_per_second": flops_per_token(model, context_size) * ids.numel() / fastest}
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
@@ -384,7 +427,8 @@ def measure(job: dict) -> dict:
     Does one job.
 
     Args:
-        job: `kind` ("machine", "step", "harvest" or "end_to_end") and the arguments of the function of that kind.
+        job: `kind` ("machine", "step", "harvest", "end_to_end" or "language_model") and the arguments of the function
+            of that kind.
     """
     arguments = {name: value for name, value in job.items() if name != "kind"}
     if "case" in arguments:
@@ -394,7 +438,12 @@ def measure(job: dict) -> dict:
     if job["kind"] == "machine":
         case = arguments["case"]
         return {"device": device_name(case.device), "versions": versions(), "rates": measure_rates(**arguments)}
-    functions = {"step": measure_step, "harvest": harvest, "end_to_end": end_to_end}
+    functions = {
+        "step": measure_step,
+        "harvest": harvest,
+        "end_to_end": end_to_end,
+        "language_model": measure_language_model,
+    }
     return functions[job["kind"]](**arguments)
 
 

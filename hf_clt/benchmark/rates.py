@@ -1,0 +1,176 @@
+"""
+Rates of this machine for [`hf_clt.benchmark.estimate`], solved from small measured steps; and the estimates beside
+measured runs of other shapes.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+
+from .cases import Case
+from .estimate import LanguageModel, Plan, memory, seconds, solve_rates
+from .measure import PHASES, Source
+from .run import measure_in_process
+
+
+# Each differs from the first in what one of the rates depends on.
+CALIBRATION = [
+    {},
+    {"tokens": 2048},
+    {"num_features": 8192},
+    {"d_model": 512},
+    {"num_layers": 16},
+    {"l0": 64},
+    {"num_layers": 4, "tokens": 1024, "l0": 32},
+    {"d_model": 384, "num_features": 2048, "tokens": 1024},
+    {"num_layers": 12, "num_features": 2048, "tokens": 256},
+]
+SMALL = {"num_layers": 8, "d_model": 256, "num_features": 4096, "tokens": 512, "l0": 16}
+# What the estimates are compared with: other shapes, larger ones among them.
+CHECKS = [
+    {"num_layers": 6, "d_model": 256, "num_features": 8192, "tokens": 512, "l0": 32},
+    {"num_layers": 12, "d_model": 384, "num_features": 4096, "tokens": 1024, "l0": 24},
+    {"num_layers": 10, "d_model": 576, "num_features": 3072, "tokens": 1536, "l0": 16},
+    {"num_layers": 24, "d_model": 256, "num_features": 2048, "tokens": 512, "l0": 32},
+    {"num_layers": 12, "d_model": 768, "num_features": 6144, "tokens": 512, "l0": 32},
+]
+# A language model with random weights, whose speed gives the rate for all.
+PROBE = {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
+PROBE |= {"num_key_value_heads": 4, "intermediate_size": 1408, "vocab_size": 4096}
+
+
+def plan_of(case: Case, run: dict | None = None) -> Plan:
+    """The plan of a benchmark's case; with what was listed in it, once it has run."""
+    return Plan(
+        config=case.config(),
+        batch_size=case.tokens,
+        l0=case.l0,
+        listed=None if run is None else sum(run["listed_last"]) / case.num_layers,
+        clt_dtype=case.dtype,
+        product_dtype=case.product_dtype,
+        optimizer=case.optimizer,
+        buffer_batches=1,  # a benchmark has no buffer
+        buffer_on_device=False,
+    )
+
+
+def measure_rates(
+    base: Case, say: Callable[[str], None] = lambda text: None, measure: Callable[[dict], dict] = measure_in_process
+) -> tuple[dict[str, float], list[dict]]:
+    """
+    Measures steps of the shapes of [`CALIBRATION`] and solves for the rates.
+
+    Args:
+        base: Gives what is not the shape: activation function, formats, device, optimizer.
+        say: Gets a line before each measurement.
+        measure: Does a job of [`hf_clt.benchmark.measure`].
+
+    Returns:
+        `tuple[dict, list]`: The rates that [`seconds`] takes, those of a language model too; and the measured steps
+        beside what the rates give for them, see [`compare_step`].
+    """
+    cases = [Case(**{**asdict(base), **SMALL, **change}) for change in CALIBRATION]
+    runs = []
+    for number, case in enumerate(cases, start=1):
+        say(f"calibration {number} of {len(cases)}")
+        runs.append(measure({"kind": "step", "case": case.to_dict(), "side": "ours"}))
+    plans = [plan_of(case, run) for case, run in zip(cases, runs, strict=True)]
+    rates = solve_rates(plans, [{phase: median(run[phase]) for phase in PHASES} for run in runs])
+    say("language model")
+    probe = {"config": PROBE, "prompts": 8, "context_size": 128, "device": base.device, "dtype": base.dtype}
+    rates["language_model"] = measure({"kind": "language_model", **probe})["flops_per_second"]
+    rates["shared"] = rates["averaged"] = float("inf")  # one process exchanges nothing
+    return rates, [compare_step(case, run, rates) for case, run in zip(cases, runs, strict=True)]
+
+
+def check_estimates(
+    base: Case,
+    rates: dict[str, float],
+    say: Callable[[str], None] = lambda text: None,
+    measure: Callable[[dict], dict] = measure_in_process,
+) -> list[dict]:
+    """Measures the shapes of [`CHECKS`], none of which the rates come from; see [`compare_step`]."""
+    rows = []
+    for number, change in enumerate(CHECKS, start=1):
+        case = Case(**{**asdict(base), **change})
+        say(f"check {number} of {len(CHECKS)}")
+        rows.append(compare_step(case, measure({"kind": "step", "case": case.to_dict(), "side": "ours"}), rates))
+    return rows
+
+
+def check_run(
+    base: Case,
+    source: Source,
+    language_model: LanguageModel,
+    rates: dict[str, float],
+    measure: Callable[[dict], dict] = measure_in_process,
+) -> dict:
+    """
+    Measures a run of the trainer on a language model, with all that belongs to it, beside the estimate.
+
+    Returns:
+        `dict` as of [`compare_step`]; the time is that of an update with the language model's share of it.
+    """
+    case = Case(**{**asdict(base), "num_layers": language_model.num_layers, "d_model": language_model.d_model})
+    run = measure({"kind": "end_to_end", "case": case.to_dict(), "source": asdict(source), "statistics": None})
+    plan = Plan(
+        config=case.config(),
+        language_model=language_model,
+        batch_size=case.tokens,
+        l0=case.l0,
+        clt_dtype=case.dtype,
+        model_dtype=run["model_dtype"],
+        optimizer=case.optimizer,
+        context_size=source.context_size,
+        prompts=source.prompts,
+        buffer_batches=run["buffer_batches"],
+    )
+    return compared(case, plan, case.tokens / run["tokens_per_second"], run["peak_bytes"], rates) | {
+        "source": source.model
+    }
+
+
+def compare_step(case: Case, run: dict, rates: dict[str, float]) -> dict:
+    """
+    A measured step beside its estimate.
+
+    Returns:
+        `dict`: `case`; `seconds` and `bytes`, each `{"measured", "estimated", "error"}`, where the error is relative.
+        Estimated with the number of listed features that was measured, which is no matter of the formulas.
+    """
+    measured = sum(median(run[phase]) for phase in PHASES)
+    return compared(case, plan_of(case, run), measured, run["peak_bytes"], rates)
+
+
+def compared(case: Case, plan: Plan, measured_seconds: float, measured_bytes: int | None, rates: dict) -> dict:
+    figures = {"seconds": (measured_seconds, seconds(plan, rates)["total"])}
+    if measured_bytes is not None:
+        figures["bytes"] = (measured_bytes, memory(plan)["total"])
+    return {"case": case.to_dict()} | {
+        name: {"measured": measured, "estimated": estimated, "error": estimated / measured - 1}
+        for name, (measured, estimated) in figures.items()
+    }
+
+
+def format_checks(rows: list[dict]) -> str:
+    """Measured beside estimated, as a Markdown table."""
+    lines = ["| L, D, F, N, active | time: measured, estimated | error | memory: measured, estimated | error |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows:
+        case = row["case"]
+        shape = ", ".join(str(case[name]) for name in ("num_layers", "d_model", "num_features", "tokens", "l0"))
+        name = f"{shape}, with its language model" if "source" in row else shape
+        time, size = row["seconds"], row.get("bytes")
+        cells = [
+            name,
+            f"{time['measured'] * 1000:,.0f} ms, {time['estimated'] * 1000:,.0f} ms",
+            f"{time['error']:+.1%}",
+        ]
+        cells += ["", ""] if size is None else []
+        if size is not None:
+            cells += [f"{size['measured'] / 1e9:.2f} GB, {size['estimated'] / 1e9:.2f} GB", f"{size['error']:+.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+__all__ = ["check_estimates", "check_run", "compare_step", "format_checks", "measure_rates", "plan_of"]

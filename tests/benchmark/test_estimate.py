@@ -1,0 +1,184 @@
+"""What a run needs, on paper: counted sizes against real ones, counts by hand, and rates that are found again."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_clt import CLTConfig, CLTTrainingArguments, CrossLayerTranscoder
+from hf_clt.benchmark import estimate, rates
+from hf_clt.benchmark.cases import Case
+from hf_clt.benchmark.estimate import SHAPES, LanguageModel, Plan, memory, seconds, solve_rates, work
+from hf_clt.benchmark.measure import optimizer_bytes
+from hf_clt.benchmark.run import measure_in_process
+from hf_clt.training.setup import make_optimizer
+from scripts import estimate_clt
+
+
+def make_config(**kwargs):
+    return CLTConfig(
+        **{"num_layers": 3, "d_model": 8, "num_features": 16, "activation_fn": "batchtopk", "k": 4, **kwargs}
+    )
+
+
+LM = LanguageModel(num_layers=3, d_model=8, num_parameters=1000, flops_per_token=500.0, intermediate_size=32)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "adam_compact"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"activation_fn": "jumprelu"}, {"decoder_tying": "per_source"}, {"decoder_tying": "per_target"}]
+    + [{"skip_connection": True}, {"decoder_reach": 1}],
+    ids=str,
+)
+def test_the_state_is_that_of_a_real_run(kwargs, optimizer):
+    plan = Plan(make_config(**kwargs), l0=4, optimizer=optimizer)
+    clt = CrossLayerTranscoder(plan.config)
+    made = make_optimizer(clt, CLTTrainingArguments(optimizer=optimizer))
+    clt(torch.randn(5, 3, 8), labels=torch.randn(5, 3, 8)).loss.backward()
+    made.step()
+    parts = memory(plan)
+    assert parts["parameters"] == sum(p.numel() * 4 for p in clt.parameters())
+    assert parts["gradients"] == sum(p.grad.numel() * 4 for p in clt.parameters() if p.grad is not None)
+    steps = sum(4 for state in made.state.values() if "step" in state)
+    assert parts["optimizer"] == optimizer_bytes(made) - steps
+
+
+def test_n_processes_hold_a_share_each():
+    plan = Plan(make_config(num_features=64), LM, processes=8, feature_parallel_size=1, l0=4)
+    whole, quarter = memory(plan), memory(replace(plan, feature_parallel_size=4))
+    biases = 3 * 8 * 4  # of the decoders: every process has them
+    for name, copies in (("parameters", 1), ("gradients", 1), ("optimizer", 2)):
+        assert quarter[name] - copies * biases == (whole[name] - copies * biases) / 4
+    assert quarter["language_model"] == whole["language_model"] == 2000
+
+
+def test_counts_by_hand():
+    # 3 layers of 16 features, width 8; targets 3 + 2 + 1; 2 processes with 10 tokens each share the features.
+    plan = Plan(make_config(), LM, processes=4, feature_parallel_size=2, batch_size=10, l0=4)
+    counts = work(plan)
+    assert counts["products"] == 2 * 20 * 8 * 8 * 3
+    assert counts["select"] == 4 * 20 * 8 * 3
+    assert counts["gather"] == 20 * 2 * 6 * 8 * 4  # two of the four active features are here
+    assert counts["norms"] == 0  # top-k has no sparsity loss
+    parameters = 3 * 8 * 8 + 3 * 8 + 8 * 6 * 8 + 3 * 8
+    assert counts["gradients"] == 4 * parameters
+    assert counts["update"] == 7 * 4 * parameters
+    assert counts["language_model"] == 5000  # its own tokens only
+    assert counts["shared"] == 20 * 3 * 8 * (2 * 4 + 8) / 2
+    assert counts["averaged"] == 4 * parameters  # ring over 2 replicas
+    one = work(replace(plan, processes=1, feature_parallel_size=1))
+    assert one["shared"] == one["averaged"] == 0
+    assert work(Plan(make_config(activation_fn="jumprelu"), l0=4))["norms"] == 16 * 6 * 8 * 4
+    assert work(Plan(make_config(activation_fn="jumprelu", sparsity_lambda=0), l0=4))["norms"] == 0
+    assert work(Plan(make_config(decoder_reach=1), batch_size=10, l0=4))["gather"] == 10 * 4 * 3 * 8 * 4
+
+
+def test_jumprelu_lists_more_than_is_active():
+    plan = Plan(make_config(activation_fn="jumprelu"), l0=4)
+    assert plan.listed_per_layer == 4 * estimate.WINDOW
+    assert replace(plan, listed=5).listed_per_layer == 5
+    assert replace(plan, l0=15).listed_per_layer == 16  # there are no more
+
+
+def test_rates_are_found_again():
+    plans = [
+        rates.plan_of(Case(**{**rates.SMALL, **change, "activation_fn": "jumprelu"})) for change in rates.CALIBRATION
+    ]
+    true = {"products": 1e11, "select": 2e10, "gather_forward": 3e9, "norms_forward": 5e9}
+    true |= {"gather_backward": 2e9, "gradients": 1e10, "norms_backward": 4e9, "update": 2e10}
+    true |= {"language_model": math.inf, "shared": math.inf, "averaged": math.inf}
+    measured = [seconds(plan, true) for plan in plans]
+    found = solve_rates(plans, measured)
+    for name, rate in found.items():
+        assert rate == pytest.approx(true[name], rel=1e-5)
+    # What would take a negative time is left out, and the rest stays positive.
+    for row, plan in zip(measured, plans, strict=True):
+        row["forward"] -= work(plan)["select"] / 1e10
+    found = solve_rates(plans, measured)
+    assert found["select"] == math.inf and all(rate > 0 for rate in found.values())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_known_language_models_are_as_their_authors_say(name):
+    billions = {"gpt2": 0.124, "Llama-3.2-1B": 1.236, "gemma-2-2b": 2.614, "Llama-3.1-8B": 8.030}
+    model = estimate.read_language_model(name, 128)
+    assert model.num_parameters / 1e9 == pytest.approx(billions[name.partition("/")[2]], abs=5e-4)
+
+
+def test_operations_of_a_language_model(tiny_gpt2):
+    model = estimate.read_language_model(tiny_gpt2, 32)
+    config = AutoConfig.from_pretrained(tiny_gpt2)
+    real = AutoModelForCausalLM.from_config(config)
+    blocks = sum(p.numel() for p in real.transformer.h.parameters())
+    assert model.flops_per_token == 2 * blocks + config.num_hidden_layers * 2 * config.hidden_size * 32
+    assert model.num_parameters == sum(p.numel() for p in real.parameters())
+
+
+def test_memory_of_a_measured_step():
+    # Resident memory of a small process: allocators round, hence 15 %; docs/scale.md has larger shapes.
+    case = Case(num_layers=6, d_model=256, num_features=4096, tokens=1024, l0=32, activation_fn="topk", steps=1)
+    run = measure_in_process({"kind": "step", "case": case.to_dict(), "side": "ours"})
+    if run["peak_bytes"] is None:
+        pytest.skip("the system does not say how much memory a process takes")
+    row = rates.compare_step(case, run, dict.fromkeys([n for p in estimate.PHASES.values() for n in p.values()], 1e9))
+    assert row["bytes"]["error"] == pytest.approx(0, abs=0.15)
+
+
+def test_the_fewest_processes_that_fit():
+    plan = Plan(make_config(num_features=64), LM, processes=8, batch_size=8, l0=4)
+    sizes = {n: memory(replace(plan, feature_parallel_size=n))["total"] for n in (1, 2, 4, 8)}
+    assert estimate.smallest_that_fits(plan, sizes[1]).feature_parallel_size == 1
+    assert estimate.smallest_that_fits(plan, sizes[1] - 1).feature_parallel_size == 2
+    assert estimate.smallest_that_fits(plan, 1000) is None
+    fitting = estimate.smallest_that_fits(plan, sizes[1] - 1, tokens_at_once=8)
+    assert (fitting.feature_parallel_size, fitting.batch_size) == (2, 4)
+
+
+def test_the_script_plans(capsys):
+    argv = ["--model", "openai-community/gpt2", "--num-features", "6144", "--processes", "8"]
+    assert estimate_clt.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "12 layers, width 768, 6,144 features" in out and "modelled, not measured" in out
+    assert "a CLT on 1 of them" in out and "hours for 1,000,000,000 tokens" in out
+    assert estimate_clt.main(["--scale"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n| ") == len(SHAPES) * 6 and "does not fit" in out
+
+
+def test_the_script_takes_measured_rates(tiny_gpt2, tmp_path, capsys):
+    file = tmp_path / "rates.json"
+    names = [name for parts in estimate.PHASES.values() for name in parts.values()]
+    file.write_text(json.dumps({"device": "a slow one", "rates": {**dict.fromkeys(names, 1e6), "shared": None}}))
+    argv = ["--model", tiny_gpt2, "--num-features", "64", "--l0", "4", "--device", "cpu", "--rates", str(file)]
+    assert estimate_clt.main(argv) == 0
+    assert "rates measured on a slow one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], ["model is missing", "--scale"]),
+        (["--model", "./no/such/model"], ["./no/such/model", "openai-community/gpt2"]),
+        (["--model", "openai-community/gpt2", "--device", "cpu"], ["device='cpu'", "--rates"]),
+        (["--model", "openai-community/gpt2", "--processes", "0"], ["processes=0"]),
+        (["--model", "openai-community/gpt2", "--l0", "0"], ["l0=0"]),
+        (["--model", "openai-community/gpt2", "--processes", "6", "--feature-parallel-size", "4"], ["4", "6"]),
+        (["--model", "openai-community/gpt2", "--processes", "2", "--num-features", "15", "--l0", "3"]
+         + ["--feature-parallel-size", "2"], ["num_features=15"]),
+        (["--model", "meta-llama/Llama-3.1-8B"], ["processes=1", "adam_compact"]),
+        (["--model", "openai-community/gpt2", "--device", "TPU"], ["--device", "TPU"]),
+        (["--calibrate", "x.json", "--dataset", "text.txt"], ["--model", "--dataset"]),
+        (["--model", "openai-community/gpt2", "--rates", "no/such/file.json"], ["no/such/file.json"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)  # fmt: skip
+def test_wrong_options_give_one_line(argv, expected, capsys):
+    assert estimate_clt.main(argv) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for text in expected:
+        assert text in lines[0]
