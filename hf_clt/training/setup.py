@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ..checkpoint_format import remove_release
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
@@ -48,6 +48,8 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
+        # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if launched != accelerator.num_processes:
         raise ValueError(
