@@ -129,7 +129,7 @@ def rows(output: Path) -> list[dict]:
 
 
 def compared(folder: Path, output: Path, single: Path) -> dict[str, float]:
-    """Largest differences to the single run: of parameters, of the losses of all updates, and of metrics on held-out tokens."""
+    """Largest differences to the single run: parameters, losses of all updates, metrics on held-out tokens."""
     found, expected = (CrossLayerTranscoder.from_pretrained(path) for path in (output, single))
     weights = expected.state_dict()
     gaps = [(found.state_dict()[n] - w).abs().max() / w.abs().max() for n, w in weights.items() if w.abs().max() > 0]
