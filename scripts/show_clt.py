@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from hf_clt import CLTConfig
@@ -31,10 +32,7 @@ def last_evaluation(folder: Path) -> dict:
     raise ValueError(f"no evaluation in {path}; give the output folder of a run of scripts/train_clt.py")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="the output folder of a run of scripts/train_clt.py")
-    folder = parser.parse_args(argv).folder
+def show(folder: Path) -> None:
     metrics = last_evaluation(folder)
     config = CLTConfig.from_pretrained(folder)
     print(
@@ -45,5 +43,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"The CLT is in {folder.resolve()}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the output folder of a run of scripts/train_clt.py")
+    try:
+        show(parser.parse_args(argv).folder)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

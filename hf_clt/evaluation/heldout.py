@@ -92,7 +92,13 @@ def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
     if options.clt_dtype is not None:
         kwargs["dtype"] = DTYPES[options.clt_dtype]
     device = chosen_device(options.device)
-    return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
+    try:
+        return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"CLT {str(options.clt)!r} cannot be loaded; give a folder that holds one, or its name on the Hub ({reason})"
+        ) from error
 
 
 def chosen_device(name: str | None) -> torch.device:
