@@ -97,7 +97,7 @@ def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"CLT {str(options.clt)!r} cannot be loaded; give a folder that holds one, or its name on the Hub ({reason})"
+            f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({reason})"
         ) from error
 
 
