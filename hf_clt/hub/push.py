@@ -74,7 +74,7 @@ def release_files(folder: str | Path) -> list[Path]:
     The files of a release, and nothing else of its folder (training checkpoints, logs).
 
     Raises:
-        `ValueError`: The folder is no release, or a file that its index names is missing.
+        `ValueError`: The folder is no release, or a file that its index names is missing or no safetensors file.
     """
     folder = Path(folder)
     for required in ("config.json", INDEX_FILE):
@@ -87,6 +87,9 @@ def release_files(folder: str | Path) -> list[Path]:
     if (folder / CIRCUIT_TRACER_FILE).is_file():
         names.append(CIRCUIT_TRACER_FILE)
     missing = [name for name in names if not (folder / name).is_file()]
+    others = [name for name in weight_map.values() if not name.endswith(".safetensors")]
+    if others:
+        raise ValueError(f"{others[0]} in {folder} is no safetensors file, as all that is pushed; save the CLT again")
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX_FILE} names; save the CLT again")
     return [folder / name for name in names]
@@ -250,10 +253,8 @@ def _clear_errors(repo_id: str | None, token: str | None, revision: str | None):
             ) from error
         raise
     except (HTTPError, RuntimeError) as error:
-        # The client wraps what cuts an upload into a RuntimeError, which names the file.
-        reason = error if isinstance(error, HTTPError) else error.__cause__
-        if not isinstance(reason, HTTPError):
-            raise
+        # The client wraps what cuts an upload into a RuntimeError; that of Xet storage raises one itself.
+        reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
         raise ConnectionError(
             f"the Hub cannot be reached, or the connection was cut ({type(reason).__name__}: {reason}); try again:"
             " what reached the Hub is not sent again"

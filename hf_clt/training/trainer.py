@@ -330,13 +330,13 @@ class CLTTrainer:
         self._read_clocks()
         with self._checkpoint_on_failure(optimizer):
             self._release()
-        if args.push_to_hub:
-            self._push()
         if self.buffer.skipped_tokens:
             logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
         accelerator.wait_for_everyone()
         if args.report_to:
             accelerator.end_training()
+        if args.push_to_hub:  # last, so that no process waits for the upload of another until it times out
+            self._push()
         return self.model
 
     def _update(self, model, optimizer, batches) -> tuple[dict, CLTOutput, float]:

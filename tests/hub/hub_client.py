@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import random
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,7 @@ from transformers import AutoModel
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.hub import BackgroundPush, check_push_access, push_folder, push_to_hub, save_model_card
 from hf_clt.hub.flat_code import AUTO_MAP, CODE_FILE, flat_code
+from hf_clt.training.command_line import parse_train_args
 from tests.hub.test_model_card import tiny_language_model
 
 
@@ -371,6 +374,10 @@ def check_an_incomplete_folder_is_refused_before_anything_is_sent(work):
         push_folder(broken, "tester/broken", token=TOKEN)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         push_folder(work, "tester/broken", token=TOKEN)
+    index = broken / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("W_dec_1.safetensors", "W_dec_1.bin"))
+    with pytest.raises(ValueError, match=r"W_dec_1\.bin in .* is no safetensors file"):
+        push_folder(broken, "tester/broken", token=TOKEN)
     assert not API.repo_exists("tester/broken")
 
 
@@ -393,7 +400,7 @@ def check_background_push(work):
 
 
 def check_pull_with_options(work):
-    """pull: subfolder, dtype, device_map, and AutoModel with a revision"""
+    """pull: subfolder, dtype, device_map, lazy, and AutoModel with a revision"""
     clt = make_clt(seed=3)
     clt.save_pretrained(work / "sub")
     API.create_repo("tester/folders")
@@ -402,6 +409,7 @@ def check_pull_with_options(work):
     for loaded in (
         pull("tester/folders", work, subfolder="clts/a"),
         pull("tester/folders", work, subfolder="clts/a", device_map="auto"),
+        pull("tester/folders", work, subfolder="clts/a", lazy=True),
         AutoModel.from_pretrained("tester/folders", subfolder="clts/a", revision="old", cache_dir=work / "auto"),
     ):
         assert type(loaded) is CrossLayerTranscoder and same_encoder(loaded, clt)
@@ -707,6 +715,33 @@ def check_going_on_with_a_published_clt(work):
     pushed = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert f"Measured on {measured['num_tokens']:,} held-out tokens" in card.content
     assert measured["nmse"] == pytest.approx(pushed["nmse"], rel=1e-3)
+
+
+def check_the_documentation(work):
+    """every Python snippet of docs/hub.md, one after another; its commands are understood"""
+    text = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8").replace("user/", "tester/docs-")
+    text = text.replace("num_layers=12, d_model=768, num_features=6144", "num_layers=4, d_model=8, num_features=16")
+    text = text.replace("12, 768)", "4, 8)")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {}
+    with logged_in(), contextlib.chdir(work), contextlib.redirect_stdout(SAID):
+        make_clt().save_pretrained("clt-gpt2")
+        for kind, block in blocks:
+            if kind == "python":
+                exec(compile(block, "docs/hub.md", "exec"), names)
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                program, script, *words = shlex.split(line)
+                assert program == "python" and (ROOT / script).is_file()
+                if script == "scripts/push_clt.py":
+                    assert run_script("push_clt", *words)[0] == 0
+                elif script == "scripts/train_clt.py":
+                    args, _ = parse_train_args(words)
+                    assert args.push_to_hub or args.init_from
+                else:
+                    assert runpy.run_path(str(ROOT / script))["make_parser"]().parse_args(words).dataset
+    assert names["acts"][..., [0, 3], :].count_nonzero() and names["written"].shape == names["inputs"].shape
+    assert names["lazy"].lazy and type(names["clt"]).__module__ == "hf_clt.modeling_clt"
 
 
 def check_no_token_was_written_anywhere(work):

@@ -34,4 +34,3 @@ def test_the_table_has_every_case_once(client):
     rows = [json.loads(line) for line in client.stdout.splitlines()]
     lines = as_table(rows).splitlines()[2:]
     assert len(lines) == len(CHECKS) == len({row["case"] for row in rows})
-    assert all(row["requests"] > 0 or "token" in row["case"] for row in rows)
