@@ -4,6 +4,8 @@ import logging
 import threading
 from pathlib import Path
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
 from .push import push_folder
 
 
@@ -48,6 +50,9 @@ class BackgroundPush:
             self._thread.join()
 
     def _push(self, folder, commit_message):
+        shows_bars = not are_progress_bars_disabled()
+        if shows_bars:
+            disable_progress_bars()  # of uploads, which would be drawn over the bar of the training
         try:
             info = push_folder(folder, self.repo_id, commit_message=commit_message, **self.kwargs)
         except Exception as error:
@@ -55,6 +60,9 @@ class BackgroundPush:
             logger.warning("%s: pushing %r failed, training goes on (%s)", self.repo_id, commit_message, reason)
         else:
             logger.info("%s: pushed %r as %s", self.repo_id, commit_message, info.oid)
+        finally:
+            if shows_bars:
+                enable_progress_bars()
 
 
 __all__ = ["BackgroundPush"]

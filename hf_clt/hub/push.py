@@ -216,7 +216,11 @@ def _operations(api, repo_id, head, uploads, say_kept) -> list:
     operations = list(uploads)
     if "README.md" in present and "README.md" in uploaded and _readme_is_edited(api, repo_id, head.sha):
         if say_kept:
-            logger.warning("the README.md of %s was edited by hand and is kept", repo_id)
+            logger.warning(
+                "the README.md of %s was edited by hand and is kept; to replace it: hf upload %s README.md",
+                repo_id,
+                repo_id,
+            )
         operations = [operation for operation in operations if operation.path_in_repo != "README.md"]
     return operations + [
         CommitOperationDelete(path_in_repo=name, is_folder=False)

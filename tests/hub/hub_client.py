@@ -127,6 +127,15 @@ def check_push_and_pull(work):
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {"nmse": 0.25, "l0": 8.0}
 
 
+def check_a_larger_one(work):
+    """push and pull 12 layers in 24 files, 94 MB"""
+    clt = make_clt(num_layers=12, seed=9, d_model=128, num_features=2048)
+    push_to_hub(clt, "tester/larger", token=TOKEN)
+    loaded = pull("tester/larger", work).state_dict()
+    weights = [name for name in loaded if name.endswith("weight")]
+    assert len(weights) == 24 and all(torch.equal(loaded[name], clt.state_dict()[name]) for name in weights)
+
+
 def check_the_same_again_is_no_commit(work):
     """push what is there already: no weight is sent, no commit made"""
     clt = make_clt(seed=7, **LARGE)
@@ -517,7 +526,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-cache, *names = sys.argv[1:]
+cache, saved, *names = sys.argv[1:]
 try:
     AutoModel.from_pretrained(names[0], cache_dir=cache, trust_remote_code=False)
 except ValueError as error:
@@ -541,6 +550,15 @@ except ImportError as error:
 else:
     raise AssertionError("pushing needs hf_clt")
 assert not [name for name in sys.modules if name.startswith("hf_clt.")]
+
+# Where it is installed and merely not imported, what needs it finds it.
+del sys.modules["hf_clt"]
+clt.save_pretrained(saved)
+from hf_clt import CrossLayerTranscoder
+
+with torch.no_grad():
+    again = CrossLayerTranscoder.from_pretrained(saved)(expected["inputs"]).reconstruction
+assert torch.equal(again, expected["reconstruction"])
 """
 
 
@@ -571,7 +589,8 @@ def check_code_in_the_repository(work):
         save_file(expected, work / f"{name.replace('/', '-')}.safetensors")
         names.append(name)
     assert f'AutoModel.from_pretrained("{names[0]}", trust_remote_code=True)' in ModelCard.load(names[0]).content
-    run_python(WITHOUT_HF_CLT, work, *names)
+    run_python(WITHOUT_HF_CLT, work, work / "saved-there", *names)
+    assert "auto_map" not in json.loads((work / "saved-there" / "config.json").read_text())
 
     # With hf_clt its own class is taken, and what is saved then does not point to code that is not there.
     loaded = AutoModel.from_pretrained(names[0], cache_dir=work / "auto")
@@ -648,8 +667,32 @@ def check_training_pushes(work):
         card = ModelCard.load("tester/trained").content
         assert f"Measured on {trainer.evaluate()['num_tokens']:,} held-out tokens" in card
         assert trainer.push_to_hub(tag="final").oid == commits[0].commit_id  # nothing new: no commit, but a tag
+    alone = CLTTrainingArguments(**options, output_dir=str(work / "alone"))  # pushing changes nothing of the training
+    same = CLTTrainer(alone, CLTConfig.from_dict({**config.to_dict(), "base_model_name_or_path": None})).train()
+    assert all(torch.equal(value, clt.state_dict()[name]) for name, value in same.state_dict().items())
     assert not (work / "trained" / "pushing").exists()
     assert {path.name for path in (work / "trained").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def check_two_processes_push_one_clt(work):
+    """training on two processes that share the features, with pushes: the first one pushes the CLT, whole"""
+    folder = work / "shared"
+    options = training_options(work) | {"training_steps": 4, "num_features": 16, "output_dir": folder}
+    options |= {"feature_parallel_size": 2, "activation_fn": "jumprelu", "hub_push_interval": 2}
+    del options["disable_progress_bar"]
+    words = [*flags(options), "--disable-progress-bar", "--push-to-hub", "--hub-model-id", "tester/shared"]
+    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    script = str(ROOT / "scripts" / "train_clt.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--dynamo_backend", "no", script, *words]
+    with logged_in():
+        alone = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=work, env=alone, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    titles = [commit.title for commit in API.list_repo_commits("tester/shared")]
+    assert titles == ["Upload CLT", "Step 2", "initial commit"]
+    loaded, local = pull("tester/shared", work), CrossLayerTranscoder.from_pretrained(folder)
+    assert all(torch.equal(tensor, local.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.num_held == 16
 
 
 def check_a_bad_token_is_found_before_training(work):
