@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -240,17 +241,18 @@ def expected_shapes(config: CLTConfig, layer: int) -> dict[str, tuple[int, ...]]
 ALL = slice(None)
 
 
-def check_files(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
+def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iterable[int] | None = None) -> None:
     """
     Checks the weight files of a CLT against its configuration before anything is loaded; of the values only those of
-    the features `rows`.
+    the features `rows`; on demand the files of some `layers` alone, and then not whether decoders are tied.
 
     Raises:
         FileNotFoundError: For a missing file.
         ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, or a decoder that is
             not tied as the configuration says.
     """
-    for layer in range(config.num_layers):
+    checked = range(config.num_layers) if layers is None else layers
+    for layer in checked:
         shapes = expected_shapes(config, layer)
         for file, names in layer_files(config, layer).items():
             header = read_header(folder, file)
@@ -267,7 +269,7 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
                         f"{config.decoder_reach} need {shapes[name]}; correct the config or the file"
                     )
     if config.activation_fn in ("jumprelu", "batchtopk"):
-        for layer in range(config.num_layers):
+        for layer in checked:
             theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}", rows)
             bad = int((~(theta >= 0)).sum())
             if bad:
@@ -279,7 +281,7 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
                     f"threshold_{layer} in {folder} differs between features; batchtopk has one threshold per layer: "
                     "load it with activation_fn='jumprelu'"
                 )
-    if config.decoder_tying != "none":
+    if config.decoder_tying != "none" and layers is None:
         check_tying(folder, config, rows)
 
 

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from . import checkpoint_format as files
 from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
+from .download import HUB_ARGUMENTS, find_folder
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
 from .losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
@@ -672,6 +672,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             from .hub.model_card import circuit_tracer_gaps, save_model_card
 
             config = CLTConfig.from_dict(self.config.to_dict())
+            vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
             if self.mean_in is not None and self._scales_untie(self.std_out):
                 config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
             config.dtype = str(self.encoders[0].weight.dtype).removeprefix("torch.")
@@ -690,6 +691,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         *args,
         config: CLTConfig | None = None,
         lazy: bool = False,
+        layers: list[int] | None = None,
         shard: FeatureShard | None = None,
         **kwargs,
     ):
@@ -705,39 +707,35 @@ class CrossLayerTranscoder(PreTrainedModel):
                 its files must not be changed in place. Tied decoders, which are written out on disk and whose files
                 are read once to check the tie, lie in memory, each once. `forward` with labels reads all decoders
                 where λ > 0, whose penalty takes their norms.
+            layers (`list[int]`, *optional*): Downloads and reads these layers alone, onto the CPU, for looking at
+                their features with `encode` and `decode`; the result is a [`PartialCLT`].
             shard ([`FeatureShard`], *optional*): Reads the rows of this slice of the features alone, onto the CPU.
             kwargs: Fields of `CLTConfig` to override, and what `PreTrainedModel.from_pretrained` takes (`revision`,
                 `subfolder`, `dtype`, `device_map`, `token`, `cache_dir`, `output_loading_info`, ...).
 
         Raises:
-            FileNotFoundError: If a weight file is missing.
+            FileNotFoundError: If a weight file is missing; from the Hub also if the CLT is not in the cache and cannot
+                be downloaded now.
+            OSError: If the Hub has no such repository or revision, or the token may not read it.
             ValueError: If a file is truncated or does not fit the configuration; the message names it. With `lazy`,
-                also for a `dtype` other than the files' and for a `device_map`; with `shard` for what does not go with
-                it.
+                also for a `dtype` other than the files' and for a `device_map`; with `layers` and `shard` for what
+                does not go with them.
             RuntimeError: If the weights cannot stay in their files, as on some network mounts.
         """
         name = str(pretrained_model_name_or_path)
-        folder = Path(name).expanduser()
-        subfolder = kwargs.pop("subfolder", "") or ""
-        if not folder.is_dir():
-            if folder.is_absolute() or name.startswith((".", "~")):
-                raise FileNotFoundError(f"{name}: there is no such folder; give a CLT's folder or its name on the Hub")
-            patterns = ["config.json", files.CIRCUIT_TRACER_FILE, files.INDEX_FILE, "W_*.safetensors"]
-            hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-            folder = Path(
-                snapshot_download(
-                    name,
-                    allow_patterns=[f"{subfolder}/{p}" if subfolder else p for p in patterns],
-                    library_name="hf_clt",
-                    **hub,
-                )
-            )
-        folder = folder / subfolder
+        hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
+        folder = find_folder(name, kwargs.pop("subfolder", None) or "", layers, **hub)
         overrides = {name: kwargs.pop(name) for name in CLT_CONFIG_HELP if name in kwargs}
         if config is not None and overrides:
             raise ValueError(f"{next(iter(overrides))} is given beside config=; set it in the configuration instead")
         if config is None:
             config = files.read_config(folder, overrides)
+        if layers is not None:
+            from .partial_clt import load_layers
+
+            for argument in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # which AutoModel adds
+                kwargs.pop(argument, None)
+            return load_layers(folder, config, layers, name, lazy=lazy, shard=shard, **kwargs)
         if shard is not None:
             return cls._from_slices(folder, config, shard, name, lazy=lazy, **kwargs)
         files.check_files(folder, config)
@@ -815,7 +813,6 @@ class CrossLayerTranscoder(PreTrainedModel):
 
 
 PER_FEATURE = ("W_enc", "b_enc", "W_dec", "threshold")  # what has a row per feature among what is released
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:

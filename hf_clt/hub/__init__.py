@@ -1,10 +1,12 @@
-"""Publishing a CLT on the Hugging Face Hub: the generated model card, and the push."""
+"""Publishing a CLT on the Hugging Face Hub: the generated model card, the push, and code for the repository."""
 
+from .background import BackgroundPush
 from .model_card import build_model_card, is_human_edited, save_model_card
 from .push import check_push_access, push_folder, push_to_hub
 
 
 __all__ = [
+    "BackgroundPush",
     "build_model_card",
     "check_push_access",
     "is_human_edited",

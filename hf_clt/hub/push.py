@@ -9,43 +9,64 @@ that reached the Hub before a connection was cut are not sent again by the next 
 import json
 import logging
 import tempfile
+import time
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE
+from .flat_code import CODE_FILE, flat_code, set_auto_map
 from .model_card import is_human_edited, save_model_card, set_loading_name
 
 
 logger = logging.getLogger(__name__)
 
-# weights and indices at the top of the repository that a new release replaces, whatever layers or shards it has
-WEIGHT_PATTERNS = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json")
+# what a new release replaces at the top of the repository: weights and indices, whatever layers or shards they are of,
+# and the generated code, to which the config.json of a release without it does not point
+REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", CODE_FILE)
 ATTEMPTS = 3
+SERVER_ERRORS = (500, 502, 503, 504)
 
 
-def check_push_access(token: str | None = None) -> str:
+def check_push_access(
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
     """
-    Ask the Hub who we are, so that a missing or refused token is found before the work and not after it.
+    Ask the Hub who we are, so that a missing or refused token is found before the work and not after it; and with a
+    `repo_id`, whether we may push there. The repository and its branch are made if they are absent.
+
+    Args:
+        repo_id, private, revision, token: As for [`push_folder`].
 
     Returns:
         `str`: The user's name.
 
     Raises:
-        `ValueError`: There is no token, or the Hub refuses it.
+        `ValueError`: There is no token, the Hub refuses it, or it may not write to the repository.
+        `ConnectionError`: The Hub cannot be reached.
     """
-    try:
-        return HfApi(token=token, library_name="hf_clt").whoami()["name"]
-    except (LocalTokenNotFoundError, HfHubHTTPError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, HfHubHTTPError) and status not in (401, 403):
-            raise
-        raise ValueError(
-            f"pushing needs a Hub token, and {'the one given is refused' if status else 'there is none'}; run"
-            " `hf auth login`, or set HF_TOKEN to a token with write access"
-        ) from error
+    api = HfApi(token=token, library_name="hf_clt")
+    with _clear_errors(repo_id, token, revision):
+        user = api.whoami()["name"]
+        if repo_id is not None:
+            repo_id = _open_repo(api, repo_id, private, revision)
+            # It is asked how a file would have to be sent, which only those are told who may; nothing is sent.
+            probe = CommitOperationAdd(path_in_repo="config.json", path_or_fileobj=b"{}")
+            api.preupload_lfs_files(repo_id, [probe], revision=revision)
+    return user
 
 
 def release_files(folder: str | Path) -> list[Path]:
@@ -53,7 +74,7 @@ def release_files(folder: str | Path) -> list[Path]:
     The files of a release, and nothing else of its folder (training checkpoints, logs).
 
     Raises:
-        `ValueError`: The folder is no release, or a file that its index names is missing.
+        `ValueError`: The folder is no release, or a file that its index names is missing or no safetensors file.
     """
     folder = Path(folder)
     for required in ("config.json", INDEX_FILE):
@@ -66,6 +87,9 @@ def release_files(folder: str | Path) -> list[Path]:
     if (folder / CIRCUIT_TRACER_FILE).is_file():
         names.append(CIRCUIT_TRACER_FILE)
     missing = [name for name in names if not (folder / name).is_file()]
+    others = [name for name in weight_map.values() if not name.endswith(".safetensors")]
+    if others:
+        raise ValueError(f"{others[0]} in {folder} is no safetensors file, as all that is pushed; save the CLT again")
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX_FILE} names; save the CLT again")
     return [folder / name for name in names]
@@ -80,76 +104,129 @@ def push_folder(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    tag: str | None = None,
+    with_code: bool = False,
 ) -> CommitInfo:
     """
     Push a released CLT to the Hub in one commit. The folder is not changed.
 
     Weights in the repository that are not part of this release are removed by the same commit. A README.md in the
     repository that a human edited stays; else the folder's own is pushed, with the repository's name in its loading
-    snippet.
+    snippet. After an error the repository is what it was before, and the same call goes on: weights that reached the
+    Hub are not sent again.
 
     Args:
         folder (`str` or `Path`): What `save_pretrained` wrote, with its README.md; further files in it are not pushed.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; created if absent.
-        private (`bool`, *optional*): Whether a new repository is private.
+        private (`bool`, *optional*): Whether a new repository is private. True refuses one that is public already.
         token (`str`, *optional*): Defaults to the stored one.
-        revision (`str`, *optional*): Branch to push to, made from `main` if absent.
+        revision (`str`, *optional*): Branch to push to, made from `main` if absent; or a pull request that is open
+            already, such as `"refs/pr/1"`.
         commit_message (`str`, *optional*): Defaults to `"Upload CLT"`.
         create_pr (`bool`, *optional*): Open a pull request against `main` instead of pushing to it.
+        tag (`str`, *optional*): Name for the new commit, such as `"v1"`.
+        with_code (`bool`, *optional*): Push the generated file [`CODE_FILE`] as well, with which
+            `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` loads the CLT where `hf_clt` is not installed.
 
     Returns:
-        [`~huggingface_hub.CommitInfo`].
+        [`~huggingface_hub.CommitInfo`]; its `pr_url` says where a pull request is.
 
     Raises:
-        `ValueError`: The folder is not a complete release, or `create_pr` comes with a `revision`.
-        [`~huggingface_hub.errors.HfHubHTTPError`]: The Hub refuses.
+        `ValueError`: The folder is not a complete release; arguments contradict each other or what the repository is;
+            there is no token, the Hub refuses it, or it may not write there.
+        `ConnectionError`: The connection was cut, and some more attempts failed.
+        [`~huggingface_hub.errors.HfHubHTTPError`]: The Hub refuses for another reason.
     """
     folder = Path(folder)
-    files = release_files(folder)
+    release_files(folder)
     if create_pr and revision is not None:
         raise ValueError(
             f"create_pr=True opens a pull request against main, but revision={revision!r}; leave one of them out"
         )
+    if create_pr and tag is not None:
+        raise ValueError(f"tag={tag!r} would name what is only proposed with create_pr=True; leave one of them out")
     api = HfApi(token=token, library_name="hf_clt")
+    with _clear_errors(repo_id, token, revision):
+        repo_id = _open_repo(api, repo_id, private, revision)
+        if tag is not None and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
+            raise ValueError(f"tag={tag!r} is in {repo_id} already; give another name")
+        info = _commit(api, folder, repo_id, revision, commit_message or "Upload CLT", create_pr, with_code)
+        if tag is not None:
+            api.create_tag(repo_id, tag=tag, revision=info.oid)
+    return info
+
+
+def _open_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> str:
+    """Makes the repository and the branch if they are absent; returns the repository's full name."""
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"private=True, but {repo_id} is public; make it private on its page, or give another name")
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
 
-    uploads = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files]
-    readme = folder / "README.md"
-    if readme.is_file():
-        card = set_loading_name(readme.read_text(encoding="utf-8"), repo_id).encode()
-        uploads.append(CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card))
-    uploaded = {operation.path_in_repo for operation in uploads}
 
+def _commit(api, folder, repo_id, revision, message, create_pr, with_code) -> CommitInfo:
+    """The one commit, on top of the commit that was looked at; looks again where someone else was faster."""
     for attempt in range(ATTEMPTS):
         head = api.model_info(repo_id, revision=revision)
-        present = [sibling.rfilename for sibling in head.siblings]
-        operations = list(uploads)
-        if "README.md" in present and "README.md" in uploaded and _readme_is_edited(api, repo_id, head.sha):
-            if attempt == 0:
-                logger.warning("the README.md of %s was edited by hand and is kept", repo_id)
-            operations = [operation for operation in operations if operation.path_in_repo != "README.md"]
-        operations += [
-            CommitOperationDelete(path_in_repo=name, is_folder=False)
-            for name in present
-            if name not in uploaded
-            and "/" not in name
-            and any(fnmatchcase(name, pattern) for pattern in WEIGHT_PATTERNS)
-        ]
+        # New for each attempt: what the client finds to be unchanged since it looked, it leaves out of the commit.
+        uploads = _uploads(folder, repo_id, with_code)
+        api.preupload_lfs_files(repo_id, uploads, revision=revision, create_pr=create_pr)
         try:
             return api.create_commit(
                 repo_id,
-                operations,
-                commit_message=commit_message or "Upload CLT",
+                _operations(api, repo_id, head, uploads, say_kept=attempt == 0),
+                commit_message=message,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=head.sha,
             )
-        except HfHubHTTPError as error:
-            # 412: someone else committed since we looked; look again, the weights themselves are on the Hub by now
-            if error.response.status_code != 412 or attempt == ATTEMPTS - 1:
+        except HTTPError as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status == 412:
+                wait = 0  # someone else committed since we looked
+            elif (status is None or status in SERVER_ERRORS) and not create_pr:
+                wait = 2**attempt  # perhaps made nevertheless, which is then found; a pull request would be made twice
+            else:
                 raise
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(wait)
+
+
+def _uploads(folder: Path, repo_id: str, with_code: bool) -> list[CommitOperationAdd]:
+    """The files of the release as they shall stand in the repository."""
+    contents = {file.name: file for file in release_files(folder)}
+    # Without the code in the repository its config.json must not point to any, as one from such a repository does.
+    contents["config.json"] = set_auto_map(contents["config.json"].read_text(encoding="utf-8"), with_code).encode()
+    if with_code:
+        contents[CODE_FILE] = flat_code().encode()
+    readme = folder / "README.md"
+    if readme.is_file():
+        card = set_loading_name(readme.read_text(encoding="utf-8"), repo_id, with_code)
+        contents["README.md"] = card.encode()
+    return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
+
+
+def _operations(api, repo_id, head, uploads, say_kept) -> list:
+    """What the commit does: adds `uploads`, but for a card that a human edited, and removes what they replace."""
+    present = [sibling.rfilename for sibling in head.siblings]
+    uploaded = {operation.path_in_repo for operation in uploads}
+    operations = list(uploads)
+    if "README.md" in present and "README.md" in uploaded and _readme_is_edited(api, repo_id, head.sha):
+        if say_kept:
+            logger.warning(
+                "the README.md of %s was edited by hand and is kept; to replace it: hf upload %s README.md",
+                repo_id,
+                repo_id,
+            )
+        operations = [operation for operation in operations if operation.path_in_repo != "README.md"]
+    return operations + [
+        CommitOperationDelete(path_in_repo=name, is_folder=False)
+        for name in present
+        if name not in uploaded and "/" not in name and any(fnmatchcase(name, pattern) for pattern in REPLACED)
+    ]
 
 
 def _readme_is_edited(api, repo_id, sha):
@@ -158,39 +235,63 @@ def _readme_is_edited(api, repo_id, sha):
         return is_human_edited(Path(path).read_text(encoding="utf-8"))
 
 
+@contextmanager
+def _clear_errors(repo_id: str | None, token: str | None, revision: str | None):
+    """Says in one line what is wrong with the token, the repository or the connection."""
+    refused = "pushing needs a Hub token, and {}; run `hf auth login`, or set HF_TOKEN to a token with write access"
+    none = "there is none" if token is None and get_token() is None else "the one given is refused"
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise ValueError(refused.format("there is none")) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"revision={revision!r} is not in {repo_id}; give a branch, or leave it out") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise ValueError(refused.format(none)) from error
+        if status == 403 or isinstance(error, RepositoryNotFoundError):
+            raise ValueError(
+                f"repository {repo_id!r}: the Hub token may not write there; give a repository of your own, or a token"
+                " with write access, or propose the change to a public one with create_pr=True (--pull-request)"
+            ) from error
+        raise
+    except (HTTPError, RuntimeError) as error:
+        # The client wraps what cuts an upload into a RuntimeError; that of Xet storage raises one itself.
+        reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+        raise ConnectionError(
+            f"the Hub cannot be reached, or the connection was cut ({type(reason).__name__}: {reason}); try again:"
+            " what reached the Hub is not sent again"
+        ) from error
+
+
 def push_to_hub(
     clt,
     repo_id: str,
     *,
-    private: bool | None = None,
-    token: str | None = None,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
     metrics: dict | None = None,
     training: dict | None = None,
     command: str | None = None,
     license: str | None = None,
+    **kwargs,
 ) -> CommitInfo:
     """
-    Save a CLT with a generated card into a temporary folder and push that; see [`push_folder`] and, for `metrics`,
-    `training`, `command` and `license`, [`build_model_card`]. The card holds no metrics unless they are given: to
-    publish a folder with the measured card that training wrote, use [`push_folder`].
+    Save a CLT with a generated card into a temporary folder and push that. The card holds no metrics unless they are
+    given: to publish a folder with the measured card that training wrote, use [`push_folder`].
+
+    Args:
+        clt ([`CrossLayerTranscoder`]): The CLT; it is left as it is.
+        repo_id (`str`): `"user/name"`, or `"name"` for one's own; created if absent.
+        metrics, training, command, license: See [`build_model_card`].
+        kwargs: `private`, `token`, `revision`, `commit_message`, `create_pr`, `tag`, `with_code`; see [`push_folder`],
+            also for what is returned and raised.
     """
     with tempfile.TemporaryDirectory() as folder:
         clt.save_pretrained(folder)
         # the live config of a CLT with statistics may differ from that of its release: read the one that was written
         config = type(clt.config).from_pretrained(folder)
         save_model_card(folder, config, metrics, training, command, name=repo_id, license=license)
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        return push_folder(folder, repo_id, **kwargs)
 
 
 __all__ = ["check_push_access", "push_folder", "push_to_hub", "release_files"]

@@ -282,7 +282,14 @@ class CLTTrainingArguments:
     # The Hub
     push_to_hub: bool = _arg("hub", False, "Push the finished CLT with its model card to --hub-model-id.")
     hub_model_id: str | None = _arg("hub", None, 'Repository to push to, such as "user/clt-gpt2".')
-    hub_private: bool = _arg("hub", False, "Make the repository private if it is created.")
+    hub_private: bool = _arg("hub", False, "Make the repository private if it is created; refuse a public one.")
+    hub_branch: str | None = _arg("hub", None, "Branch to push to, made if it is absent. None: main.")
+    hub_push_interval: int = _arg(
+        "hub",
+        0,
+        "Updates between two pushes of the CLT as it is then, beside training. One that is due while another is under "
+        "way is left out. 0: only the finished CLT.",
+    )
 
     def __post_init__(self):
         for option in training_options():
@@ -400,6 +407,10 @@ class CLTTrainingArguments:
             )
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub=True needs a repository; give hub_model_id, such as 'user/clt-gpt2'")
+        if self.hub_push_interval and not self.push_to_hub:
+            raise ValueError(
+                f"hub_push_interval={self.hub_push_interval} has no effect without push_to_hub; give push_to_hub"
+            )
         if self.hub_model_id is not None:
             _check_repo_id(self.hub_model_id)
 
@@ -439,7 +450,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
-    "decay_steps", "sparsity_delay_steps", "k_anneal_steps", "stream_retries",
+    "decay_steps", "sparsity_delay_steps", "k_anneal_steps", "stream_retries", "hub_push_interval",
 )  # fmt: skip
 # What an activation cache was written with and a run on it cannot have otherwise.
 CACHED = (

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import signal
 import time
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,7 @@ from ..harvest.cache import ActivationCache, CachedTokens
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
 from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
 from ..harvest.tokens import open_text
+from ..hub.background import BackgroundPush
 from ..hub.model_card import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..kernels.encode import multiplies_bfloat16
@@ -67,6 +69,7 @@ from .setup import (
 logger = logging.getLogger(__name__)
 
 LOSSES = ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
+MEANWHILE = "pushing"  # folder in output_dir with what is pushed while training goes on
 WIDE_WINDOW = 0.2  # share of features whose computation costs as much as that of all
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
 
@@ -126,8 +129,10 @@ class CLTTrainer:
         # Going on from another run's checkpoint is not going on with the run in output_dir.
         self._goes_on = self.resume_from is not None and self.resume_from.resolve().parent == self.output_dir.resolve()
         check_output_dir(self.output_dir, args.overwrite_output_dir, goes_on=self._goes_on)
-        if args.push_to_hub:
-            check_push_access()
+        hub = {"private": args.hub_private or None, "revision": args.hub_branch}
+        if args.push_to_hub and self.accelerator.is_main_process:
+            check_push_access(args.hub_model_id, **hub)
+        self.background_push = BackgroundPush(args.hub_model_id, **hub) if args.hub_push_interval else None
         check_initial_k(self.config, args.initial_k)
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
@@ -317,6 +322,8 @@ class CLTTrainer:
                     raise KeyboardInterrupt(f"stopped at step {self.step}")
                 if not is_last and is_due(self.step, args.checkpoint_interval):
                     self._save(optimizer)
+                if not is_last and is_due(self.step, args.hub_push_interval):
+                    self._push_meanwhile()
         if self.heldout is not None:
             self._evaluate_and_write(optimizer)
         self.model.eval()
@@ -328,6 +335,8 @@ class CLTTrainer:
         accelerator.wait_for_everyone()
         if args.report_to:
             accelerator.end_training()
+        if args.push_to_hub:  # last, so that no process waits for the upload of another until it times out
+            self._push()
         return self.model
 
     def _update(self, model, optimizer, batches) -> tuple[dict, CLTOutput, float]:
@@ -657,27 +666,90 @@ class CLTTrainer:
                 signal.signal(number, handler)
 
     def _agree_on_interrupt(self) -> bool:
+        return self._any_process(self._interrupted)
+
+    def _any_process(self, found: bool) -> bool:
         if self.accelerator.num_processes == 1:
-            return self._interrupted
-        flag = torch.tensor(int(self._interrupted), device=self.accelerator.device)
+            return found
+        flag = torch.tensor(int(found), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     # -- release ------------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        """Writes the released CLT with its card, and pushes it if asked."""
-        is_main = self.accelerator.is_main_process
-        if is_main or (self.shard is not None and self.layout.replica == 0):
-            self.model.save_pretrained(self.output_dir, is_main_process=is_main)
-        if not is_main:
+        """Writes the released CLT with its card, and plots."""
+        metrics = self._write_release(self.output_dir)
+        if not self.accelerator.is_main_process:
             return
-        metrics = self.last_evaluation[1] if self.last_evaluation is not None else None
-        save_model_card(self.output_dir, self.model.config, metrics, self.training_facts(), command_line())
         if find_spec("matplotlib") is not None:  # the extra `plots`
             history = [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
             plot_metrics(metrics, history, self.output_dir / "plots")
-        if self.args.push_to_hub:
-            push_folder(self.output_dir, self.args.hub_model_id, private=self.args.hub_private or None)
+
+    def _write_release(self, folder: Path) -> dict | None:
+        """Writes the CLT as it is now and its card; returns its metrics, where it was measured as it is now."""
+        is_main = self.accelerator.is_main_process
+        if is_main or (self.shard is not None and self.layout.replica == 0):
+            self.model.save_pretrained(folder, is_main_process=is_main)
+        step, metrics = self.last_evaluation or (None, None)
+        metrics = metrics if step == self.step else None
+        if is_main:
+            save_model_card(folder, self.model.config, metrics, self.training_facts(), command_line())
+        return metrics
+
+    # -- the Hub ------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(self, repo_id: str | None = None, **kwargs):
+        """
+        Pushes the finished CLT in `output_dir`, which [`train`] wrote, and its measured card; all processes may call
+        this, and the first pushes.
+
+        Args:
+            repo_id (`str`, *optional*): Defaults to `args.hub_model_id`.
+            kwargs: Passed to [`hf_clt.hub.push.push_folder`]; `private` and `revision` default to `args.hub_private`
+                and `args.hub_branch`.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`] on the first process, None on the others.
+
+        Raises:
+            ValueError: If no repository is named, if there is no finished CLT, and as [`push_folder`].
+            ConnectionError: If the connection was cut, and some more attempts failed.
+        """
+        args = self.args
+        repo_id = repo_id or args.hub_model_id
+        if repo_id is None:
+            raise ValueError("hub_model_id=None: give the repository to push to, such as 'user/clt-gpt2'")
+        if not self.accelerator.is_main_process:
+            return None
+        kwargs = {"private": args.hub_private or None, "revision": args.hub_branch, **kwargs}
+        return push_folder(self.output_dir, repo_id, **kwargs)
+
+    def _push(self) -> None:
+        """Pushes the finished CLT after a push that may still be under way; a note on an error says what is safe."""
+        meanwhile = self.output_dir / MEANWHILE
+        if self.background_push is not None:
+            self.background_push.wait()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(meanwhile, ignore_errors=True)
+        try:
+            self.push_to_hub()
+        except Exception as error:
+            repository = self.args.hub_model_id
+            error.add_note(
+                f"the CLT is finished, in {str(self.output_dir)!r}; push it with `python scripts/push_clt.py "
+                f"{self.output_dir} {repository}`"
+            )
+            raise
+
+    def _push_meanwhile(self) -> None:
+        """Writes the CLT as it is now beside the output and begins to push it, unless a push is under way."""
+        if self._any_process(self.background_push.is_running):
+            logger.info("step %d: the push before is still under way, this one is left out", self.step)
+            return
+        folder = self.output_dir / MEANWHILE
+        self._write_release(folder)
+        if self.accelerator.is_main_process:
+            self.background_push.start(folder, f"Step {self.step}")
 
     def training_facts(self) -> dict:
         """What the model card says about the run; only what is known."""

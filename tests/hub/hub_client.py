@@ -1,37 +1,56 @@
 """
-The client's side of the push tests, in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported.
+The client's side of the Hub tests, in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported.
 
-Each `check_*` prints its name when it passed; test_push.py starts this file against a loopback Hub and looks for the
-names.
+Each `check_*` is a case of the protocol, told by its docstring. For each that passed, a line of JSON says what it
+took; test_push.py looks for the names, protocol_table.py makes the table of docs/hub.md of the figures. Names after
+the working folder select some cases, which run in the order of this file, since some need what others pushed.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import os
+import random
+import re
+import runpy
+import shlex
 import shutil
+import subprocess
 import sys
 import threading
+import time
+import traceback
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from safetensors.torch import save_file
+from transformers import AutoModel
 
-from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.hub import check_push_access, push_folder, push_to_hub, save_model_card
+from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
+from hf_clt.hub import BackgroundPush, check_push_access, push_folder, push_to_hub, save_model_card
+from hf_clt.hub.flat_code import AUTO_MAP, CODE_FILE, flat_code
+from hf_clt.training.command_line import parse_train_args
+from tests.hub.test_model_card import tiny_language_model
 
 
-TOKEN, OTHERS_TOKEN = "hf_loopback", "hf_other"
-API = HfApi(token=TOKEN)
+TOKEN, OTHERS_TOKEN, READ_TOKEN = "hf_loopback", "hf_other", "hf_readonly"
+API, OTHERS_API = HfApi(token=TOKEN), HfApi(token=OTHERS_TOKEN)
 METRICS = {"nmse": 0.25, "l0": 8.0, "num_tokens": 1000}
+LARGE = {"d_model": 64, "num_features": 1024}  # 2.4 MB in 6 files with 3 layers
+ROOT = Path(__file__).parents[2]
+SAID = io.StringIO()  # what was logged and what the scripts printed
 
 
 def make_clt(num_layers=3, seed=0, **changes):
     torch.manual_seed(seed)
     values = {"d_model": 4, "num_features": 8, "activation_fn": "jumprelu", **changes}
-    return CrossLayerTranscoder(CLTConfig(num_layers=num_layers, **values))
+    return CrossLayerTranscoder(CLTConfig(num_layers=num_layers, **values)).eval()
 
 
 def digests(folder):
@@ -40,7 +59,52 @@ def digests(folder):
     }
 
 
+def same_encoder(loaded, clt):
+    return torch.equal(loaded.state_dict()["encoders.0.weight"], clt.state_dict()["encoders.0.weight"])
+
+
+def pull(name, work, **kwargs):
+    return CrossLayerTranscoder.from_pretrained(name, cache_dir=work / "cache", **kwargs)
+
+
+def ask(what, **spec):
+    """Has the loopback Hub do something to the next requests."""
+    request = urllib.request.Request(f"{os.environ['HF_ENDPOINT']}/_test/{what}", json.dumps(spec).encode())
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def run_script(name, *arguments):
+    """The exit status of a script, and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"]([str(word) for word in arguments])
+    SAID.write(printed.getvalue())
+    return status, printed.getvalue()
+
+
+def run_python(code, *arguments, **environment):
+    """Runs a program in a process of its own."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@contextlib.contextmanager
+def logged_in(token=TOKEN):
+    os.environ["HF_TOKEN"] = token
+    try:
+        yield
+    finally:
+        del os.environ["HF_TOKEN"]
+
+
+# -- push -------------------------------------------------------------------------------------------------------------
+
+
 def check_push_and_pull(work):
+    """push, pull: one commit, and the same bytes come back"""
     clt = make_clt()
     info = push_to_hub(clt, "tester/first", token=TOKEN, metrics=METRICS, commit_message="A first CLT")
     assert info.oid == API.model_info("tester/first").sha
@@ -55,22 +119,49 @@ def check_push_and_pull(work):
         if name != "README.md":
             pulled = hf_hub_download("tester/first", name, cache_dir=work / "cache")
             assert hashlib.sha256(Path(pulled).read_bytes()).hexdigest() == digest, name
-    loaded = CrossLayerTranscoder.from_pretrained("tester/first", cache_dir=work / "cache")
     inputs = torch.randn(5, 3, 4)
+    loaded = pull("tester/first", work)
     torch.testing.assert_close(loaded(inputs).reconstruction, clt(inputs).reconstruction, rtol=1e-5, atol=1e-6)
     data = ModelCard.load("tester/first").data
     assert data.library_name == "hf_clt"
     assert {result.metric_type: result.metric_value for result in data.eval_results} == {"nmse": 0.25, "l0": 8.0}
 
 
-def check_the_method_of_the_model(work):
-    info = make_clt().push_to_hub("tester/method", token=TOKEN, private=True)
-    assert info.oid == API.model_info("tester/method").sha
+def check_a_larger_one(work):
+    """push and pull 12 layers in 24 files, 94 MB"""
+    clt = make_clt(num_layers=12, seed=9, d_model=128, num_features=2048)
+    push_to_hub(clt, "tester/larger", token=TOKEN)
+    loaded = pull("tester/larger", work).state_dict()
+    weights = [name for name in loaded if name.endswith("weight")]
+    assert len(weights) == 24 and all(torch.equal(loaded[name], clt.state_dict()[name]) for name in weights)
+
+
+def check_the_same_again_is_no_commit(work):
+    """push what is there already: no weight is sent, no commit made"""
+    clt = make_clt(seed=7, **LARGE)
+    first = push_to_hub(clt, "tester/same", token=TOKEN)
+    before = ask("traffic")["received"]
+    assert push_to_hub(clt, "tester/same", token=TOKEN).oid == first.oid
+    assert ask("traffic")["received"] - before < 20_000
+
+
+def check_private(work):
+    """private: pulled with the owner's token; nothing there (404) for others and without a token"""
+    clt = make_clt()
+    info = clt.push_to_hub("tester/private", token=TOKEN, private=True)
+    assert info.oid == API.model_info("tester/private").sha
     with pytest.raises(RepositoryNotFoundError):
-        HfApi(token=False).model_info("tester/method")
+        HfApi(token=False).model_info("tester/private")
+    for token, message in ((False, "there is no token"), (OTHERS_TOKEN, "the token may not read it")):
+        with pytest.raises(OSError, match=f"tester/private is neither .* or it is private and {message}"):
+            CrossLayerTranscoder.from_pretrained("tester/private", cache_dir=work / "none", token=token)
+    assert same_encoder(pull("tester/private", work, token=TOKEN), clt)
+    with pytest.raises(ValueError, match="private=True, but tester/first is public"):
+        push_to_hub(clt, "tester/first", token=TOKEN, private=True)
 
 
 def check_only_the_release_is_pushed_and_the_folder_unchanged(work):
+    """push a run's folder: no checkpoint, optimizer state or log goes along; the folder is unchanged"""
     folder = work / "run"
     make_clt().save_pretrained(folder)
     save_model_card(folder, make_clt().config, METRICS)
@@ -88,6 +179,7 @@ def check_only_the_release_is_pushed_and_the_folder_unchanged(work):
 
 
 def check_no_stale_weights(work):
+    """sharded, then with fewer layers: the commit removes the files of the old layers, and nothing else"""
     push_to_hub(make_clt(num_layers=4), "tester/shrinking", token=TOKEN)
     API.upload_file(path_or_fileobj=b"x", path_in_repo="model-00001-of-00001.safetensors", repo_id="tester/shrinking")
     API.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="tester/shrinking")
@@ -98,10 +190,11 @@ def check_no_stale_weights(work):
     assert sorted(weights) == ours
     kept = {"notes.txt", "other/model.index.json"}  # what is not ours to replace stays
     assert kept <= set(API.list_repo_files("tester/shrinking"))
-    assert CrossLayerTranscoder.from_pretrained("tester/shrinking", cache_dir=work / "cache").config.num_layers == 2
+    assert pull("tester/shrinking", work).config.num_layers == 2
 
 
 def check_a_humans_card_is_kept_and_a_generated_one_replaced(work):
+    """card: a generated one is replaced, one that a human edited is kept"""
     clt = make_clt()
     push_to_hub(clt, "tester/card", token=TOKEN, metrics={"nmse": 0.75})
     push_to_hub(clt, "tester/card", token=TOKEN, metrics={"nmse": 0.25})
@@ -111,21 +204,53 @@ def check_a_humans_card_is_kept_and_a_generated_one_replaced(work):
     API.upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id="tester/card")
     push_to_hub(make_clt(seed=1), "tester/card", token=TOKEN, metrics={"nmse": 0.5})
     assert Path(hf_hub_download("tester/card", "README.md", cache_dir=work / "cache")).read_text() == edited
-    loaded = CrossLayerTranscoder.from_pretrained("tester/card", cache_dir=work / "cache")
-    assert torch.equal(loaded.state_dict()["encoders.0.weight"], make_clt(seed=1).state_dict()["encoders.0.weight"])
+    assert "edited by hand" in SAID.getvalue()
+    assert same_encoder(pull("tester/card", work), make_clt(seed=1))
 
 
 def check_branch(work):
+    """branch: made by the first push to it, main stays; pulled with revision="""
     push_to_hub(make_clt(seed=0), "tester/branches", token=TOKEN)
     main = API.model_info("tester/branches").sha
     for seed in (1, 2):  # made by the first push, reused by the second
-        push_to_hub(make_clt(seed=seed), "tester/branches", token=TOKEN, revision="half-trained")
+        push_to_hub(make_clt(seed=seed), "tester/branches", token=TOKEN, revision="half/trained")
     assert API.model_info("tester/branches").sha == main
-    loaded = CrossLayerTranscoder.from_pretrained("tester/branches", revision="half-trained", cache_dir=work / "cache")
-    assert torch.equal(loaded.state_dict()["encoders.0.weight"], make_clt(seed=2).state_dict()["encoders.0.weight"])
+    assert same_encoder(pull("tester/branches", work, revision="half/trained"), make_clt(seed=2))
+    assert same_encoder(pull("tester/branches", work), make_clt(seed=0))
+    assert same_encoder(pull("tester/branches", work, revision=main), make_clt(seed=0))
+
+
+def check_tag(work):
+    """tag: names the commit, and stays when main goes on; a second one of the same name is refused first"""
+    push_to_hub(make_clt(seed=0), "tester/tagged", token=TOKEN, tag="v1")
+    push_to_hub(make_clt(seed=1), "tester/tagged", token=TOKEN)
+    assert same_encoder(pull("tester/tagged", work, revision="v1"), make_clt(seed=0))
+    main = API.model_info("tester/tagged").sha
+    with pytest.raises(ValueError, match="tag='v1' is in tester/tagged already"):
+        push_to_hub(make_clt(seed=2), "tester/tagged", token=TOKEN, tag="v1")
+    assert API.model_info("tester/tagged").sha == main
+
+
+def check_pull_request(work):
+    """pull request to someone else's repository: main stays; pulled with revision="refs/pr/1", then added to"""
+    push_to_hub(make_clt(seed=0), "other/clt", token=OTHERS_TOKEN)
+    main = API.model_info("other/clt").sha
+    info = push_to_hub(make_clt(seed=1), "other/clt", token=TOKEN, create_pr=True)
+    assert info.pr_revision == "refs/pr/1" and info.pr_url.endswith("/other/clt/discussions/1")
+    assert same_encoder(pull("other/clt", work, revision="refs/pr/1"), make_clt(seed=1))
+    push_to_hub(make_clt(seed=2), "other/clt", token=TOKEN, revision="refs/pr/1")
+    assert same_encoder(pull("other/clt", work, revision="refs/pr/1"), make_clt(seed=2))
+    refs = API.list_repo_refs("other/clt", include_pull_requests=True)
+    assert [ref.ref for ref in refs.pull_requests] == ["refs/pr/1"]
+    assert API.model_info("other/clt").sha == main
+    assert same_encoder(pull("other/clt", work), make_clt(seed=0))
+
+
+# -- what goes wrong on the way ---------------------------------------------------------------------------------------
 
 
 def check_two_pushes_at_once(work):
+    """two pushes at once: both are made, and the result is one of the two, whole"""
     push_to_hub(make_clt(seed=0), "tester/busy", token=TOKEN)
     clts, failed = [make_clt(seed=seed) for seed in (1, 2)], []
 
@@ -141,52 +266,116 @@ def check_two_pushes_at_once(work):
     for thread in threads:
         thread.join()
     assert not failed, failed
-    loaded = CrossLayerTranscoder.from_pretrained("tester/busy", cache_dir=work / "cache").state_dict()
+    assert len(API.list_repo_commits("tester/busy")) == 4
+    loaded = pull("tester/busy", work).state_dict()
     weights = [name for name in loaded if name.endswith("weight")]
     # one of the two, whole: never the encoder of one and the decoder of the other
     assert any(all(torch.equal(loaded[name], clt.state_dict()[name]) for name in weights) for clt in clts)
 
 
 def check_a_commit_in_between_is_looked_at_again(work):
+    """someone commits a card during the push (412): the push is made on top, their card kept"""
     push_to_hub(make_clt(), "tester/raced", token=TOKEN)
-    commit, calls = HfApi.create_commit, []
+    ask("overtake", path="README.md", text="# Written meanwhile\n")
+    push_to_hub(make_clt(seed=1), "tester/raced", token=TOKEN)
+    card = Path(hf_hub_download("tester/raced", "README.md", cache_dir=work / "cache")).read_text()
+    assert card == "# Written meanwhile\n"
+    assert same_encoder(pull("tester/raced", work), make_clt(seed=1))
+    titles = [commit.title for commit in API.list_repo_commits("tester/raced")]
+    assert titles[:2] == ["Upload CLT", "Meanwhile"]
 
-    def someone_is_faster(self, *args, **kwargs):
-        calls.append(kwargs["parent_commit"])
-        if len(calls) == 1:
-            operation = CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=b"# Written meanwhile\n")
-            commit(API, "tester/raced", [operation], commit_message="Meanwhile")
-        return commit(self, *args, **kwargs)
 
-    HfApi.create_commit = someone_is_faster
+def check_someone_changes_a_weight_in_between(work):
+    """someone replaces a weight during the push (412): the result is the pushed CLT, whole"""
+    clt = make_clt()
+    push_to_hub(clt, "tester/mixed", token=TOKEN)
+    ask("overtake", path="W_enc_0.safetensors", text="another encoder")
+    clt.decoders[0].weight.data += 1  # the encoder is unchanged and would be left out of the commit
+    push_to_hub(clt, "tester/mixed", token=TOKEN)
+    assert same_encoder(pull("tester/mixed", work), clt)
+
+
+def check_a_connection_cut_now_and_then(work):
+    """connection cut in the middle of two uploads: the client sends these again, nobody notices"""
+    clt = make_clt(seed=8, **LARGE)
+    ask("cut", after=2, times=2)
+    push_to_hub(clt, "tester/shaky", token=TOKEN)
+    assert len(API.list_repo_commits("tester/shaky")) == 2
+    assert same_encoder(pull("tester/shaky", work), clt)
+
+
+def check_a_connection_cut_for_good_and_the_push_resumed(work):
+    """connection cut for good in the middle: repository and folder are as before; the next push sends the rest only"""
+    folder = work / "cut"
+    make_clt(seed=5, **LARGE).save_pretrained(folder)
+    before, size = digests(folder), sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    push_to_hub(make_clt(seed=6), "tester/cut", token=TOKEN)
+    main = API.model_info("tester/cut").sha
+    ask("cut", after=4, times=-1)
     try:
-        push_to_hub(make_clt(seed=1), "tester/raced", token=TOKEN)
+        with pytest.raises(ConnectionError, match="what reached the Hub is not sent again"):
+            push_folder(folder, "tester/cut", token=TOKEN)
     finally:
-        HfApi.create_commit = commit
-    assert len(calls) == 2 and calls[0] != calls[1]
-    assert (
-        Path(hf_hub_download("tester/raced", "README.md", cache_dir=work / "cache")).read_text()
-        == "# Written meanwhile\n"
-    )
+        ask("cut", times=0)
+    assert API.model_info("tester/cut").sha == main
+    assert digests(folder) == before
+    start = ask("traffic")["received"]
+    push_folder(folder, "tester/cut", token=TOKEN)
+    resent = ask("traffic")["received"] - start
+    assert resent < 0.7 * size, (resent, size)
+    assert same_encoder(pull("tester/cut", work), make_clt(seed=5, **LARGE))
+
+
+def check_the_answer_to_the_commit_is_lost(work):
+    """connection cut after the commit was made: found to be there, no second one"""
+    push_to_hub(make_clt(), "tester/lost", token=TOKEN)
+    ask("cut_commit", times=1)
+    info = push_to_hub(make_clt(seed=1), "tester/lost", token=TOKEN)
+    commits = API.list_repo_commits("tester/lost")
+    assert len(commits) == 3 and commits[0].commit_id == info.oid
+    assert same_encoder(pull("tester/lost", work), make_clt(seed=1))
+
+
+def check_a_pull_request_is_never_opened_twice(work):
+    """the same with a pull request: an error, since it would be opened twice"""
+    push_to_hub(make_clt(), "tester/proposed", token=TOKEN)
+    ask("cut_commit", times=1)
+    with pytest.raises(ConnectionError):
+        push_to_hub(make_clt(seed=1), "tester/proposed", token=TOKEN, create_pr=True)
+    refs = API.list_repo_refs("tester/proposed", include_pull_requests=True)
+    assert len(refs.pull_requests) == 1
 
 
 def check_refusals(work):
-    with pytest.raises(HfHubHTTPError) as forbidden:
+    """push with a missing, wrong (401) or read-only token, or to others' (403): one line, nothing made"""
+    with pytest.raises(ValueError, match="'someone-else/clt': the Hub token may not write there"):
         push_to_hub(make_clt(), "someone-else/clt", token=TOKEN)
-    assert forbidden.value.response.status_code == 403
-    with pytest.raises(HfHubHTTPError) as unauthorized:
-        push_to_hub(make_clt(), "tester/clt", token="hf_wrong")
-    assert unauthorized.value.response.status_code == 401
-    assert check_push_access(TOKEN) == "tester"
+    with pytest.raises(ValueError, match="'other/clt': the Hub token may not write there"):
+        push_to_hub(make_clt(), "other/clt", token=TOKEN)
     with pytest.raises(ValueError, match="the one given is refused"):
-        check_push_access("hf_wrong")
-    with pytest.raises(ValueError, match="there is none"):
-        check_push_access()  # none in the environment of this process either
+        push_to_hub(make_clt(), "tester/clt", token="hf_wrong")
+    assert not API.repo_exists("tester/clt")
     with pytest.raises(ValueError, match="leave one of them out"):
         push_folder(work / "local", "tester/clt", token=TOKEN, revision="branch", create_pr=True)
+    with pytest.raises(ValueError, match="only proposed"):
+        push_folder(work / "local", "tester/clt", token=TOKEN, tag="v1", create_pr=True)
+    with pytest.raises(ValueError, match="revision='refs/pr/7' is not in tester/first"):
+        push_folder(work / "local", "tester/first", token=TOKEN, revision="refs/pr/7")
+
+    assert check_push_access(token=TOKEN) == check_push_access("tester/probed", token=TOKEN) == "tester"
+    assert API.list_repo_files("tester/probed") == [".gitattributes"]
+    with pytest.raises(ValueError, match="the one given is refused"):
+        check_push_access(token="hf_wrong")
+    with pytest.raises(ValueError, match="there is none"):
+        check_push_access()  # none in the environment of this process either
+    assert check_push_access(token=READ_TOKEN) == "tester"  # who one is says nothing of what one may do
+    for repo_id, token in (("tester/x", READ_TOKEN), ("tester/first", READ_TOKEN), ("other/clt", TOKEN)):
+        with pytest.raises(ValueError, match=f"'{repo_id}': the Hub token may not write there"):
+            check_push_access(repo_id, token=token)
 
 
 def check_an_incomplete_folder_is_refused_before_anything_is_sent(work):
+    """push an incomplete folder: refused before a repository is made"""
     broken = work / "broken"
     shutil.copytree(work / "local", broken)
     (broken / "W_dec_1.safetensors").unlink()
@@ -194,20 +383,442 @@ def check_an_incomplete_folder_is_refused_before_anything_is_sent(work):
         push_folder(broken, "tester/broken", token=TOKEN)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         push_folder(work, "tester/broken", token=TOKEN)
+    index = broken / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("W_dec_1.safetensors", "W_dec_1.bin"))
+    with pytest.raises(ValueError, match=r"W_dec_1\.bin in .* is no safetensors file"):
+        push_folder(broken, "tester/broken", token=TOKEN)
     assert not API.repo_exists("tester/broken")
+
+
+def check_background_push(work):
+    """push in the background: while it runs there is no second; what fails is logged and stops nothing"""
+    background = BackgroundPush("tester/background", token=TOKEN)
+    background.start(work / "local", "Step 1")
+    with contextlib.suppress(RuntimeError):  # unless it is through already
+        background.start(work / "local", "Step 2")
+    background.wait()
+    assert not background.is_running
+    assert API.list_repo_commits("tester/background")[0].title in ("Step 1", "Step 2")
+    failing = BackgroundPush("someone-else/background", token=TOKEN)
+    failing.start(work / "local", "Step 3")
+    failing.wait()
+    assert "pushing 'Step 3' failed, training goes on (repository 'someone-else/background'" in SAID.getvalue()
+
+
+# -- pull -------------------------------------------------------------------------------------------------------------
+
+
+def check_pull_with_options(work):
+    """pull: subfolder, dtype, device_map, lazy, and AutoModel with a revision"""
+    clt = make_clt(seed=3)
+    clt.save_pretrained(work / "sub")
+    API.create_repo("tester/folders")
+    API.upload_folder(repo_id="tester/folders", folder_path=work / "sub", path_in_repo="clts/a", revision="main")
+    API.create_branch("tester/folders", branch="old")
+    for loaded in (
+        pull("tester/folders", work, subfolder="clts/a"),
+        pull("tester/folders", work, subfolder="clts/a", device_map="auto"),
+        pull("tester/folders", work, subfolder="clts/a", lazy=True),
+        AutoModel.from_pretrained("tester/folders", subfolder="clts/a", revision="old", cache_dir=work / "auto"),
+    ):
+        assert type(loaded) is CrossLayerTranscoder and same_encoder(loaded, clt)
+        assert loaded.device.type == "cpu" and loaded.name_or_path == "tester/folders"
+    half = pull("tester/folders", work, subfolder="clts/a", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.thresholds[0].value.dtype == torch.float32
+    half = AutoModel.from_pretrained("tester/first", dtype="bfloat16", cache_dir=work / "auto")
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(FileNotFoundError, match="subfolder='clts/b': tester/folders has no CLT there"):
+        pull("tester/folders", work, subfolder="clts/b")
+
+
+def check_pull_refusals(work):
+    """pull what is not there (404), without a token, with a wrong one (401): one line that says what to do"""
+    for name, kwargs, message in (
+        ("tester/absent", {}, "tester/absent is neither a folder here nor on the Hub"),
+        ("tester/first", {"revision": "absent"}, "revision='absent' is no branch, tag or commit of tester/first"),
+        ("tester/first", {"token": "hf_wrong"}, "tester/first: the Hub refuses the token"),
+    ):
+        with pytest.raises(OSError, match=message):
+            CrossLayerTranscoder.from_pretrained(name, cache_dir=work / "none", **kwargs)
+    with pytest.raises(ValueError, match="a/b/c is no folder, and no repository on the Hub has such a name"):
+        CrossLayerTranscoder.from_pretrained("a/b/c")
+
+
+def check_some_layers(work):
+    """pull layers=[0, 3] of 4: their files alone are downloaded, their features are those of the whole CLT"""
+    clt = make_clt(num_layers=4, activation_fn="batchtopk", k=32, skip_connection=True, **LARGE)
+    clt.train()(torch.randn(6, 4, 64))  # starts the running thresholds
+    inputs = torch.randn(6, 4, 64)
+    clt.eval()
+    push_to_hub(clt, "tester/layers", token=TOKEN)
+    size = sum(file.size for file in API.list_repo_tree("tester/layers"))
+    before = ask("traffic")["sent"]
+    part = pull("tester/layers", work, layers=[0, 3])
+    downloaded = ask("traffic")["sent"] - before
+    wanted = ("config", "model.", "W_enc_0", "W_dec_0", "W_enc_3", "W_dec_3")
+    files = [file for file in API.list_repo_tree("tester/layers") if file.path.startswith(wanted)]
+    assert sum(file.size for file in files) < downloaded < 0.75 * size
+
+    whole = clt.encode(inputs)
+    torch.testing.assert_close(part.encode(inputs)[:, [0, 3]], whole[:, [0, 3]])
+    assert whole[:, [0, 3]].count_nonzero() > 0 and part.encode(inputs)[:, [1, 2]].count_nonzero() == 0
+    rest = AutoModel.from_pretrained("tester/layers", layers=[1, 2], cache_dir=work / "auto")
+    parts = [some.decode(some.encode_sparse(inputs), inputs) for some in (part, rest)]
+    torch.testing.assert_close(sum(parts), clt.decode(whole, inputs), rtol=1e-4, atol=1e-5)
+    for layers, message in (([0, 4], "give different ones from 0 to 3"), ([], "give different ones")):
+        with pytest.raises(ValueError, match=message):
+            pull("tester/layers", work, layers=layers)
+    with pytest.raises(ValueError, match=r"loaded with layers=\[0, 3\]"):
+        part(inputs)
+    with pytest.raises(ValueError, match="acts have features of layer 1, which was not read"):
+        part.decode(whole, inputs)
+
+
+def check_circuit_tracer_files_alone(work):
+    """pull a repository with circuit-tracer's files alone"""
+    clt, folder = make_clt(seed=4), work / "tracer"
+    clt.save_pretrained(folder)
+    for name in ("config.json", "model.safetensors.index.json", "README.md"):
+        (folder / name).unlink()
+    API.create_repo("tester/tracer")
+    API.upload_folder(repo_id="tester/tracer", folder_path=folder)
+    with pytest.raises(ValueError, match=r"tester/tracer has no config\.json"):
+        pull("tester/tracer", work, layers=[0])
+    assert same_encoder(pull("tester/tracer", work), clt)
+
+
+OFFLINE = """
+import sys
+import torch
+from transformers import AutoModel
+from hf_clt import CrossLayerTranscoder
+
+cache = sys.argv[1]
+loaded = CrossLayerTranscoder.from_pretrained("tester/first", cache_dir=cache)
+automatic = AutoModel.from_pretrained("tester/first", cache_dir=cache)
+assert torch.equal(automatic.encoders[0].weight, loaded.encoders[0].weight)
+assert CrossLayerTranscoder.from_pretrained("tester/branches", revision="half/trained", cache_dir=cache)
+try:
+    CrossLayerTranscoder.from_pretrained("tester/unseen", cache_dir=cache)
+except FileNotFoundError as error:
+    print(error)
+"""
+
+
+def check_offline(work):
+    """offline: from the cache, with a revision and AutoModel, in a new process that makes no request"""
+    requests = ask("traffic")["requests"]
+    said = run_python(OFFLINE, work / "cache", HF_HUB_OFFLINE="1")
+    assert ask("traffic")["requests"] == requests
+    assert "tester/unseen (main) is not in the cache" in said and said.count("\n") == 1
+    assert pull("tester/first", work, local_files_only=True).config.num_layers == 3
+    with pytest.raises(FileNotFoundError, match="is not in the cache, or not all of it"):
+        pull("tester/layers", work, local_files_only=True)  # of which two layers are
+
+
+# -- code in the repository -------------------------------------------------------------------------------------------
+
+
+WITHOUT_HF_CLT = """
+import sys
+sys.modules["hf_clt"] = None  # cannot be imported
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+cache, saved, *names = sys.argv[1:]
+try:
+    AutoModel.from_pretrained(names[0], cache_dir=cache, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("it was loaded without being trusted")
+for name in names:
+    clt = AutoModel.from_pretrained(name, cache_dir=cache, trust_remote_code=True)
+    assert type(clt).__module__.startswith("transformers_modules"), type(clt)
+    expected = load_file(f"{cache}/{name.replace('/', '-')}.safetensors")
+    with torch.no_grad():
+        output = clt(expected["inputs"])
+    assert torch.equal(output.features.to_dense(), expected["features"]), name
+    assert torch.equal(output.reconstruction, expected["reconstruction"]), name
+    some = AutoModel.from_pretrained(name, cache_dir=cache, trust_remote_code=True, layers=[1])
+    assert torch.equal(some.encode(expected["inputs"])[:, 1], expected["features"][:, 1]), name
+try:
+    clt.push_to_hub("tester/pushed")
+except ImportError as error:
+    assert "pip install hf_clt" in str(error), error
+else:
+    raise AssertionError("pushing needs hf_clt")
+assert not [name for name in sys.modules if name.startswith("hf_clt.")]
+
+# Where it is installed and merely not imported, what needs it finds it.
+del sys.modules["hf_clt"]
+clt.save_pretrained(saved)
+from hf_clt import CrossLayerTranscoder
+
+with torch.no_grad():
+    again = CrossLayerTranscoder.from_pretrained(saved)(expected["inputs"]).reconstruction
+assert torch.equal(again, expected["reconstruction"])
+"""
+
+
+def check_code_in_the_repository(work):
+    """--with-code: where hf_clt cannot be imported, trust_remote_code=True loads and runs the CLT, to the same bits"""
+    names = []
+    for activation_fn, changes in (
+        ("jumprelu", {"skip_connection": True}),
+        ("batchtopk", {"decoder_tying": "per_target"}),
+        ("topk", {"decoder_reach": 2}),
+        ("relu", {}),
+    ):
+        name = f"tester/code-{activation_fn}"
+        clt, inputs = make_clt(activation_fn=activation_fn, k=2, **changes), torch.randn(6, 3, 4)
+        if activation_fn == "batchtopk":
+            clt.train()(inputs)
+            clt.eval()
+        folder = work / f"code-{activation_fn}"
+        clt.save_pretrained(folder)
+        before = digests(folder)
+        with logged_in():
+            status, said = run_script("push_clt", folder, name, "--with-code")
+        assert status == 0 and f"{name}/commit/" in said, said
+        assert digests(folder) == before
+        with torch.no_grad():
+            output = CrossLayerTranscoder.from_pretrained(folder)(inputs)
+        expected = {"inputs": inputs, "reconstruction": output.reconstruction, "features": output.features.to_dense()}
+        save_file(expected, work / f"{name.replace('/', '-')}.safetensors")
+        names.append(name)
+    assert f'AutoModel.from_pretrained("{names[0]}", trust_remote_code=True)' in ModelCard.load(names[0]).content
+    run_python(WITHOUT_HF_CLT, work, work / "saved-there", *names)
+    assert "auto_map" not in json.loads((work / "saved-there" / "config.json").read_text())
+
+    # With hf_clt its own class is taken, and what is saved then does not point to code that is not there.
+    loaded = AutoModel.from_pretrained(names[0], cache_dir=work / "auto")
+    assert type(loaded) is CrossLayerTranscoder
+    assert json.loads(Path(hf_hub_download(names[0], "config.json")).read_text())["auto_map"] == AUTO_MAP
+    loaded.save_pretrained(work / "saved-again")
+    assert "auto_map" not in json.loads((work / "saved-again" / "config.json").read_text())
+    assert Path(hf_hub_download(names[0], CODE_FILE)).read_text() == flat_code()
+
+
+def check_code_goes_when_it_is_not_asked_for(work):
+    """push without --with-code over one with it: the code and the pointer to it are gone"""
+    clt = make_clt()
+    push_to_hub(clt, "tester/coded", token=TOKEN, with_code=True)
+    downloaded = API.snapshot_download("tester/coded", cache_dir=work / "cache")
+    folder = shutil.copytree(downloaded, work / "downloaded")
+    push_folder(folder, "tester/coded", token=TOKEN)
+    assert CODE_FILE not in API.list_repo_files("tester/coded")
+    assert "auto_map" not in json.loads(Path(hf_hub_download("tester/coded", "config.json")).read_text())
+    assert "trust_remote_code" not in ModelCard.load("tester/coded").content
+
+
+# -- training and the scripts -----------------------------------------------------------------------------------------
+
+
+def training_options(work):
+    """What a short run on a tiny language model needs."""
+    folder, text = work / "language-model", work / "text.txt"
+    if not text.exists():
+        tiny_language_model(folder)
+        words, chosen = ["The", "capital", "of", "France", "is", *(f"word{i}" for i in range(64))], random.Random(0)
+        text.write_text("\n".join(" ".join(chosen.choices(words, k=20)) for _ in range(300)))
+    return {
+        "model": str(folder),
+        "dataset": str(text),
+        "context_size": 16,
+        "batch_size": 32,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 4,
+        "normalization_estimation_batches": 4,
+        "eval_tokens": 60,
+        "disable_progress_bar": True,
+    }
+
+
+def flags(options):
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def check_training_pushes(work):
+    """training with a push every 2 updates: pushed beside training and at the end, release files only"""
+    options = training_options(work) | {"training_steps": 6, "checkpoint_interval": 2}
+    args = CLTTrainingArguments(
+        **options,
+        output_dir=str(work / "trained"),
+        push_to_hub=True,
+        hub_model_id="tester/trained",
+        hub_private=True,
+        hub_push_interval=2,
+    )
+    config = CLTConfig(num_layers=2, d_model=8, num_features=16, activation_fn="batchtopk", k=4)
+    with logged_in():
+        trainer = CLTTrainer(args, config)
+        clt = trainer.train()
+        commits = API.list_repo_commits("tester/trained")
+        titles = [commit.title for commit in commits]
+        assert titles[0] == "Upload CLT" and titles[-2:] == ["Step 2", "initial commit"], titles
+        assert not any("/" in name or "metrics" in name for name in API.list_repo_files("tester/trained"))
+        assert API.model_info("tester/trained").private
+        inputs = torch.randn(4, 2, 8)
+        loaded, early = (pull("tester/trained", work, revision=c.commit_id) for c in (commits[0], commits[-2]))
+        torch.testing.assert_close(loaded(inputs).reconstruction, clt(inputs).reconstruction, rtol=1e-4, atol=1e-5)
+        assert not same_encoder(early, loaded)
+        card = ModelCard.load("tester/trained").content
+        assert f"Measured on {trainer.evaluate()['num_tokens']:,} held-out tokens" in card
+        assert trainer.push_to_hub(tag="final").oid == commits[0].commit_id  # nothing new: no commit, but a tag
+    alone = CLTTrainingArguments(**options, output_dir=str(work / "alone"))  # pushing changes nothing of the training
+    same = CLTTrainer(alone, CLTConfig.from_dict({**config.to_dict(), "base_model_name_or_path": None})).train()
+    assert all(torch.equal(value, clt.state_dict()[name]) for name, value in same.state_dict().items())
+    assert not (work / "trained" / "pushing").exists()
+    assert {path.name for path in (work / "trained").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def check_two_processes_push_one_clt(work):
+    """training on two processes that share the features, with pushes: the first one pushes the CLT, whole"""
+    folder = work / "shared"
+    options = training_options(work) | {"training_steps": 4, "num_features": 16, "output_dir": folder}
+    options |= {"feature_parallel_size": 2, "activation_fn": "jumprelu", "hub_push_interval": 2}
+    del options["disable_progress_bar"]
+    words = [*flags(options), "--disable-progress-bar", "--push-to-hub", "--hub-model-id", "tester/shared"]
+    launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    script = str(ROOT / "scripts" / "train_clt.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "--dynamo_backend", "no", script, *words]
+    with logged_in():
+        alone = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=work, env=alone, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    titles = [commit.title for commit in API.list_repo_commits("tester/shared")]
+    assert titles == ["Upload CLT", "Step 2", "initial commit"]
+    loaded, local = pull("tester/shared", work), CrossLayerTranscoder.from_pretrained(folder)
+    assert all(torch.equal(tensor, local.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.num_held == 16
+
+
+def check_a_bad_token_is_found_before_training(work):
+    """training with a missing, wrong or read-only token, or to others' repository: refused before anything is read"""
+    options = training_options(work) | {"training_steps": 2, "num_features": 16, "output_dir": work / "refused"}
+    options["model"] = work / "language-model"
+    pushing = [*flags(options), "--push-to-hub", "--hub-model-id"]
+    for token, repo_id, message in (
+        (None, "tester/x", "pushing needs a Hub token, and there is none"),
+        ("hf_wrong", "tester/x", "the one given is refused"),
+        (READ_TOKEN, "tester/x", "the Hub token may not write there"),
+        (TOKEN, "other/clt", "the Hub token may not write there"),
+    ):
+        with contextlib.ExitStack() as stack:
+            if token is not None:
+                stack.enter_context(logged_in(token))
+            status, said = run_script("train_clt", *pushing, repo_id)
+        assert status == 2 and message in said and "error: " in said, said
+        assert not (work / "refused").exists()
+
+
+def check_a_push_that_fails_at_the_end_of_training(work):
+    """Hub out of service (503) when a training ends: the CLT is in its folder; the error says how to push it later"""
+    folder = work / "kept"
+    options = training_options(work) | {"training_steps": 2, "output_dir": str(folder)}
+    args = CLTTrainingArguments(**options, push_to_hub=True, hub_model_id="tester/kept")
+    config = CLTConfig(num_layers=2, d_model=8, num_features=16, activation_fn="topk", k=4)
+    with logged_in():
+        trainer = CLTTrainer(args, config)
+        ask("unavailable", times=-1)
+        try:
+            with pytest.raises(HfHubHTTPError, match="503") as failed:
+                trainer.train()
+        finally:
+            ask("unavailable", times=0)
+        assert f"push it with `python scripts/push_clt.py {folder} tester/kept`" in failed.value.__notes__[0]
+        assert API.list_repo_files("tester/kept") == [".gitattributes"]
+        status, said = run_script(
+            "push_clt", folder, "tester/kept", "--branch", "dev", "--tag", "v1", "--message", "It"
+        )
+    assert status == 0 and API.list_repo_commits("tester/kept", revision="dev")[0].title == "It", said
+    assert "topk" in pull("tester/kept", work, revision="v1").config.activation_fn
+
+
+def check_going_on_with_a_published_clt(work):
+    """--init-from REPO, pushed over it again; evaluate_clt.py REPO"""
+    text = training_options(work)
+    options = text | {"training_steps": 3, "output_dir": work / "more", "init_from": "tester/trained"}
+    del options["model"]  # the CLT names it
+    with logged_in():
+        before = pull("tester/trained", work)
+        words = [*flags(options), "--push-to-hub", "--hub-model-id", "tester/trained"]
+        status, said = run_script("train_clt", *words)
+        assert status == 0, said
+        after = pull("tester/trained", work)
+        assert after.config.activation_fn == "batchtopk" and not same_encoder(after, before)
+        figures = work / "figures.json"
+        words = ["--dataset", text["dataset"], "--context-size", 16, "--eval-tokens", 60, "--json", figures]
+        status, said = run_script("evaluate_clt", "tester/trained", *words)
+        assert status == 0, said
+        measured = json.loads(figures.read_text())
+    card = ModelCard.load("tester/trained", token=TOKEN)
+    pushed = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert f"Measured on {measured['num_tokens']:,} held-out tokens" in card.content
+    assert measured["nmse"] == pytest.approx(pushed["nmse"], rel=1e-3)
+
+
+def check_the_documentation(work):
+    """every Python snippet of docs/hub.md, one after another; its commands are understood"""
+    text = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8").replace("user/", "tester/docs-")
+    text = text.replace("num_layers=12, d_model=768, num_features=6144", "num_layers=4, d_model=8, num_features=16")
+    text = text.replace("12, 768)", "4, 8)")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {}
+    with logged_in(), contextlib.chdir(work), contextlib.redirect_stdout(SAID):
+        make_clt().save_pretrained("clt-gpt2")
+        for kind, block in blocks:
+            if kind == "python":
+                exec(compile(block, "docs/hub.md", "exec"), names)
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                program, script, *words = shlex.split(line)
+                assert program == "python" and (ROOT / script).is_file()
+                if script == "scripts/push_clt.py":
+                    assert run_script("push_clt", *words)[0] == 0
+                elif script == "scripts/train_clt.py":
+                    args, _ = parse_train_args(words)
+                    assert args.push_to_hub or args.init_from
+                else:
+                    assert runpy.run_path(str(ROOT / script))["make_parser"]().parse_args(words).dataset
+    assert names["acts"][..., [0, 3], :].count_nonzero() and names["written"].shape == names["inputs"].shape
+    assert names["lazy"].lazy and type(names["clt"]).__module__ == "hf_clt.modeling_clt"
+
+
+def check_no_token_was_written_anywhere(work):
+    """the tokens stand in no file, log, output, card or repository"""
+    words = [token.encode() for token in (TOKEN, OTHERS_TOKEN, READ_TOKEN, "hf_wrong")]
+    said = SAID.getvalue().encode()
+    assert len(said) > 1000
+    assert not [word for word in words if word in said]
+    files = [path for path in work.rglob("*") if path.is_file()]
+    assert len(files) > 100
+    assert not [path for path in files if any(word in path.read_bytes() for word in words)]
 
 
 def main():
     work = Path(sys.argv[1])
-    log = io.StringIO()
-    logging.basicConfig(stream=log, level=logging.DEBUG)
+    logging.basicConfig(stream=SAID, level=logging.DEBUG)
+    failed = False
     for name, check in list(globals().items()):
-        if name.startswith("check_") and name != "check_push_access":
+        if not name.startswith("check_") or name == "check_push_access" or name not in (sys.argv[2:] or [name]):
+            continue
+        before, start = ask("traffic"), time.perf_counter()
+        try:
             check(work)
-            print(json.dumps(name), flush=True)
-    assert "edited by hand" in log.getvalue()
-    assert TOKEN not in log.getvalue() and "hf_wrong" not in log.getvalue()
+        except BaseException:
+            failed = True
+            print(f"{name}\n{traceback.format_exc()}", file=sys.stderr)
+            continue
+        seconds, after = time.perf_counter() - start, ask("traffic")
+        moved = {"pushed": after["received"] - before["received"], "pulled": after["sent"] - before["sent"]}
+        requests = after["requests"] - before["requests"]
+        row = {"check": name, "case": check.__doc__, "seconds": seconds, "requests": requests, **moved}
+        print(json.dumps(row), flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

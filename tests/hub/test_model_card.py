@@ -239,7 +239,9 @@ def tiny_language_model(folder):
     words = ["<bos>", "<unk>", "The", "capital", "of", "France", "is", *(f"word{i}" for i in range(64))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>"
+    )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     shape = {"vocab_size": len(words), "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}

@@ -1,45 +1,53 @@
 """
-Push and pull with the real client against a Hub on this machine. All checks run in one process beside this one (see
+Push and pull with the real client against a Hub on this machine. The cases run in one process beside this one (see
 hub_client.py), since the client reads the Hub's address when it is imported, and importing takes most of the time.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.hub.loopback_hub import LoopbackHub
+from tests.hub.protocol_table import as_table, run_client
 
 
-CLIENT = Path(__file__).parent / "hub_client.py"
-CHECKS = re.findall(r"^def (check_\w+)", CLIENT.read_text(), re.M)
+CHECKS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "hub_client.py").read_text(encoding="utf-8"), re.M)
+SLOW = ["check_two_processes_push_one_clt"]
+QUICK = [check for check in CHECKS if check not in SLOW]
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
-    work = tmp_path_factory.mktemp("hub")
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    with LoopbackHub(work / "server", tokens={"hf_loopback": "tester", "hf_other": "other"}) as hub:
-        environment = keep | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(work / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(CLIENT), str(work)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_client(tmp_path_factory.mktemp("hub"), QUICK)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", QUICK)
 def test_hub(client, check):
-    passed = [json.loads(line) for line in client.stdout.splitlines()]
-    assert check in passed, client.stderr[-3000:]
+    passed = [json.loads(line)["check"] for line in client.stdout.splitlines()]
+    assert check in passed, client.stderr[-6000:]
 
 
 def test_client_ends_well(client):
-    assert client.returncode == 0, client.stderr[-3000:]
+    assert client.returncode == 0, client.stderr[-6000:]
+
+
+def test_the_table_has_every_case_once(client):
+    rows = [json.loads(line) for line in client.stdout.splitlines()]
+    lines = as_table(rows).splitlines()[2:]
+    assert len(lines) == len(QUICK) == len({row["case"] for row in rows})
+
+
+def test_the_documented_table_has_every_case():
+    documented = (Path(__file__).parents[2] / "docs" / "hub.md").read_text(encoding="utf-8")
+    source = (Path(__file__).parent / "hub_client.py").read_text(encoding="utf-8")
+    cases = re.findall(r'^def check_\w+\(work\):\n    """(.*?)"""$', source, re.M)
+    assert len(cases) == len(CHECKS)
+    assert [case for case in cases if f"| {case} |" not in documented] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", SLOW)
+def test_slow_hub(tmp_path, check):
+    done = run_client(tmp_path, [check])
+    assert done.returncode == 0, done.stderr[-6000:]

@@ -64,6 +64,7 @@ TRAINING_FLAGS = {
     "--feature-parallel-size": ("1", 1),
     "--init-from": ("user/clt", "user/clt"),
     "--hub-model-id": ("user/clt", "user/clt"),
+    "--hub-branch": ("half-trained", "half-trained"),
     "--initial-feature-rate": ("0.25", 0.25),
     "--stream-retries": ("0", 0),
     "--on-bad-activations": ("skip", "skip"),
@@ -407,7 +408,11 @@ class TestValidation:
     def test_combinations(self, tmp_path):
         with pytest.raises(ValueError, match="push_to_hub=True needs a repository; give hub_model_id"):
             CLTTrainingArguments(push_to_hub=True)
-        CLTTrainingArguments(push_to_hub=True, hub_model_id="user/clt")
+        CLTTrainingArguments(push_to_hub=True, hub_model_id="user/clt", hub_push_interval=10)
+        with pytest.raises(ValueError, match="hub_push_interval=10 has no effect without push_to_hub"):
+            CLTTrainingArguments(hub_push_interval=10, hub_model_id="user/clt")
+        with pytest.raises(ValueError, match="hub_push_interval=-1 is negative"):
+            CLTTrainingArguments(push_to_hub=True, hub_model_id="user/clt", hub_push_interval=-1)
         with pytest.raises(ValueError, match="warmup_steps=3 has no effect with lr_scheduler='none'"):
             CLTTrainingArguments(lr_scheduler="none", warmup_steps=3)
         with pytest.raises(ValueError, match="report_to='mlflow' is unknown; choose from tensorboard"):

@@ -1,0 +1,68 @@
+"""Pushing while training goes on."""
+
+import logging
+import threading
+from pathlib import Path
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from .push import push_folder
+
+
+logger = logging.getLogger(__name__)
+
+
+class BackgroundPush:
+    """
+    One push at a time, in a thread of its own. What goes wrong there is logged and stops nothing: the next push, at
+    the latest that of the finished CLT, sends what is missing. The thread ends with the program, so that a run that is
+    stopped does not wait for an upload; the repository then stays what it was.
+
+    Args:
+        repo_id (`str`): Where to; see [`push_folder`].
+        kwargs: Passed to [`push_folder`].
+    """
+
+    def __init__(self, repo_id: str, **kwargs):
+        self.repo_id, self.kwargs = repo_id, kwargs
+        self._thread = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a push is under way: its folder must not be changed then."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, folder: str | Path, commit_message: str) -> None:
+        """
+        Begins to push a released CLT.
+
+        Raises:
+            RuntimeError: If a push is under way.
+        """
+        if self.is_running:
+            raise RuntimeError(f"a push to {self.repo_id} is under way; ask is_running first")
+        self._thread = threading.Thread(target=self._push, args=(folder, commit_message), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when no push is under way any more."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _push(self, folder, commit_message):
+        shows_bars = not are_progress_bars_disabled()
+        if shows_bars:
+            disable_progress_bars()  # of uploads, which would be drawn over the bar of the training
+        try:
+            info = push_folder(folder, self.repo_id, commit_message=commit_message, **self.kwargs)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            logger.warning("%s: pushing %r failed, training goes on (%s)", self.repo_id, commit_message, reason)
+        else:
+            logger.info("%s: pushed %r as %s", self.repo_id, commit_message, info.oid)
+        finally:
+            if shows_bars:
+                enable_progress_bars()
+
+
+__all__ = ["BackgroundPush"]
