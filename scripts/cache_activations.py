@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from hf_clt.configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
@@ -23,6 +24,7 @@ from hf_clt.harvest.harvester import Harvester, check_context_size, load_languag
 from hf_clt.harvest.sites import default_hooks
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.arguments import CACHED
+from hf_clt.training.setup import check_gpus, check_launch, check_num_processes
 
 
 HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATURE_OUTPUT_HOOKS}
@@ -61,7 +63,12 @@ def run(argv: list[str] | None) -> int:
     for name in ("max_tokens", "shard_megabytes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")
-    state = PartialState(cpu=chosen_device(options.device).type == "cpu")
+    check_launch()
+    use_cpu = chosen_device(options.device).type == "cpu"
+    if not use_cpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    state = PartialState(cpu=use_cpu)
+    check_num_processes(state.num_processes)
     model, tokenizer = load_language_model(
         options.model,
         revision=options.model_revision,

@@ -21,9 +21,11 @@ from .optimizers import CompactAdam
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")
+# How launchers and MPI say how many processes they started.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCH_REMEDY = (
-    "unset it for one process; for several on CPU launch with `accelerate launch --multi_gpu --num_processes N "
-    "--num_machines 1 --mixed_precision no --dynamo_backend no`"
+    "for several processes launch with `accelerate launch --multi_gpu --num_processes N --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no` (on CPU too) or torchrun, see docs/launching.md"
 )
 
 
@@ -32,29 +34,71 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     The Accelerator of the run.
 
     Raises:
-        ValueError: If the processes that were launched do not know of each other, as with `--cpu --num_processes 2`.
+        ValueError: If the processes that were launched do not know of each other, see [`check_launch`].
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"WORLD_SIZE={launched}, but MASTER_ADDR is not set: {LAUNCH_REMEDY}")
+    check_launch()
     wanted = torch.device(args.device) if args.device is not None else None
     if wanted is not None and wanted.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={args.device!r}, but no GPU is available; leave device out or give 'cpu'")
         torch.cuda.set_device(wanted)
     use_cpu = wanted.type == "cpu" if wanted is not None else not torch.cuda.is_available()
+    if not use_cpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=args.mixed_precision,
         log_with=list(args.report_to) or None,
         project_dir=args.output_dir,
     )
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each "
-            f"train alone and overwrite each other; {LAUNCH_REMEDY}"
-        )
+    check_num_processes(accelerator.num_processes)
     return accelerator
+
+
+def launched_processes() -> int:
+    """How many processes were started together, by what launchers and MPI leave in the environment."""
+    return max(int(os.environ.get(name) or 1) for name in WORLD_SIZES)
+
+
+def check_launch() -> None:
+    """
+    Refuses what would make several processes train alone and overwrite each other, or one do the work of several.
+
+    Raises:
+        ValueError: If processes were started that cannot find each other, or one where several were asked for:
+            `accelerate launch` with neither `--multi_gpu` nor a config file of that type starts one process, whatever
+            `--num_processes` is; it sets an address for them and, unlike torchrun and MPI, no number.
+    """
+    launched = launched_processes()
+    if launched > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but MASTER_ADDR is not set: unset WORLD_SIZE for one process; {LAUNCH_REMEDY}"
+        )
+    numbered = any(name in os.environ for name in WORLD_SIZES)
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not numbered:
+        raise ValueError(
+            "accelerate launch was asked for several processes (it has set MASTER_ADDR) and has started one, as it "
+            f"does without --multi_gpu: for one process give --num_processes 1; {LAUNCH_REMEDY}"
+        )
+
+
+def check_num_processes(num_processes: int) -> None:
+    """Refuses processes that know of fewer than were launched."""
+    launched = launched_processes()
+    if launched != num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but this process knows of {num_processes}: the processes would each train alone "
+            f"and overwrite each other; {LAUNCH_REMEDY}"
+        )
+
+
+def check_gpus(local_processes: int, num_gpus: int) -> None:
+    """Refuses more processes on a machine than it has GPUs: two on one GPU cannot exchange anything."""
+    if local_processes > num_gpus:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE={local_processes} processes on this machine, which has {num_gpus} GPUs; start at most "
+            "one per GPU, or give --device cpu"
+        )
 
 
 @dataclass(frozen=True)
@@ -239,6 +283,9 @@ def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None
 
 __all__ = [
     "check_fit",
+    "check_gpus",
+    "check_launch",
+    "check_num_processes",
     "check_output_dir",
     "check_shard",
     "Layout",
