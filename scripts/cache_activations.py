@@ -24,7 +24,7 @@ from hf_clt.harvest.harvester import Harvester, check_context_size, load_languag
 from hf_clt.harvest.sites import default_hooks
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.arguments import CACHED
-from hf_clt.training.setup import check_gpus, check_launch, check_num_processes
+from hf_clt.training.setup import check_gpus, check_launch, check_num_processes, lock_folder
 
 
 HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATURE_OUTPUT_HOOKS}
@@ -69,6 +69,9 @@ def run(argv: list[str] | None) -> int:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     state = PartialState(cpu=use_cpu)
     check_num_processes(state.num_processes)
+    if state.is_main_process:
+        options.cache.mkdir(parents=True, exist_ok=True)
+        lock_folder(options.cache)  # until this process ends
     model, tokenizer = load_language_model(
         options.model,
         revision=options.model_revision,

@@ -216,6 +216,35 @@ def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
         )
 
 
+def lock_folder(folder: Path) -> int | None:
+    """
+    Takes a folder for this process until the descriptor is closed or the process ends, so that two runs that do not
+    know of each other, such as those of an `srun` without torchrun, never write to the same one.
+
+    Returns:
+        The descriptor to close; None where the system or the file system has no such locks.
+
+    Raises:
+        ValueError: If another process has taken it.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl  # there is none elsewhere
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"{str(folder)!r} is being written to by another run; give another folder, or let that run end (the "
+                "processes of one run need a launcher, see docs/launching.md)"
+            ) from None
+        return None
+    return descriptor
+
+
 def remove_run(output_dir: Path) -> None:
     """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
     if not output_dir.is_dir():
@@ -290,6 +319,7 @@ __all__ = [
     "check_shard",
     "Layout",
     "load_initial_clt",
+    "lock_folder",
     "make_accelerator",
     "make_layout",
     "keep_freed_memory",

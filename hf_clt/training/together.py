@@ -14,6 +14,10 @@ class OtherProcessFailed(RuntimeError):
     """Another process of the run has failed, and says why."""
 
 
+class OtherProcessGone(RuntimeError):
+    """Another process of the run does not answer, so nothing can be done together any more, not even a checkpoint."""
+
+
 def together(accelerator, function):
     """
     Calls `function` in every process. If it fails in one, it raises in all, once all are through with it.
@@ -30,6 +34,7 @@ def together(accelerator, function):
         Exception: What `function` raised in this process.
         [`StopRequested`]: If it raised that in any.
         [`OtherProcessFailed`]: If it failed in another process only.
+        [`OtherProcessGone`]: If another process does not answer.
     """
     result = error = None
     try:
@@ -39,7 +44,11 @@ def together(accelerator, function):
     if accelerator.num_processes > 1:
         stopped = isinstance(error, StopRequested)
         found = torch.tensor([error is not None and not stopped, stopped], device=accelerator.device).int()
-        num_failed, num_stopped = accelerator.reduce(found, "sum").tolist()
+        try:
+            num_failed, num_stopped = accelerator.reduce(found, "sum").tolist()
+        except RuntimeError as failure:  # of the connection
+            reason = " ".join(str(failure).split())[:200]
+            raise OtherProcessGone(f"another process of this run was killed, or failed alone ({reason})") from error
         if error is None and num_failed:
             error = OtherProcessFailed("another process of this run has failed, and says why")
         elif error is None and num_stopped:
@@ -49,4 +58,4 @@ def together(accelerator, function):
     return result
 
 
-__all__ = ["OtherProcessFailed", "StopRequested", "together"]
+__all__ = ["OtherProcessFailed", "OtherProcessGone", "StopRequested", "together"]

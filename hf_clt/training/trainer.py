@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import time
 from contextlib import contextmanager, nullcontext
@@ -55,6 +56,7 @@ from .setup import (
     check_initial_k,
     check_output_dir,
     check_shard,
+    lock_folder,
     make_accelerator,
     make_layout,
     make_optimizer,
@@ -62,7 +64,7 @@ from .setup import (
     remove_run,
     start_trackers,
 )
-from .together import StopRequested, together
+from .together import OtherProcessGone, StopRequested, together
 
 
 logger = logging.getLogger(__name__)
@@ -174,6 +176,7 @@ class CLTTrainer:
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
+        self._lock: int | None = None  # on output_dir, in the main process
         self._saved_step: int | None = None  # of the newest checkpoint in output_dir
 
     # -- preparation --------------------------------------------------------------------------------------------------
@@ -254,9 +257,19 @@ class CLTTrainer:
             KeyboardInterrupt: After Ctrl-C or SIGTERM, once a checkpoint is written.
             [`StreamError`], [`ActivationError`], ...: If text or language model fail, once a checkpoint is written.
             [`OtherProcessFailed`]: If they fail in another process, likewise.
+            ValueError: If another run writes to `output_dir`.
+            [`OtherProcessGone`]: If another process was killed; the checkpoints that there are stay.
             [`CheckpointError`]: If a checkpoint cannot be written.
             FloatingPointError: If the loss is not finite.
         """
+        try:
+            return self._train()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _train(self) -> CrossLayerTranscoder:
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
         shared = own = None
@@ -274,9 +287,7 @@ class CLTTrainer:
         optimizer = make_optimizer(self.model, args)
         if shared is not None:
             self._restore_run(shared, own, optimizer)
-        if accelerator.is_main_process:
-            self._prepare_output_dir()
-        accelerator.wait_for_everyone()
+        together(accelerator, self._prepare_output_dir)
         self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
         if self.shard is None:
             model, optimizer = accelerator.prepare(self.model, optimizer)
@@ -570,7 +581,8 @@ class CLTTrainer:
             yield
         except (Exception, StopRequested) as error:
             try:
-                can_save = self.accelerator.num_processes == 1 or not alone
+                is_one = self.accelerator.num_processes == 1
+                can_save = is_one or not (alone or isinstance(error, OtherProcessGone))
                 if can_save and self.step > 0 and self._saved_step != self.step:
                     self._save(optimizer, before)
                 if isinstance(error, StopRequested) and self.step > 0:
@@ -677,6 +689,10 @@ class CLTTrainer:
 
     def _prepare_output_dir(self) -> None:
         """Makes the folder, without what the run would contradict: an overwritten run, or what came after a resume."""
+        if not self.accelerator.is_main_process:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.output_dir)
         remove_leftovers(self.output_dir)
         if self._goes_on:
             # In this order: the newest checkpoint, whichever that is after a crash, has all its lines of metrics.
@@ -684,7 +700,6 @@ class CLTTrainer:
             truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
         elif self.args.overwrite_output_dir:
             remove_run(self.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def _catching_signals(self):
