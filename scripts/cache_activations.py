@@ -11,6 +11,7 @@ the same command goes on where the last shard ended.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -69,9 +70,6 @@ def run(argv: list[str] | None) -> int:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     state = PartialState(cpu=use_cpu)
     check_num_processes(state.num_processes)
-    if state.is_main_process:
-        options.cache.mkdir(parents=True, exist_ok=True)
-        lock_folder(options.cache)  # until this process ends
     model, tokenizer = load_language_model(
         options.model,
         revision=options.model_revision,
@@ -87,19 +85,27 @@ def run(argv: list[str] | None) -> int:
         split: open_text(options, tokenizer, heldout=split == "heldout", rank=rank, world_size=world_size)
         for split in (("heldout", "train") if options.eval_tokens else ("train",))
     }
-    manifest = write_cache(
-        options.cache,
-        Harvester(model, *hooks),
-        streams,
-        {name: getattr(options, name) for name in CACHED if name != "prepend_bos"},
-        dtype=options.dtype,
-        max_tokens=options.max_tokens,
-        shard_bytes=options.shard_megabytes * 10**6,
-        rank=rank,
-        world_size=world_size,
-        wait=state.wait_for_everyone,
-        progress=state.is_local_main_process and not options.disable_progress_bar,
-    )
+    lock = None
+    if state.is_main_process:
+        options.cache.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(options.cache)
+    try:
+        manifest = write_cache(
+            options.cache,
+            Harvester(model, *hooks),
+            streams,
+            {name: getattr(options, name) for name in CACHED if name != "prepend_bos"},
+            dtype=options.dtype,
+            max_tokens=options.max_tokens,
+            shard_bytes=options.shard_megabytes * 10**6,
+            rank=rank,
+            world_size=world_size,
+            wait=state.wait_for_everyone,
+            progress=state.is_local_main_process and not options.disable_progress_bar,
+        )
+    finally:
+        if lock is not None:
+            os.close(lock)
     if state.is_main_process:
         shards = [shard for split in manifest["splits"].values() for own in split["shards"] for shard in own]
         size, tokens = sum(shard["bytes"] for shard in shards), sum(shard["tokens"] for shard in shards)
@@ -125,4 +131,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is on the disk is gone on from
     sys.exit(main())
