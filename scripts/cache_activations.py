@@ -11,9 +11,11 @@ the same command goes on where the last shard ended.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from hf_clt.configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
@@ -23,6 +25,7 @@ from hf_clt.harvest.harvester import Harvester, check_context_size, load_languag
 from hf_clt.harvest.sites import default_hooks
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.arguments import CACHED
+from hf_clt.training.setup import check_gpus, check_launch, check_num_processes, lock_folder
 
 
 HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATURE_OUTPUT_HOOKS}
@@ -61,7 +64,12 @@ def run(argv: list[str] | None) -> int:
     for name in ("max_tokens", "shard_megabytes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")
-    state = PartialState(cpu=chosen_device(options.device).type == "cpu")
+    check_launch()
+    use_cpu = chosen_device(options.device).type == "cpu"
+    if not use_cpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    state = PartialState(cpu=use_cpu)
+    check_num_processes(state.num_processes)
     model, tokenizer = load_language_model(
         options.model,
         revision=options.model_revision,
@@ -77,19 +85,27 @@ def run(argv: list[str] | None) -> int:
         split: open_text(options, tokenizer, heldout=split == "heldout", rank=rank, world_size=world_size)
         for split in (("heldout", "train") if options.eval_tokens else ("train",))
     }
-    manifest = write_cache(
-        options.cache,
-        Harvester(model, *hooks),
-        streams,
-        {name: getattr(options, name) for name in CACHED if name != "prepend_bos"},
-        dtype=options.dtype,
-        max_tokens=options.max_tokens,
-        shard_bytes=options.shard_megabytes * 10**6,
-        rank=rank,
-        world_size=world_size,
-        wait=state.wait_for_everyone,
-        progress=state.is_local_main_process and not options.disable_progress_bar,
-    )
+    lock = None
+    if state.is_main_process:
+        options.cache.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(options.cache)
+    try:
+        manifest = write_cache(
+            options.cache,
+            Harvester(model, *hooks),
+            streams,
+            {name: getattr(options, name) for name in CACHED if name != "prepend_bos"},
+            dtype=options.dtype,
+            max_tokens=options.max_tokens,
+            shard_bytes=options.shard_megabytes * 10**6,
+            rank=rank,
+            world_size=world_size,
+            wait=state.wait_for_everyone,
+            progress=state.is_local_main_process and not options.disable_progress_bar,
+        )
+    finally:
+        if lock is not None:
+            os.close(lock)
     if state.is_main_process:
         shards = [shard for split in manifest["splits"].values() for own in split["shards"] for shard in own]
         size, tokens = sum(shard["bytes"] for shard in shards), sum(shard["tokens"] for shard in shards)
@@ -115,4 +131,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is on the disk is gone on from
     sys.exit(main())

@@ -11,10 +11,18 @@ from hf_clt import CLTTrainer
 from hf_clt.evaluation.report import format_metrics_table
 from hf_clt.training.command_line import build_config, parse_train_args
 from hf_clt.training.setup import load_initial_clt
+from hf_clt.training.together import OtherProcessFailed, OtherProcessGone
 
 
 # What a user can mend. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, StrictDataclassError, FloatingPointError)
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    StrictDataclassError,
+    FloatingPointError,
+    OtherProcessFailed,
+    OtherProcessGone,
+)
 
 
 def main(argv=None) -> int:

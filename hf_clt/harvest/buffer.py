@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
+from .dealing import at_position, tensors_of
 from .harvester import ActivationError, without_bad_rows
 
 
@@ -291,8 +292,11 @@ class ActivationBuffer:
         return values, tensors
 
     def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
-        """Restores the buffer, harvesting the batches with unread tokens again, each as it was harvested first."""
-        if values["capacity"] != self.capacity:
+        """
+        Restores the buffer, harvesting the batches with unread tokens again, each as it was harvested first. A state
+        from [`deal_buffers`] has an empty buffer, and the batches wait.
+        """
+        if values["capacity"] not in (self.capacity, None):
             raise ValueError(
                 f"the checkpoint's buffer holds {values['capacity']} tokens, this one {self.capacity}; resume with "
                 "the same n_batches_in_buffer, store_batch_size_prompts and context_size"
@@ -322,16 +326,12 @@ class ActivationBuffer:
         self.waiting = deque(tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
         self.skipped_tokens = values.get("skipped_tokens", 0)  # absent in checkpoints from before there was skipping
         self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]
-        self.generator.set_state(tensors["generator"])
+        if "generator" in tensors:  # a process more than there were has its own
+            self.generator.set_state(tensors["generator"])
         self._text, self._text_ended = None, values["text_ended"]
         if values["text"] is not None:
-            self.tokens.load_state_dict(values["text"])
+            self.tokens = at_position(self.tokens, values["text"])
             self._text = iter(()) if self._text_ended else iter(self.tokens)
-
-
-def tensors_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
 
 __all__ = ["ActivationBuffer"]

@@ -300,11 +300,14 @@ class ActivationCache:
     def read(self, batch: dict, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """As [`Harvester.read`]."""
         split, number = batch["cached"].tolist()
-        names = ("inputs", "labels")
+        names = ("inputs", "labels", "counted")
         if self.manifest["dtype"] == "int8":
-            names += tuple(f"{name}.{part}" for name in names for part in ("middle", "step"))
+            names += tuple(f"{name}.{part}" for name in names[:2] for part in ("middle", "step"))
         stored = self._stored(SPLITS[split], number, names)
         inputs, labels = (unpacked(stored, name, dtype) for name in ("inputs", "labels"))
+        counted = batch["counted"][stored["counted"]]  # fewer than are stored, where some were trained on before
+        if not counted.all():
+            inputs, labels = inputs[counted], labels[counted]
         return inputs, labels, inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
 
     def check(self, batch: dict, inputs: Tensor, labels: Tensor, total: Tensor) -> None:
@@ -362,6 +365,8 @@ class CachedTokens:
         ValueError: If there are fewer batches than processes to train on.
     """
 
+    is_reading = False  # as of a TokenStream: never for long
+
     def __init__(
         self, cache: ActivationCache, split: str, rank: int = 0, world_size: int = 1, seed: int | None = None
     ):
@@ -376,6 +381,12 @@ class CachedTokens:
                 "more text, or run fewer processes"
             )
         self.epoch = self.position = 0
+
+    def share(self, rank: int, world_size: int, epoch: int = 0) -> "CachedTokens":
+        """The batches that process `rank` of `world_size` reads, at the start of pass `epoch` over them."""
+        other = CachedTokens(self.cache, self.split, rank, world_size, self.seed)
+        other.epoch = epoch
+        return other
 
     def _order(self) -> list[int]:
         order = np.arange(self.num_batches)

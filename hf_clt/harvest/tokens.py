@@ -342,6 +342,8 @@ class TokenStream:
         self.rank = rank
         self.world_size = world_size
         self.retries = retries
+        # Whether text is read, or waited for, so that whoever raises from a signal handler now loses nothing.
+        self.is_reading = False
 
         self._dataset = copy.deepcopy(dataset)  # never iterated itself: see _groups
         self._text_per_block = context_size - prepend_bos
@@ -351,12 +353,24 @@ class TokenStream:
         self._drop_space = _adds_space(tokenizer)
 
         self._heldout_pieces = self._with_retries(self._find_heldout)
-        if heldout:
-            self._pieces = range(rank, self._heldout_pieces, world_size)
-        else:
-            offset = (rank - self._heldout_pieces) % world_size
-            self._pieces = range(self._heldout_pieces + offset, sys.maxsize, world_size)
+        self._pieces = self._pieces_of(rank, world_size)
         self.rewind()
+
+    def _pieces_of(self, rank, world_size):
+        if self.heldout:
+            return range(rank, self._heldout_pieces, world_size)
+        offset = (rank - self._heldout_pieces) % world_size
+        return range(self._heldout_pieces + offset, sys.maxsize, world_size)
+
+    def share(self, rank, world_size, epoch=0):
+        """
+        The stream that process `rank` of `world_size` has on the same text, at the start of pass `epoch` over it, all
+        of which are alike.
+        """
+        other = copy.copy(self)
+        other.rank, other.world_size, other._pieces = rank, world_size, self._pieces_of(rank, world_size)
+        other.rewind()
+        return other
 
     def __iter__(self):
         while (batch := self._with_retries(self._next_batch)) is not None:
@@ -404,6 +418,13 @@ class TokenStream:
 
     def _with_retries(self, read):
         """What `read()` returns, called again after a growing delay while the connection fails."""
+        self.is_reading = True
+        try:
+            return self._retried(read)
+        finally:
+            self.is_reading = False
+
+    def _retried(self, read):
         for retry in range(self.retries + 1):
             try:
                 return read()
@@ -549,8 +570,8 @@ class TokenStream:
         """Goes to the saved position: sets the reader, and the tokens that it had read but not yet given."""
         position = self._position
         if position is None:
-            self._reader = self._groups(None, self._pieces)
-            self._left = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+            reader, nothing = self._groups(None, self._pieces), np.empty(0, dtype=np.int64)
+            self._left, self._reader = (nothing, nothing), reader
             return
         # A dataset's own state is not always exact (it forgets a shuffle buffer); if the tokens it leads to are others
         # than those that were read, the documents are counted from the start instead, which is slow and exact.
@@ -566,8 +587,8 @@ class TokenStream:
                 continue
             ids, documents = self._flatten(start_and_group[1])
             if _digest(ids, documents) == position["digest"]:
-                self._reader = reader
-                self._left = ids[position["skip"] :], documents[position["skip"] :]
+                left = ids[position["skip"] :], documents[position["skip"] :]
+                self._left, self._reader = left, reader
                 return
         raise ValueError(
             f"the saved position in the text (document {position['document']}) holds other tokens now: resume with "
@@ -597,6 +618,7 @@ class TokenStream:
         # What is left is always the end of the group read last.
         left = ids[wanted:], documents[wanted:]
         position = {**position, "dataset": _if_json(position["dataset"]), "skip": position["tokens"] - len(left[0])}
+        self.is_reading = False  # from here on the batch is given, and must not be lost on its way
         self._left, self._position, self._reader = left, position, reader
         return batch
 

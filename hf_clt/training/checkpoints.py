@@ -3,7 +3,8 @@ Checkpoints: what resuming needs, in safetensors and JSON, never half written.
 
 `checkpoint-<step>/` holds `model.safetensors` (weights and statistics as they live in the model, not folded),
 `optimizer.safetensors`, `trainer.safetensors` (feature counters), `state.json`, and per process the position in the
-text, the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`.
+text, the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`. Another number of processes can go
+on from it: see `deal_own`.
 
 Where n processes share the features of one CLT, each writes its slice of the first three, as
 `model-00001-of-0000n.safetensors` and so on. Any number of processes can read them, each its own slice.
@@ -23,8 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..harvest.dealing import deal_buffers
 from ..sharding import FeatureShard, rows_of
 from .optimizers import state_entries
+from .together import OtherProcessFailed, together
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.old)?")
@@ -149,11 +152,13 @@ def save_checkpoint(
     temporary = Path(output_dir) / f".checkpoint-{step}.tmp"
     rank = accelerator.process_index
     size = 1 if shard is None else shard.size
-    try:
+
+    def begin():
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+
+    def write():
         _write_tensors(temporary / f"rank-{rank}.safetensors", own["tensors"])
         _write_json(temporary / f"rank-{rank}.json", own["values"])
         if rank < size:
@@ -164,10 +169,15 @@ def save_checkpoint(
             _write_json(temporary / "state.json", shared["state"])
             if (metrics := final.with_name("metrics.jsonl")).exists():
                 _sync_file(metrics)  # a run that goes on from here writes none of its lines again
-        accelerator.wait_for_everyone()
+
+    def finish():
         if accelerator.is_main_process:
             _put_in_place(temporary, final)
-    except (OSError, SafetensorError) as error:
+
+    try:
+        for part in (begin, write, finish):
+            together(accelerator, part)
+    except (OSError, SafetensorError, OtherProcessFailed) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
@@ -198,19 +208,55 @@ def load_checkpoint(
         per_feature: See [`load_shared`].
 
     Returns:
-        `shared` and `own`, as given to `save_checkpoint`.
+        `shared` and `own`, as given to `save_checkpoint`; `own` as [`deal_own`] gives it, if there were more or fewer
+        processes.
 
     Raises:
-        ValueError: If a file is missing or damaged, or was written by another number of processes.
+        ValueError: If a file is missing or damaged, or if another number of processes wrote what cannot be dealt out.
     """
-    state = _read(folder / "state.json")
-    if state["num_processes"] != num_processes:
+    shared = load_shared(folder, shard, per_feature)
+    before = shared["state"].get("num_processes")
+    if not isinstance(before, int) or before < 1:
         raise ValueError(
-            f"{folder.name} was written by {state['num_processes']} processes, and this run has {num_processes}; "
-            "start as many as before"
+            f"{folder.name}/state.json says num_processes={before!r}, which is no number of processes; resume from "
+            "another checkpoint"
         )
-    own = {"values": _read(folder / f"rank-{rank}.json"), "tensors": _read(folder / f"rank-{rank}.safetensors")}
-    return load_shared(folder, shard, per_feature), own
+    if before == num_processes:
+        return shared, _read_own(folder, rank)
+    every = [_read_own(folder, old_rank) for old_rank in range(before)]
+    try:
+        return shared, deal_own(every, rank, num_processes)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # from another version
+        raise ValueError(
+            f"{folder.name} was written by {before} processes, and what each had not read cannot be dealt out to "
+            f"{num_processes} ({type(error).__name__}: {error}); start as many as before"
+        ) from error
+
+
+def _read_own(folder: Path, rank: int) -> dict:
+    return {"values": _read(folder / f"rank-{rank}.json"), "tensors": _read(folder / f"rank-{rank}.safetensors")}
+
+
+def deal_own(every: list[dict], rank: int, num_processes: int) -> dict:
+    """
+    What process `rank` of `num_processes` has for its own, from what each of the old processes had.
+
+    Args:
+        every: `own` of each old process, as given to `save_checkpoint`, by rank.
+        rank: Which of the new processes this is.
+        num_processes: How many they are.
+
+    Returns:
+        `own` of this process. Sums since the last line of metrics are kept: of tokens in the first process, of losses,
+        whose mean over the processes is logged, as that mean in each.
+    """
+    buffer, tensors = deal_buffers([(own["values"]["buffer"], own["tensors"]) for own in every], rank, num_processes)
+    tokens = sum(own["values"]["tokens_since_log"] for own in every)
+    updates = every[0]["values"]["updates_since_log"]
+    tensors["totals"] = torch.stack([own["tensors"]["totals"] for own in every]).mean(dim=0)
+    tensors["torch_rng"] = every[rank % len(every)]["tensors"]["torch_rng"]
+    values = {"buffer": buffer, "tokens_since_log": tokens if rank == 0 else 0, "updates_since_log": updates}
+    return {"values": values, "tensors": tensors}
 
 
 def load_shared(folder: Path, shard: FeatureShard | None = None, per_feature: set[str] = frozenset()) -> dict:
@@ -359,6 +405,7 @@ def _sync_folder(path: Path) -> None:
 
 __all__ = [
     "CheckpointError",
+    "deal_own",
     "find_checkpoint",
     "list_checkpoints",
     "load_checkpoint",

@@ -21,9 +21,11 @@ from .optimizers import CompactAdam
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")
+# How launchers and MPI say how many processes they started.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCH_REMEDY = (
-    "unset it for one process; for several on CPU launch with `accelerate launch --multi_gpu --num_processes N "
-    "--num_machines 1 --mixed_precision no --dynamo_backend no`"
+    "for several processes launch with `accelerate launch --multi_gpu --num_processes N --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no` (on CPU too) or torchrun, see docs/launching.md"
 )
 
 
@@ -32,17 +34,17 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     The Accelerator of the run.
 
     Raises:
-        ValueError: If the processes that were launched do not know of each other, as with `--cpu --num_processes 2`.
+        ValueError: If the processes that were launched do not know of each other, see [`check_launch`].
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"WORLD_SIZE={launched}, but MASTER_ADDR is not set: {LAUNCH_REMEDY}")
+    check_launch()
     wanted = torch.device(args.device) if args.device is not None else None
     if wanted is not None and wanted.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={args.device!r}, but no GPU is available; leave device out or give 'cpu'")
         torch.cuda.set_device(wanted)
     use_cpu = wanted.type == "cpu" if wanted is not None else not torch.cuda.is_available()
+    if not use_cpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=args.mixed_precision,
@@ -51,12 +53,54 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
         # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"WORLD_SIZE={launched}, but this process knows of {accelerator.num_processes}: the processes would each "
-            f"train alone and overwrite each other; {LAUNCH_REMEDY}"
-        )
+    check_num_processes(accelerator.num_processes)
     return accelerator
+
+
+def launched_processes() -> int:
+    """How many processes were started together, by what launchers and MPI leave in the environment."""
+    return max(int(os.environ.get(name) or 1) for name in WORLD_SIZES)
+
+
+def check_launch() -> None:
+    """
+    Refuses what would make several processes train alone and overwrite each other, or one do the work of several.
+
+    Raises:
+        ValueError: If processes were started that cannot find each other, or one where several were asked for:
+            `accelerate launch` with neither `--multi_gpu` nor a config file of that type starts one process, whatever
+            `--num_processes` is; it sets an address for them and, unlike torchrun and MPI, no number.
+    """
+    launched = launched_processes()
+    if launched > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but MASTER_ADDR is not set: unset WORLD_SIZE for one process; {LAUNCH_REMEDY}"
+        )
+    numbered = any(name in os.environ for name in WORLD_SIZES)
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and not numbered:
+        raise ValueError(
+            "accelerate launch was asked for several processes (it has set MASTER_ADDR) and has started one, as it "
+            f"does without --multi_gpu: for one process give --num_processes 1; {LAUNCH_REMEDY}"
+        )
+
+
+def check_num_processes(num_processes: int) -> None:
+    """Refuses processes that know of fewer than were launched."""
+    launched = launched_processes()
+    if launched != num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={launched}, but this process knows of {num_processes}: the processes would each train alone "
+            f"and overwrite each other; {LAUNCH_REMEDY}"
+        )
+
+
+def check_gpus(local_processes: int, num_gpus: int) -> None:
+    """Refuses more processes on a machine than it has GPUs: two on one GPU cannot exchange anything."""
+    if local_processes > num_gpus:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE={local_processes} processes on this machine, which has {num_gpus} GPUs; start at most "
+            "one per GPU, or give --device cpu"
+        )
 
 
 @dataclass(frozen=True)
@@ -174,6 +218,35 @@ def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
         )
 
 
+def lock_folder(folder: Path) -> int | None:
+    """
+    Takes a folder for this process until the descriptor is closed or the process ends, so that two runs that do not
+    know of each other, such as those of an `srun` without torchrun, never write to the same one.
+
+    Returns:
+        The descriptor to close; None where the system or the file system has no such locks.
+
+    Raises:
+        ValueError: If another process has taken it.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl  # there is none elsewhere
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(
+                f"{str(folder)!r} is being written to by another run; give another folder, or let that run end (the "
+                "processes of one run need a launcher, see docs/launching.md)"
+            ) from None
+        return None
+    return descriptor
+
+
 def remove_run(output_dir: Path) -> None:
     """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
     if not output_dir.is_dir():
@@ -241,10 +314,14 @@ def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None
 
 __all__ = [
     "check_fit",
+    "check_gpus",
+    "check_launch",
+    "check_num_processes",
     "check_output_dir",
     "check_shard",
     "Layout",
     "load_initial_clt",
+    "lock_folder",
     "make_accelerator",
     "make_layout",
     "keep_freed_memory",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -57,6 +58,7 @@ from .setup import (
     check_initial_k,
     check_output_dir,
     check_shard,
+    lock_folder,
     make_accelerator,
     make_layout,
     make_optimizer,
@@ -64,6 +66,7 @@ from .setup import (
     remove_run,
     start_trackers,
 )
+from .together import OtherProcessGone, StopRequested, together
 
 
 logger = logging.getLogger(__name__)
@@ -178,6 +181,8 @@ class CLTTrainer:
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
+        self._lock: int | None = None  # on output_dir, in the main process
+        self._saved_step: int | None = None  # of the newest checkpoint in output_dir
 
     # -- preparation --------------------------------------------------------------------------------------------------
 
@@ -255,11 +260,21 @@ class CLTTrainer:
 
         Raises:
             KeyboardInterrupt: After Ctrl-C or SIGTERM, once a checkpoint is written.
-            [`StreamError`], [`ActivationError`], ...: If text or language model fail, once a checkpoint is written
-                (with one process; with several, a note on the error names the newest there is).
+            [`StreamError`], [`ActivationError`], ...: If text or language model fail, once a checkpoint is written.
+            [`OtherProcessFailed`]: If they fail in another process, likewise.
+            ValueError: If another run writes to `output_dir`.
+            [`OtherProcessGone`]: If another process was killed; the checkpoints that there are stay.
             [`CheckpointError`]: If a checkpoint cannot be written.
             FloatingPointError: If the loss is not finite.
         """
+        try:
+            return self._train()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _train(self) -> CrossLayerTranscoder:
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
         shared = own = None
@@ -277,9 +292,7 @@ class CLTTrainer:
         optimizer = make_optimizer(self.model, args)
         if shared is not None:
             self._restore_run(shared, own, optimizer)
-        if accelerator.is_main_process:
-            self._prepare_output_dir()
-        accelerator.wait_for_everyone()
+        together(accelerator, self._prepare_output_dir)
         self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
         if self.shard is None:
             model, optimizer = accelerator.prepare(self.model, optimizer)
@@ -300,36 +313,35 @@ class CLTTrainer:
         bar = tqdm(
             total=args.training_steps, initial=self.step, desc="Training", unit="step", disable=not self._progress
         )
-        with bar, self._catching_signals():
-            while self.step < args.training_steps:
-                batch, output, scale = self._update(model, optimizer, batches)
-                is_last = self.step == args.training_steps
-                if self.step % args.log_interval == 0 or is_last or self.step == 1:
-                    row = self._log_row(batch, output, optimizer.param_groups[0]["lr"], scale)
-                    self._write_row(row)
-                    bar.set_postfix(progress_figures(row))
-                    if self.step == 1:
-                        warn_if_wide(output.features, self.config)
-                    if not warned and self.step >= args.training_steps / 4:
-                        warned = warn_if_dense(row, self.config)
-                bar.update()
-                if not is_last and self.heldout is not None and is_due(self.step, args.eval_interval):
-                    self._evaluate_and_write(optimizer)
-                    model.train()
-                    self._log_clock = time.perf_counter()
-                if not is_last and self._agree_on_interrupt():
-                    self._save(optimizer)
-                    raise KeyboardInterrupt(f"stopped at step {self.step}")
-                if not is_last and is_due(self.step, args.checkpoint_interval):
-                    self._save(optimizer)
-                if not is_last and is_due(self.step, args.hub_push_interval):
-                    self._push_meanwhile()
-        if self.heldout is not None:
-            self._evaluate_and_write(optimizer)
-        self.model.eval()
-        self._read_clocks()
-        with self._checkpoint_on_failure(optimizer):
-            self._release()
+        with self._catching_signals():
+            with bar:
+                while self.step < args.training_steps:
+                    batch, output, scale = self._update(model, optimizer, batches)
+                    is_last = self.step == args.training_steps
+                    if self.step % args.log_interval == 0 or is_last or self.step == 1:
+                        row = self._log_row(batch, output, optimizer.param_groups[0]["lr"], scale)
+                        self._write_row(row)
+                        bar.set_postfix(progress_figures(row))
+                        if self.step == 1:
+                            warn_if_wide(output.features, self.config)
+                        if not warned and self.step >= args.training_steps / 4:
+                            warned = warn_if_dense(row, self.config)
+                    bar.update()
+                    if not is_last and self.heldout is not None and is_due(self.step, args.eval_interval):
+                        self._evaluate_and_write(optimizer)
+                        model.train()
+                        self._log_clock = time.perf_counter()
+                    if not is_last and is_due(self.step, args.checkpoint_interval):
+                        self._save(optimizer)
+                    if not is_last and is_due(self.step, args.hub_push_interval):
+                        self._push_meanwhile()
+            if self.heldout is not None:
+                self._evaluate_and_write(optimizer)
+            self.model.eval()
+            self._read_clocks()
+            # Where processes share the features they exchange weights in it, and cannot fail together.
+            with self._checkpoint_on_failure(optimizer, alone=self.shard is not None):
+                together(accelerator, self._release) if self.shard is None else self._release()
         if self.buffer.skipped_tokens:
             logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
         accelerator.wait_for_everyone()
@@ -353,11 +365,19 @@ class CLTTrainer:
         scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule, args.sparsity_delay_steps)
         dead = self._dead()
         fired = torch.zeros_like(self.steps_since_fired)
-        # Where a later batch of the update fails, this is what to save: the earlier ones were for nothing.
-        before = self._moving_state() if args.gradient_accumulation_steps > 1 else None
+        # Where a later batch of the update fails, or that of another process, this is what to save: the batches that
+        # were read for it were for nothing.
+        several = args.gradient_accumulation_steps > 1 or accelerator.num_processes > 1
+        before = self._moving_state() if several else None
+
+        def read() -> dict:
+            if self._interrupted and micro_step == 0:
+                raise StopRequested
+            return next(batches)
+
         for micro_step in range(args.gradient_accumulation_steps):
             with self._checkpoint_on_failure(optimizer, before):
-                batch = next(batches)
+                batch = together(accelerator, read)
             batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
             self._tokens_since_log += len(batch["inputs"])
             batch = gather_tokens(self.shard, batch)
@@ -503,16 +523,22 @@ class CLTTrainer:
         bar = tqdm(
             total=self.args.eval_tokens, desc="Evaluating", unit="token", disable=not self._progress, leave=False
         )
-        with bar:
+
+        def measure() -> None:
             rows = activations(self.harvester, self.heldout, self.args.batch_size, self.buffer.dtype, self._skip_bad)
             if self.shard is not None:
                 rows = self._in_lockstep(rows)
             for batch in counting(rows, bar):
+                if self._interrupted and self.shard is None:
+                    raise StopRequested
                 start = time.perf_counter()
                 with self.accelerator.autocast():
                     output = self.model(batch["inputs"].to(self.accelerator.device))
                 self.seconds["clt"] += time.perf_counter() - start
                 sums.update(batch["labels"], output.reconstruction.float(), output.features)
+
+        with bar:
+            together(self.accelerator, measure) if self.shard is None else measure()
         metrics = self._gathered(sums).compute()
         self.last_evaluation = (self.step, metrics)
         return metrics
@@ -531,8 +557,14 @@ class CLTTrainer:
         """The batches of all processes that share the features, together, until the last of them has run out."""
         rows = iter(rows)
         nothing = torch.empty(0, self.config.num_layers, self.config.d_model, dtype=self.buffer.dtype)
+
+        def read() -> dict:
+            if self._interrupted:
+                raise StopRequested
+            return next(rows, {"inputs": nothing, "labels": nothing})
+
         while True:
-            own = next(rows, {"inputs": nothing, "labels": nothing})
+            own = together(self.accelerator, read)
             batch = gather_tokens(self.shard, {n: tensor.to(self.accelerator.device) for n, tensor in own.items()})
             if len(batch["inputs"]) == 0:
                 return
@@ -549,20 +581,25 @@ class CLTTrainer:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _checkpoint_on_failure(self, optimizer, before: tuple[dict, dict] | None = None):
+    def _checkpoint_on_failure(self, optimizer, before: tuple[dict, dict] | None = None, alone: bool = False):
         """
-        If the block fails, a checkpoint is written, and a note on the error says what to go on from. Several processes
-        do not fail together, and one cannot write a checkpoint alone, so there the note names the newest.
+        If the block fails, in all processes, a checkpoint is written, and a note on the error says what to go on from.
+        Where one process may fail `alone` it cannot write a checkpoint, and the note names the newest.
         """
         try:
             yield
-        except Exception as error:
-            written = (self.output_dir / f"checkpoint-{self.step}").exists()
+        except (Exception, StopRequested) as error:
             try:
-                if self.step > 0 and not written and self.accelerator.num_processes == 1:
+                is_one = self.accelerator.num_processes == 1
+                can_save = is_one or not (alone or isinstance(error, OtherProcessGone))
+                if can_save and self.step > 0 and self._saved_step != self.step:
                     self._save(optimizer, before)
+                if isinstance(error, StopRequested) and self.step > 0:
+                    error.args = (f"stopped at step {self.step}",)
                 error.add_note(newest_usable(self.output_dir))
             except CheckpointError as failure:
+                if isinstance(error, StopRequested):
+                    raise
                 error.add_note(str(failure))
             raise
 
@@ -600,6 +637,7 @@ class CLTTrainer:
         folder = save_checkpoint(
             self.output_dir, self.step, shared, own, self.accelerator, self.args.save_total_limit, self.shard
         )
+        self._saved_step = self.step
         if self.accelerator.is_main_process and self._progress:
             tqdm.write(f"checkpoint written: {folder}")
         return folder
@@ -624,6 +662,7 @@ class CLTTrainer:
         load_optimizer_tensors(self.model, optimizer, shared["optimizer"])
         self.steps_since_fired = shared["trainer"]["steps_since_fired"].to(self.accelerator.device)
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
+        self._saved_step = self.step if self._goes_on else None
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._tokens_since_log = own["values"]["tokens_since_log"]
@@ -631,9 +670,38 @@ class CLTTrainer:
         self._totals = own["tensors"]["totals"].to(self.accelerator.device)
         self.buffer.load_state_dict(own["values"]["buffer"], own["tensors"])
         torch.set_rng_state(own["tensors"]["torch_rng"])
+        self._tell_what_changed(state)
+
+    def _tell_what_changed(self, state: dict) -> None:
+        """One line if other processes wrote the checkpoint, or if they shared the features in another way."""
+        accelerator, size = self.accelerator, self.args.feature_parallel_size
+        before = state["num_processes"], state.get("feature_parallel_size", 1)
+        if before == (accelerator.num_processes, size):
+            return
+        unread = sum(int(batch["counted"].sum()) for batch in self.buffer.waiting)
+        unread = int(accelerator.reduce(torch.tensor(unread, device=accelerator.device), "sum"))
+        text = ""
+        if before[0] != accelerator.num_processes:
+            args = state["args"]
+            tokens = before[0] * args["batch_size"] * args["gradient_accumulation_steps"]
+            now = accelerator.num_processes * self.args.batch_size * self.args.gradient_accumulation_steps
+            text = (
+                f": an update is on {now} tokens, before on {tokens}; {unread} tokens that were read and not trained "
+                "on are dealt out, and so is the rest of the text; none is left out or repeated"
+            )
+        if accelerator.is_main_process:
+            logger.warning(
+                "%s was written by %d processes with feature_parallel_size=%d, and %d go on with "
+                "feature_parallel_size=%d%s",
+                *(self.resume_from.name, *before, accelerator.num_processes, size, text),
+            )
 
     def _prepare_output_dir(self) -> None:
         """Makes the folder, without what the run would contradict: an overwritten run, or what came after a resume."""
+        if not self.accelerator.is_main_process:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.output_dir)
         remove_leftovers(self.output_dir)
         if self._goes_on:
             # In this order: the newest checkpoint, whichever that is after a crash, has all its lines of metrics.
@@ -641,19 +709,24 @@ class CLTTrainer:
             truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
         elif self.args.overwrite_output_dir:
             remove_run(self.output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def _catching_signals(self):
-        """Ctrl-C and SIGTERM let the step end and a checkpoint be written; a second Ctrl-C stops at once."""
+        """
+        Ctrl-C and SIGTERM let the step end and a checkpoint be written; while text is waited for, which can take
+        minutes, they end the wait. When all updates are done, an evaluation is broken off, and a release is not. A
+        second Ctrl-C stops at once.
+        """
 
         def request_stop(signum, frame):
             self._interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            waiting = any(text is not None and text.is_reading for text in (self.buffer.tokens, self.heldout))
             if self.accelerator.is_main_process:
-                tqdm.write(
-                    "stopping: this step is finished, then a checkpoint is written (Ctrl-C again: stop at once)"
-                )
+                first = "" if waiting else "what is being computed is finished, then "
+                tqdm.write(f"stopping: {first}a checkpoint is written (Ctrl-C again: stop at once)")
+            if waiting:
+                raise StopRequested
 
         try:
             before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -664,9 +737,7 @@ class CLTTrainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def _agree_on_interrupt(self) -> bool:
-        return self._any_process(self._interrupted)
+            self._interrupted = False
 
     def _any_process(self, found: bool) -> bool:
         if self.accelerator.num_processes == 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_clt.training.setup import check_output_dir
+from hf_clt.training.setup import check_gpus, check_launch, check_num_processes, check_output_dir, lock_folder
 
 
 COUNT_FAULTS = """
@@ -77,3 +77,53 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
         folder.chmod(0o755)
         folder.rmdir()
     check_output_dir(tmp_path / "a" / "run", overwrite=False, goes_on=False)
+
+
+# What launchers leave in the environment, as found by running them without a GPU.
+ACCELERATE_ONE = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_MIXED_PRECISION": "no"}
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ENVIRONMENTS = {
+    "python": ({}, 1, None),
+    "accelerate launch": (ACCELERATE_ONE, 1, None),
+    "python where an address is set": (ADDRESS, 1, None),
+    "torchrun with 1": ({**ADDRESS, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, 1, None),
+    "torchrun with 2": ({**ADDRESS, "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, 2, None),
+    "mpirun with an address": ({**ADDRESS, "OMPI_COMM_WORLD_SIZE": "2"}, 2, None),
+    "accelerate launch --cpu --num_processes 2": ({**ACCELERATE_ONE, **ADDRESS}, 1, "has started one, as it does"),
+    "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "WORLD_SIZE=2, but MASTER_ADDR is not set"),
+    "processes that are not found": ({**ADDRESS, "WORLD_SIZE": "2"}, 1, "WORLD_SIZE=2, but this process knows of 1"),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_processes_that_would_train_alone_are_refused(name, monkeypatch):
+    environment, num_processes, refused = ENVIRONMENTS[name]
+    for variable in list(os.environ):
+        if variable.startswith(("ACCELERATE_", "MASTER_", "PMI_", "OMPI_", "MV2_", "WORLD_SIZE", "RANK", "LOCAL_")):
+            monkeypatch.delenv(variable)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    if refused is None:
+        check_launch()
+        check_num_processes(num_processes)
+        return
+    with pytest.raises(ValueError, match=refused) as caught:
+        check_launch()
+        check_num_processes(num_processes)
+    assert "accelerate launch --multi_gpu --num_processes N" in str(caught.value)
+
+
+def test_more_processes_than_gpus_are_refused():
+    check_gpus(4, 4)
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE=3 processes on this machine, which has 2 GPUs; start at"):
+        check_gpus(3, 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such locks")
+def test_a_folder_is_written_to_by_one_run(tmp_path):
+    held = lock_folder(tmp_path)
+    with pytest.raises(ValueError, match="is being written to by another run; give another folder"):
+        lock_folder(tmp_path)
+    os.close(held)
+    os.close(lock_folder(tmp_path))
+    assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,7 @@ from hf_clt.training import checkpoints
 from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
 from hf_clt.training.schedules import learning_rate_scale
+from hf_clt.training.setup import lock_folder
 from hf_clt.training.trainer import make_optimizer
 
 
@@ -1034,6 +1035,19 @@ def test_an_output_folder_with_a_run_is_refused_and_left_alone(make, tmp_path):
     shutil.copytree(tmp_path / "kept", folder / "checkpoint-2")
     with pytest.raises(ValueError, match=r"already holds a run \(checkpoint-2\)"):
         make()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such locks")
+def test_a_folder_that_another_run_writes_to_is_left_alone(make, tmp_path):
+    """As when `srun` starts two processes that do not know of each other."""
+    make(training_steps=3, checkpoint_interval=1).train()
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    held = lock_folder(tmp_path / "run")
+    with pytest.raises(ValueError, match="is being written to by another run"):
+        make(overwrite_output_dir=True).train()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    os.close(held)
+    make(overwrite_output_dir=True).train()
 
 
 def test_overwriting_leaves_nothing_of_the_run_before_but_what_is_not_its_own(make, tmp_path):
