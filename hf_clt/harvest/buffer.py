@@ -291,10 +291,18 @@ class ActivationBuffer:
         }
         return values, tensors
 
+    def unread_activations(self) -> dict[str, torch.Tensor]:
+        """
+        `inputs` and `labels` of the unread tokens, in the order of `state_dict`, to whose tensors they can be added:
+        they need not be harvested again then.
+        """
+        slots = self.order[self.read :].to(self.inputs.device)
+        return {"inputs": self.inputs[slots].cpu(), "labels": self.labels[slots].cpu()}
+
     def load_state_dict(self, values: dict, tensors: dict[str, torch.Tensor]) -> None:
         """
-        Restores the buffer, harvesting the batches with unread tokens again, each as it was harvested first. A state
-        from [`deal_buffers`] has an empty buffer, and the batches wait.
+        Restores the buffer, harvesting the batches with unread tokens again, each as it was harvested first, unless
+        their activations are in the state. A state from [`deal_buffers`] has an empty buffer, and the batches wait.
         """
         if values["capacity"] not in (self.capacity, None):
             raise ValueError(
@@ -305,6 +313,11 @@ class ActivationBuffer:
         self.slot_batch[self.order] = tensors["slot_batch"]
         self.slot_row[self.order] = tensors["slot_row"]
         self.live_batches = {}
+        is_kept = "inputs" in tensors
+        if is_kept:
+            slots = self.order.to(self.inputs.device)
+            self.inputs[slots] = tensors["inputs"].to(self.inputs)
+            self.labels[slots] = tensors["labels"].to(self.labels)
         numbers, counts = tensors["slot_batch"].unique(return_counts=True)
         for number, count in tqdm(
             zip(numbers.tolist(), counts.tolist(), strict=True),
@@ -314,6 +327,9 @@ class ActivationBuffer:
             disable=not self.progress,
         ):
             batch = tensors_of(tensors, f"tokens.{number}.")
+            self.live_batches[number] = {"tokens": batch, "unread": count}
+            if is_kept:
+                continue
             harvested = self._harvest(batch)
             inputs, labels = self._received(harvested)
             self.harvester.check(batch, inputs, labels, harvested.total)  # rows that were skipped no longer count
@@ -321,7 +337,6 @@ class ActivationBuffer:
             rows = self.slot_row[slots]
             self.inputs[slots.to(self.inputs.device)] = inputs[rows.to(inputs.device)].to(self.inputs.device)
             self.labels[slots.to(self.labels.device)] = labels[rows.to(labels.device)].to(self.labels.device)
-            self.live_batches[number] = {"tokens": batch, "unread": count}
         self.ahead = deque()
         self.waiting = deque(tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
         self.skipped_tokens = values.get("skipped_tokens", 0)  # absent in checkpoints from before there was skipping

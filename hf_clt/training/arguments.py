@@ -258,6 +258,12 @@ class CLTTrainingArguments:
     checkpoint_interval: int = _arg(
         "bookkeeping", 1000, "Updates between two checkpoints. 0: none but when the run is stopped or fails."
     )
+    checkpoint_activations: bool = _arg(
+        "bookkeeping",
+        False,
+        "Keep the buffer's activations in each checkpoint, which grows by them; resuming then starts without running "
+        "the language model on their tokens again. The run goes on the same either way.",
+    )
     save_total_limit: int | None = _arg(
         "bookkeeping", 3, "Checkpoints kept in --output-dir; older ones are deleted. none: keep all."
     )

@@ -619,6 +619,10 @@ class CLTTrainer:
         """Writes a checkpoint; with the state `before` the update that is going on, if that is given."""
         self._read_clocks()
         own, buffers = self._moving_state() if before is None else before
+        if (
+            self.args.checkpoint_activations and before is None
+        ):  # since `before`, other tokens may have taken their place
+            own["tensors"] |= self.buffer.unread_activations()
         shared = {
             "model": {**self.model.state_dict(), **buffers},
             "optimizer": optimizer_tensors(self.model, optimizer),

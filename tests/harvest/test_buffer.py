@@ -416,6 +416,27 @@ def test_resumes_bit_for_bit_at_every_batch(batch_size, n_batches, overlap):
             assert resumed.epoch == epoch
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
+def test_resumes_without_harvesting_again_where_the_activations_are_kept(overlap):
+    shape = {"batch_size": 10, "n_batches": 4, "num_documents": 20, "overlap": overlap}
+    buffer = make_buffer(**shape)
+    batches = iter(buffer)
+    for _ in range(4):
+        next(batches)
+    values, tensors = buffer.state_dict()
+    state = through_files((values, tensors | buffer.unread_activations()))
+    resumed = make_buffer(**shape, seed=99)
+    read, resumed.harvester.read = resumed.harvester.read, None
+    resumed.load_state_dict(*state)
+    resumed.harvester.read = read
+    assert_same_batches(list(resumed), list(batches))
+    again = make_buffer(**shape, seed=99)  # and a state from it needs nothing that was not restored
+    resumed = make_buffer(**shape, seed=99)
+    resumed.load_state_dict(*state)
+    again.load_state_dict(*through_files(resumed.state_dict()))
+    assert_same_batches(list(again), list(resumed))
+
+
 def test_resumes_after_an_epoch_read_with_a_plain_loop():
     buffer = make_buffer()
     list(buffer)

@@ -668,13 +668,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, activation_f
     assert straight.buffer.epoch == 2
     shutil.move(tmp_path / "run", tmp_path / "straight")
 
-    # Harvesting ahead changes nothing either.
+    # Harvesting ahead changes nothing either, nor does keeping the activations.
     arguments["overlap_harvest"] = activation_fn == "batchtopk"
+    arguments["checkpoint_activations"] = stop_at == 6
     stopped = make(config, **arguments)
     recorded(stopped, stop_at=stop_at)
     with pytest.raises(KeyboardInterrupt, match=f"stopped at step {stop_at}"):
         stopped.train()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"checkpoint-{stop_at}"]
+    own = load_file(tmp_path / "run" / f"checkpoint-{stop_at}" / "rank-0.safetensors")
+    assert ("inputs" in own) == (stop_at == 6)
     assert not (tmp_path / "run" / "config.json").exists()  # nothing is released half trained
     assert [row["step"] for row in rows_of(tmp_path / "run", "train")][-1] == stop_at
     torch.manual_seed(999)
