@@ -56,8 +56,8 @@ def write_layer_page(path: Path, records: Iterable[bytes], activity: FeatureActi
         file.write(f"</script>\n<script>\n{PAGE_SCRIPT}\n</script>\n</body>\n</html>\n")
 
 
-def write_index_page(path: Path, activity: FeatureActivity, settings: dict, title: str) -> None:
-    """Writes the page that leads to the layers, with what everything was made from."""
+def write_index_page(path: Path, activity: FeatureActivity, settings: dict[str, str], title: str) -> None:
+    """Writes the page that leads to the layers, with what everything was made with."""
     rows = []
     for layer, found in enumerate(activity.layers):
         cells = (
@@ -67,9 +67,7 @@ def write_index_page(path: Path, activity: FeatureActivity, settings: dict, titl
             f"{found.largest.max().item():.3g}",
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    made = [
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in settings.items()
-    ]
+    made = [f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in settings.items()]
     page = INDEX_PAGE.format(
         policy=POLICY,
         style=STYLE,
@@ -138,6 +136,7 @@ td.number { text-align: right; }
   border-radius: 5px; font: 13px/1.6 ui-monospace, monospace; }
 .example.again { opacity: .45; }
 .example .peak { border-bottom: 2px solid rgb(var(--mark)); }
+svg { border-bottom: 1px solid var(--line); }
 svg rect { fill: var(--accent); }
 @media (max-width: 760px) { .columns { grid-template-columns: 1fr; } nav .list { max-height: 220px; } }
 """

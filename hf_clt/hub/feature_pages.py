@@ -14,6 +14,7 @@ The two `features/` files are those that circuit-tracer's front end reads from a
 
 import gzip
 import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..checkpoint_format import replacing, write_text
 from ..evaluation.feature_examples import (
@@ -47,6 +49,7 @@ TOP_NAME = "Top"  # quantile_name of the examples with the highest peaks, as in 
 DIGITS = 5  # significant digits of the activations in the files
 # What cannot be seen in a line of text, as circuit-tracer shows it.
 VISIBLE = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # of GPT-2's byte-level vocabulary
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -180,8 +183,37 @@ def rounded(values) -> np.ndarray:
 
 
 def token_strings(tokenizer, ids) -> dict[int, str]:
-    """How each token is shown: its text, with line ends and tabs made visible."""
-    return {token: tokenizer.decode([token]).translate(VISIBLE) for token in ids if token >= 0}
+    """How each token is shown; see [`token_string`]."""
+    return {token: token_string(tokenizer, token) for token in ids if token >= 0}
+
+
+def token_string(tokenizer, token: int) -> str:
+    r"""
+    How a token is shown: its text, with the space in front of a word, and with line ends and tabs made visible. Bytes
+    that are only a part of a character are written as `\xe2`, which circuit-tracer's front end puts together again.
+    """
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" in text and (raw := piece_bytes(piece)) is not None:
+        text = raw.decode("utf-8", errors="backslashreplace")
+    elif piece.startswith("▁") and not text.startswith(" "):  # SentencePiece's space, dropped at the start of a text
+        text = " " + text
+    return text.translate(VISIBLE)
+
+
+def piece_bytes(piece: str) -> bytes | None:
+    """The bytes that a vocabulary entry stands for, as byte-level BPE or SentencePiece write them; None of others."""
+    if fallback := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes.fromhex(fallback[1])
+    if all(character in BYTE_OF for character in piece):
+        return bytes(BYTE_OF[character] for character in piece)
+    return None
+
+
+def shown_name(value) -> str:
+    """A name for readers: of a local file or folder only its last part."""
+    path = Path(str(value)).expanduser()
+    return path.absolute().name if path.exists() else str(value)
 
 
 # -- the files that front ends read -----------------------------------------------------------------------------------
@@ -330,8 +362,7 @@ def build_feature_pages(
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError("the language model has no unembedding (output embeddings); load it as a causal LM")
     output = Path(output)
-    title = str(settings.get("clt") or clt.config.name_or_path or "a CLT")
-    title = Path(title).expanduser().absolute().name if Path(title).expanduser().is_dir() else title
+    title = shown_name(settings.get("clt") or clt.config.name_or_path or "a CLT")
     kept = {f"examples_{name}": value for name, value in vars(examples).items()}
     settings = {**settings, **kept, "logits": logits, "links": links, "clt_digest": settings_digest(clt)}
     if prepare_output(output, settings, overwrite):
@@ -363,7 +394,8 @@ def build_feature_pages(
                 write_layer(binary, activity, weights, text, strings, layer, bar)
             write_layer_page(output / f"layer_{layer}.html", read_records(binary), activity, layer, title)
             bar.update((layer + 1) * clt.config.num_features - bar.n)
-    write_index_page(output / "index.html", activity, settings, title)
+    made_with = {name: shown_name(value) for name, value in settings.items() if value is not None}
+    write_index_page(output / "index.html", activity, made_with, title)
     write_index(output / "features", clt.config.num_layers)  # last: where it is, everything is
     for name in (ACTIVITY_FILE, LINKS_FILE):
         (output / name).unlink(missing_ok=True)
@@ -388,5 +420,6 @@ __all__ = [
     "prepare_output",
     "read_records",
     "rounded",
+    "token_string",
     "write_index",
 ]

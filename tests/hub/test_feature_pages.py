@@ -7,12 +7,16 @@ import base64
 import gzip
 import json
 import math
+import re
+import signal
 import struct
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.evaluation.feature_examples import ExampleSettings, sample_keys
@@ -20,7 +24,7 @@ from hf_clt.evaluation.feature_links import strongest_links
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
 from hf_clt.hub import feature_pages
-from hf_clt.hub.feature_pages import build_feature_pages, read_records, rounded
+from hf_clt.hub.feature_pages import build_feature_pages, read_records, rounded, token_string
 from scripts import build_feature_pages as script
 
 
@@ -148,7 +152,10 @@ def dense(clt, language_model, open_stream):
 
 
 def as_shown(tokenizer, token):
-    return tokenizer.decode([token]).replace("\n", "⏎").replace("\t", "→").replace("\r", "↵")
+    text = tokenizer.decode([token])
+    if "\ufffd" in text:  # a byte of a character: of this tokenizer, one vocabulary entry per byte
+        return token_string(tokenizer, int(token))
+    return text.replace("\n", "⏎").replace("\t", "→").replace("\r", "↵")
 
 
 def expected_examples(dense, tokenizer, layer, feature, order, shown=()):
@@ -249,6 +256,31 @@ def test_every_number_against_plain_loops(pages, clt, dense, language_model):
 def test_rounded_keeps_five_digits():
     values = [0, 1.2345678, -0.00012345678, 123456.78, 1e-30, 3e20, 1 / 3]
     assert rounded(values).tolist() == [0, 1.2346, -0.00012346, 123460, 0, 3e20, 0.33333]
+
+
+def test_tokens_that_are_parts_of_characters_are_shown_as_bytes(language_model):
+    tokenizer = language_model[1]
+    text = " “日本”\n\tand"
+    shown = [token_string(tokenizer, token) for token in tokenizer(text).input_ids]
+    assert any(one.startswith("\\x") for one in shown)
+    # as the front end does: each \xhh is a byte
+    raw = b"".join(
+        re.sub(rb"\\x([0-9a-f]{2})", lambda hexadecimal: bytes.fromhex(hexadecimal[1].decode()), one.encode())
+        for one in shown
+    )
+    assert raw.decode() == text.replace("\n", "⏎").replace("\t", "→")
+
+
+def test_tokens_of_sentencepiece_keep_their_space():
+    pieces = ["<unk>", "<0xE6>", "<0x0A>", "▁the", "re", "▁"]
+    model = models.BPE({piece: index for index, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    bpe = Tokenizer(model)
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    assert tokenizer.decode([3]) == "the"
+    assert [token_string(tokenizer, i) for i in range(6)] == ["<unk>", "\\xe6", "⏎", " the", "re", " "]
 
 
 # -- determinism, interruption ----------------------------------------------------------------------------------------
@@ -424,6 +456,31 @@ def test_the_script_gives_the_same_records(pages, clt_folder, options, tmp_path,
     assert "finished before" in capsys.readouterr().out
     assert script.main([*argv, "--overwrite", "--seed", "12"]) == 0
     assert json.loads((tmp_path / "feature_pages.json").read_text(encoding="utf-8"))["examples_seed"] == 12
+
+
+class Terminated(Harvester):
+    """A harvester during whose second batch the machine is taken back."""
+
+    batches = 0
+
+    def harvest(self, *args, **kwargs):
+        self.batches += 1
+        if self.batches == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return super().harvest(*args, **kwargs)
+
+
+def test_sigterm_ends_the_script_and_the_same_command_goes_on(
+    pages, clt_folder, options, language_model, open_stream, tmp_path, capsys, monkeypatch
+):
+    argv, handler = [str(clt_folder), *options, "--output", str(tmp_path)], signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "open_heldout", lambda *_: (Terminated(language_model[0]), open_stream()))
+        assert script.main(argv) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert script.main(argv) == 0
+    assert (tmp_path / "features/layer_1.bin").read_bytes() == (pages / "features/layer_1.bin").read_bytes()
 
 
 @pytest.mark.parametrize(
