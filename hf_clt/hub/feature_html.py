@@ -317,11 +317,16 @@ function example(found, largest) {
 }
 
 async function show() {
-  const wanted = Number(location.hash.slice(1));
-  const feature = location.hash.length > 1 && wanted in records ? wanted : ordered()[0] || 0;
+  const wanted = decodeURIComponent(location.hash.slice(1));
+  const feature = wanted === "" ? ordered()[0] || 0 : Number(wanted);
   current = feature;
   for (const row of list.querySelectorAll("button"))
     row.className = row.dataset.feature === String(feature) ? "here" : "";
+  if (!(feature in records)) {
+    const range = "this layer has features 0 to " + (records.length - 1);
+    view.replaceChildren(make("h2", "There is no feature " + wanted), make("div", range, {class: "soft"}));
+    return;
+  }
   const found = await record(feature);
   if (feature !== current) return;  // another one was asked for meanwhile
   const count = summary.counts[feature];
