@@ -113,9 +113,15 @@ def feature_record(
         "histogram_range": [0.0, upper],
         "top_logit_values": rounded(weights.top_logits[feature]).tolist(),
         "bottom_logit_values": rounded(weights.bottom_logits[feature]).tolist(),
-        "feeds": [[*ends, rounded(weight).item()] for *ends, weight in weights.feeds.of(layer, feature)],
-        "reads": [[*ends, rounded(weight).item()] for *ends, weight in weights.reads.of(layer, feature)],
+        "feeds": shown_links(weights.feeds.of(layer, feature)),
+        "reads": shown_links(weights.reads.of(layer, feature)),
     }
+
+
+def shown_links(links: list[tuple[int, int, float]]) -> list[list]:
+    """Layer, feature and weight of each link, as the files hold them."""
+    weights = rounded([weight for _, _, weight in links]).tolist()
+    return [[layer, feature, weight] for (layer, feature, _), weight in zip(links, weights, strict=True)]
 
 
 def sample_order(sample: Examples, feature: int) -> Tensor:
