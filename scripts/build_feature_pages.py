@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""
+Makes a page for every layer of a CLT that shows what its features are: the text on which they are most active, the
+tokens they make more likely, and the features they feed and read; and the `features/` folder that circuit-tracer's
+front end reads. Interrupted, the same command goes on. Example:
+
+  python scripts/build_feature_pages.py quickstart/clt --dataset quickstart/text.jsonl --output quickstart/pages
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_clt.evaluation.feature_examples import ExampleSettings
+from hf_clt.evaluation.heldout import OneLineParser, add_heldout_options, load_clt, open_heldout, settings_of
+from hf_clt.hub.feature_pages import build_feature_pages
+
+
+USER_ERRORS = (ValueError, OSError, StrictDataclassError)
+INTERRUPTED = 130  # exit status, as of a shell command that Ctrl-C ended
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_heldout_options(parser)
+    kept, default = parser.add_argument_group("what the pages show"), ExampleSettings()
+    kept.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the pages")
+    kept.add_argument("--overwrite", action="store_true", help="replace feature pages that are in it")
+    for flag, name, text in (
+        ("--top-examples", "top", "examples with the highest activation"),
+        ("--quantiles", "quantiles", "quantiles that further examples are drawn from"),
+        ("--quantile-examples", "per_quantile", "examples per quantile"),
+        ("--tokens-before", "before", "tokens shown before the one with the highest activation"),
+        ("--tokens-after", "after", "tokens shown after it"),
+        ("--seed", "seed", "which examples are drawn"),
+    ):
+        number = getattr(default, name)
+        kept.add_argument(flag, dest=name, type=int, default=number, metavar="N", help=f"{text} (default: {number})")
+    kept.add_argument("--logits", type=int, default=10, metavar="N", help="tokens at each end (default: 10)")
+    kept.add_argument(
+        "--links",
+        type=int,
+        default=8,
+        metavar="N",
+        help="features that it feeds, and that it reads (default: 8; 0 leaves the virtual weights out, which take "
+        "L² F² D / 2 multiplications)",
+    )
+    return parser
+
+
+def run(argv: list[str] | None) -> None:
+    options = make_parser().parse_args(argv)
+    names = ("top", "quantiles", "per_quantile", "before", "after", "seed")
+    examples = ExampleSettings(**{name: getattr(options, name) for name in names})
+    clt = load_clt(options)
+    harvester, tokens = open_heldout(clt, options)
+    activity = build_feature_pages(
+        clt,
+        harvester,
+        tokens,
+        options.output,
+        settings_of(options, clt),
+        examples,
+        logits=options.logits,
+        links=options.links,
+        batch_size=options.batch_size,
+        overwrite=options.overwrite,
+        progress=not options.disable_progress_bar,
+    )
+    if activity is None:
+        print("These pages were finished before; --overwrite makes them anew.")
+    else:
+        active = activity.active()
+        print(
+            f"{int(active.sum()):,} of {active.numel():,} features were active on {activity.num_tokens:,} held-out "
+            "tokens."
+        )
+    print(f"Open {options.output / 'index.html'} in a browser; {options.output / 'features'} is for circuit-tracer.")
+
+
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    before = signal.signal(signal.SIGTERM, interrupt)  # clusters send it before they take a machine back
+    try:
+        run(argv)
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command goes on where the state was last written, at most a minute ago",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
