@@ -86,10 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="measure rates on this machine, compare the estimates with other shapes, write all of it; with --model "
-        "and --dataset a run of the trainer as well",
+        help="measure rates on this machine with smaller shapes than the one given (--layers --d-model --num-features "
+        "--batch-size --l0), compare the estimates with it and others, write all of it; with --model and --dataset a "
+        "run of the trainer as well",
     )
     other.add_argument("--dataset", help="text for that run")
+    other.add_argument("--layers", type=int, default=12, help="of the shape to calibrate for (default 12)")
+    other.add_argument("--d-model", type=int, default=768, help="of the shape to calibrate for (default 768)")
     other.add_argument("--calibration-device", default="cpu", help="cpu (default), cuda or cuda:n")
     return parser
 
@@ -143,15 +146,22 @@ def calibrate(options: argparse.Namespace) -> None:
 
     if (options.model is None) != (options.dataset is None):
         raise ValueError("a run of the trainer needs both --model and --dataset; give the other one too")
-    base = Case(activation_fn=options.activation_fn, device=options.calibration_device, optimizer=options.optimizer)
+    shape = {"num_layers": options.layers, "d_model": options.d_model, "num_features": options.num_features or 6144}
+    base = Case(
+        **shape,
+        tokens=options.batch_size,
+        l0=round(options.l0),
+        activation_fn=options.activation_fn,
+        device=options.calibration_device,
+        optimizer=options.optimizer,
+        steps=8,
+    )
     rates, calibration = measure_rates(base, say)
     checks = check_estimates(base, rates, say)
     if options.model is not None:
         say("the trainer")
         source = Source(model=options.model, dataset=options.dataset)
-        case = replace(base, num_features=options.num_features or 1024, tokens=options.batch_size, l0=int(options.l0))
-        language_model = read_language_model(options.model, source.context_size)
-        checks.append(check_run(case, source, language_model, rates))
+        checks.append(check_run(base, source, read_language_model(options.model, source.context_size), rates))
     record = {
         "device": device_name(base.device),
         "versions": versions(),

@@ -242,6 +242,8 @@ def work(plan: Plan) -> dict[str, float]:
     - `select`: bytes of the pre-activations, n·N·(F/n)·L numbers, in which the active ones are looked for.
     - `gather`: bytes of the decoder rows of all listed entries, Σ_s n·N·(listed/n)·J_s·D numbers. They are read in the
       forward pass, and twice as many in the backward pass: for the gradients of the activations and of the weights.
+    - `rows`: those of them that no cache can have, since each row comes from memory once: a feature is listed by one
+      of n·N tokens or more with probability 1 - (1 - listed/F)^(n·N).
     - `norms`: bytes of the decoders, whose norms the sparsity loss needs.
     - `gradients`: bytes of the gradients, which are written.
     - `update`: bytes that the optimizer reads and writes: parameter and gradient read, parameter written, state read
@@ -259,11 +261,14 @@ def work(plan: Plan) -> dict[str, float]:
     has_norms = config.activation_fn not in TOPK_FAMILY and config.sparsity_lambda > 0
     batch = tokens * config.num_layers * config.d_model
     batch_bytes = 2 * BYTES[plan.buffer_dtype or plan.clt_dtype] + 2 * 4  # gathered; reduced and gathered
+    entries = tokens * plan.listed_per_layer / n
+    listed_rows = config.num_features / n * (1 - (1 - plan.listed_per_layer / config.num_features) ** tokens)
     model = plan.language_model
     return {
         "products": 2 * tokens * config.num_features / n * config.d_model * config.num_layers,
         "select": 4 * tokens * config.num_features / n * config.num_layers,
-        "gather": tokens * plan.listed_per_layer / n * targets * config.d_model * weight,
+        "gather": entries * targets * config.d_model * weight,
+        "rows": listed_rows * targets * config.d_model * weight,
         "norms": config.num_features / n * targets * config.d_model * weight if has_norms else 0,
         "gradients": state["gradients"],
         "update": 3 * state["parameters"] + 2 * state["optimizer"],
@@ -275,7 +280,13 @@ def work(plan: Plan) -> dict[str, float]:
 
 # Which rate each part of the work is done at, in each phase of an update.
 PHASES = {
-    "forward": {"products": "products", "select": "select", "gather": "gather_forward", "norms": "norms_forward"},
+    "forward": {
+        "products": "products",
+        "select": "select",
+        "gather": "gather_forward",
+        "rows": "rows",
+        "norms": "norms_forward",
+    },
     "backward": {"gather": "gather_backward", "gradients": "gradients", "norms": "norms_backward"},
     "optimizer": {"update": "update"},
     "language model": {"language_model": "language_model"},
@@ -310,7 +321,8 @@ def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
     return {
         "products": ASSUMED["products"] * sheet[plan.product_dtype or plan.clt_dtype],
         "select": stream / 2,  # written and read
-        "gather_forward": stream,
+        "gather_forward": stream,  # as if no cache kept a row
+        "rows": math.inf,
         "gather_backward": stream / 2,
         "norms_forward": stream,
         "norms_backward": stream / 3,  # decoders and gradients read, gradients written
@@ -342,17 +354,25 @@ def solve_rates(plans: list[Plan], measured: list[dict[str, float]]) -> dict[str
         times = torch.tensor([seconds[phase] for seconds in measured], dtype=torch.float64)
         parts = {name: rate for name, rate in PHASES[phase].items() if any(count[name] for count in counts)}
         rates |= dict.fromkeys(PHASES[phase].values(), math.inf)
-        columns = {name: torch.tensor([float(c[name]) for c in counts], dtype=torch.float64) for name in parts}
-        # No work takes a negative time: the most negative one is left out until there is none.
-        while columns:
-            matrix = torch.stack([column / times for column in columns.values()], dim=1)
-            scale = matrix.amax(dim=0)
-            found = torch.linalg.lstsq(matrix / scale, torch.ones(len(times), 1, dtype=torch.float64)).solution[:, 0]
-            if bool((found > 0).all()):
-                rates |= {parts[name]: 1 / v for name, v in zip(columns, (found / scale).tolist(), strict=True)}
-                break
-            del columns[list(columns)[int(found.argmin())]]
+        matrix = torch.tensor([[count[name] for name in parts] for count in counts], dtype=torch.float64)
+        found = nonnegative_least_squares(matrix / times[:, None], torch.ones_like(times))
+        rates |= {rate: 1 / cost if cost > 0 else math.inf for rate, cost in zip(parts.values(), found, strict=True)}
     return rates
+
+
+def nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor, sweeps: int = 10_000) -> list[float]:
+    """
+    The x ≥ 0 for which |matrix x - target|² is smallest, one coordinate after another, many times. Where columns are
+    nearly the same (two kinds of work that occur in proportion), any of the equivalent answers.
+    """
+    scale = matrix.norm(dim=0)
+    matrix = matrix / scale
+    gram, wanted = (matrix.T @ matrix).tolist(), (matrix.T @ target).tolist()
+    x = [0.0] * len(wanted)
+    for _ in range(sweeps):
+        for j, row in enumerate(gram):
+            x[j] = max(0.0, x[j] + wanted[j] - sum(g * value for g, value in zip(row, x, strict=True)))
+    return [value / s for value, s in zip(x, scale.tolist(), strict=True)]
 
 
 # -- what fits --------------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ measured runs of other shapes.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
-from statistics import median
+from dataclasses import asdict, replace
 
 from .cases import Case
 from .estimate import LanguageModel, Plan, memory, seconds, solve_rates
@@ -13,30 +12,36 @@ from .measure import PHASES, Source
 from .run import measure_in_process
 
 
-# Each differs from the first in what one of the rates depends on.
+# Shapes that rates are solved from, as shares of the shape that is planned: fewer layers and features, since rates
+# depend on the width, the tokens and the active features.
 CALIBRATION = [
-    {},
-    {"tokens": 2048},
-    {"num_features": 8192},
-    {"d_model": 512},
-    {"num_layers": 16},
-    {"l0": 64},
-    {"num_layers": 4, "tokens": 1024, "l0": 32},
-    {"d_model": 384, "num_features": 2048, "tokens": 1024},
-    {"num_layers": 12, "num_features": 2048, "tokens": 256},
+    {"num_layers": 1 / 4, "num_features": 1 / 4},
+    {"num_layers": 1 / 4, "num_features": 1 / 2},
+    {"num_layers": 1 / 4, "num_features": 1},
+    {"num_layers": 1 / 2, "num_features": 1 / 4},
+    {"num_layers": 1 / 2, "num_features": 1 / 2},
+    {"num_layers": 1 / 2, "num_features": 1 / 4, "tokens": 1 / 2},
+    {"num_layers": 1 / 4, "num_features": 1 / 2, "tokens": 2},
+    {"num_layers": 1 / 2, "num_features": 1 / 2, "l0": 1 / 2},
+    {"num_layers": 1 / 4, "num_features": 1 / 4, "l0": 2},
 ]
-SMALL = {"num_layers": 8, "d_model": 256, "num_features": 4096, "tokens": 512, "l0": 16}
-# What the estimates are compared with: other shapes, larger ones among them.
+# What the estimates are compared with.
 CHECKS = [
-    {"num_layers": 6, "d_model": 256, "num_features": 8192, "tokens": 512, "l0": 32},
-    {"num_layers": 12, "d_model": 384, "num_features": 4096, "tokens": 1024, "l0": 24},
-    {"num_layers": 10, "d_model": 576, "num_features": 3072, "tokens": 1536, "l0": 16},
-    {"num_layers": 24, "d_model": 256, "num_features": 2048, "tokens": 512, "l0": 32},
-    {"num_layers": 12, "d_model": 768, "num_features": 6144, "tokens": 512, "l0": 32},
+    {},
+    {"num_layers": 3 / 4},
+    {"num_features": 1 / 2},
+    {"num_layers": 3 / 4, "num_features": 3 / 4, "l0": 3 / 4},
+    {"num_layers": 3 / 4, "num_features": 1 / 2, "tokens": 3 / 2},
 ]
 # A language model with random weights, whose speed gives the rate for all.
 PROBE = {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
 PROBE |= {"num_key_value_heads": 4, "intermediate_size": 1408, "vocab_size": 4096}
+
+
+def scaled(base: Case, shares: dict[str, float]) -> Case:
+    """`base` with some of its numbers multiplied."""
+    changed = {name: max(1, round(getattr(base, name) * share)) for name, share in shares.items()}
+    return replace(base, **changed)
 
 
 def plan_of(case: Case, run: dict | None = None) -> Plan:
@@ -61,7 +66,7 @@ def measure_rates(
     Measures steps of the shapes of [`CALIBRATION`] and solves for the rates.
 
     Args:
-        base: Gives what is not the shape: activation function, formats, device, optimizer.
+        base: The shape that is planned, and all else; what is measured is smaller.
         say: Gets a line before each measurement.
         measure: Does a job of [`hf_clt.benchmark.measure`].
 
@@ -69,13 +74,13 @@ def measure_rates(
         `tuple[dict, list]`: The rates that [`seconds`] takes, those of a language model too; and the measured steps
         beside what the rates give for them, see [`compare_step`].
     """
-    cases = [Case(**{**asdict(base), **SMALL, **change}) for change in CALIBRATION]
+    cases = [scaled(base, shares) for shares in CALIBRATION]
     runs = []
     for number, case in enumerate(cases, start=1):
         say(f"calibration {number} of {len(cases)}")
         runs.append(measure({"kind": "step", "case": case.to_dict(), "side": "ours"}))
     plans = [plan_of(case, run) for case, run in zip(cases, runs, strict=True)]
-    rates = solve_rates(plans, [{phase: median(run[phase]) for phase in PHASES} for run in runs])
+    rates = solve_rates(plans, [{phase: min(run[phase]) for phase in PHASES} for run in runs])
     say("language model")
     probe = {"config": PROBE, "prompts": 8, "context_size": 128, "device": base.device, "dtype": base.dtype}
     rates["language_model"] = measure({"kind": "language_model", **probe})["flops_per_second"]
@@ -91,8 +96,8 @@ def check_estimates(
 ) -> list[dict]:
     """Measures the shapes of [`CHECKS`], none of which the rates come from; see [`compare_step`]."""
     rows = []
-    for number, change in enumerate(CHECKS, start=1):
-        case = Case(**{**asdict(base), **change})
+    for number, shares in enumerate(CHECKS, start=1):
+        case = scaled(base, shares)
         say(f"check {number} of {len(CHECKS)}")
         rows.append(compare_step(case, measure({"kind": "step", "case": case.to_dict(), "side": "ours"}), rates))
     return rows
@@ -136,9 +141,10 @@ def compare_step(case: Case, run: dict, rates: dict[str, float]) -> dict:
 
     Returns:
         `dict`: `case`; `seconds` and `bytes`, each `{"measured", "estimated", "error"}`, where the error is relative.
-        Estimated with the number of listed features that was measured, which is no matter of the formulas.
+        Seconds are those of the fastest steps: a machine that others use is never faster than itself. Estimated with
+        the number of listed features that was measured, which is no matter of the formulas.
     """
-    measured = sum(median(run[phase]) for phase in PHASES)
+    measured = sum(min(run[phase]) for phase in PHASES)
     return compared(case, plan_of(case, run), measured, run["peak_bytes"], rates)
 
 
