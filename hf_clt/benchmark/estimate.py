@@ -242,8 +242,6 @@ def work(plan: Plan) -> dict[str, float]:
     - `select`: bytes of the pre-activations, n·N·(F/n)·L numbers, in which the active ones are looked for.
     - `gather`: bytes of the decoder rows of all listed entries, Σ_s n·N·(listed/n)·J_s·D numbers. They are read in the
       forward pass, and twice as many in the backward pass: for the gradients of the activations and of the weights.
-    - `rows`: those of them that no cache can have, since each row comes from memory once: a feature is listed by one
-      of n·N tokens or more with probability 1 - (1 - listed/F)^(n·N).
     - `norms`: bytes of the decoders, whose norms the sparsity loss needs.
     - `gradients`: bytes of the gradients, which are written.
     - `update`: bytes that the optimizer reads and writes: parameter and gradient read, parameter written, state read
@@ -262,13 +260,11 @@ def work(plan: Plan) -> dict[str, float]:
     batch = tokens * config.num_layers * config.d_model
     batch_bytes = 2 * BYTES[plan.buffer_dtype or plan.clt_dtype] + 2 * 4  # gathered; reduced and gathered
     entries = tokens * plan.listed_per_layer / n
-    listed_rows = config.num_features / n * (1 - (1 - plan.listed_per_layer / config.num_features) ** tokens)
     model = plan.language_model
     return {
         "products": 2 * tokens * config.num_features / n * config.d_model * config.num_layers,
         "select": 4 * tokens * config.num_features / n * config.num_layers,
         "gather": entries * targets * config.d_model * weight,
-        "rows": listed_rows * targets * config.d_model * weight,
         "norms": config.num_features / n * targets * config.d_model * weight if has_norms else 0,
         "gradients": state["gradients"],
         "update": 3 * state["parameters"] + 2 * state["optimizer"],
@@ -284,7 +280,6 @@ PHASES = {
         "products": "products",
         "select": "select",
         "gather": "gather_forward",
-        "rows": "rows",
         "norms": "norms_forward",
     },
     "backward": {"gather": "gather_backward", "gradients": "gradients", "norms": "norms_backward"},
@@ -322,7 +317,6 @@ def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
         "products": ASSUMED["products"] * sheet[plan.product_dtype or plan.clt_dtype],
         "select": stream / 2,  # written and read
         "gather_forward": stream,  # as if no cache kept a row
-        "rows": math.inf,
         "gather_backward": stream / 2,
         "norms_forward": stream,
         "norms_backward": stream / 3,  # decoders and gradients read, gradients written

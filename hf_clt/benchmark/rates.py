@@ -12,26 +12,25 @@ from .measure import PHASES, Source
 from .run import measure_in_process
 
 
-# Shapes that rates are solved from, as shares of the shape that is planned: fewer layers and features, since rates
-# depend on the width, the tokens and the active features.
+# Shapes that rates are solved from, as shares of the shape that is planned: rates depend on the width, the tokens and
+# the active features, and small shapes are slower for their size.
 CALIBRATION = [
-    {"num_layers": 1 / 4, "num_features": 1 / 4},
-    {"num_layers": 1 / 4, "num_features": 1 / 2},
-    {"num_layers": 1 / 4, "num_features": 1},
-    {"num_layers": 1 / 2, "num_features": 1 / 4},
     {"num_layers": 1 / 2, "num_features": 1 / 2},
-    {"num_layers": 1 / 2, "num_features": 1 / 4, "tokens": 1 / 2},
-    {"num_layers": 1 / 4, "num_features": 1 / 2, "tokens": 2},
-    {"num_layers": 1 / 2, "num_features": 1 / 2, "l0": 1 / 2},
-    {"num_layers": 1 / 4, "num_features": 1 / 4, "l0": 2},
+    {"num_layers": 1 / 2},
+    {"num_layers": 3 / 4, "num_features": 1 / 2},
+    {"num_layers": 3 / 4, "num_features": 3 / 4},
+    {"num_layers": 1 / 2, "num_features": 3 / 4, "tokens": 1 / 2},
+    {"num_layers": 1 / 2, "num_features": 1 / 2, "tokens": 2},
+    {"num_layers": 3 / 4, "num_features": 1 / 2, "l0": 1 / 2},
+    {"num_layers": 1 / 2, "num_features": 1 / 2, "l0": 2},
 ]
-# What the estimates are compared with.
+# What the estimates are compared with; none of them is among those.
 CHECKS = [
     {},
     {"num_layers": 3 / 4},
-    {"num_features": 1 / 2},
-    {"num_layers": 3 / 4, "num_features": 3 / 4, "l0": 3 / 4},
-    {"num_layers": 3 / 4, "num_features": 1 / 2, "tokens": 3 / 2},
+    {"num_features": 3 / 4},
+    {"num_features": 3 / 4, "tokens": 3 / 2},
+    {"num_layers": 5 / 4, "l0": 3 / 4},
 ]
 # A language model with random weights, whose speed gives the rate for all.
 PROBE = {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8}
