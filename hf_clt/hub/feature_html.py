@@ -141,7 +141,7 @@ svg rect { fill: var(--accent); }
 @media (max-width: 760px) { .columns { grid-template-columns: 1fr; } nav .list { max-height: 220px; } }
 """
 
-LAYER_PAGE_HEAD = """<!DOCTYPE html>
+PAGE_HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -151,7 +151,11 @@ LAYER_PAGE_HEAD = """<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
-<header>
+"""
+
+LAYER_PAGE_HEAD = (
+    PAGE_HEAD
+    + """<header>
 <h1>{heading}</h1>
 <div class="soft">{facts}; <a href="index.html">{clt}</a></div>
 <div class="layers soft">layers: {links}</div>
@@ -175,18 +179,11 @@ LAYER_PAGE_HEAD = """<!DOCTYPE html>
 <script type="application/json" id="summary">{summary}</script>
 <script type="text/plain" id="records">
 """
+)
 
-INDEX_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{title}</h1><div class="soft">{facts}</div></header>
+INDEX_PAGE = (
+    PAGE_HEAD
+    + """<header><h1>{title}</h1><div class="soft">{facts}</div></header>
 <main>
 <table>
 <tr><th>source layer</th><th>L0</th><th>never active</th><th>highest activation</th></tr>
@@ -200,6 +197,7 @@ INDEX_PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
+)
 
 PAGE_SCRIPT = r"""
 "use strict";
