@@ -90,6 +90,7 @@ def test_several_rounds_and_settings(script, tmp_path):
     assert row["case"]["k_scope"] == "token"
 
 
+@pytest.mark.slow
 def test_growth_without_the_dense_side_and_its_plot(script, tmp_path, capsys):
     figures, plot = tmp_path / "figures.json", tmp_path / "growth.png"
     flags = [*FLAGS.split(), "--no-dense", "--grow", "k", "N", "--plot", str(plot), "--json", str(figures)]

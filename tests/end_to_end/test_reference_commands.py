@@ -110,6 +110,7 @@ def test_the_program_with_jumprelu(tiny_gpt2, text_file, tmp_path, fresh_acceler
     )
 
 
+@pytest.mark.slow  # tests/end_to_end/test_kill.py stops a run too
 def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on(tiny_gpt2, text_file, tmp_path):
     folder = tmp_path / "run"
     common = f"""

@@ -794,7 +794,15 @@ def assert_same_end(one, two):
     assert_same_metrics(one, two)
 
 
-@pytest.mark.parametrize("accumulation, overlap", [(1, False), (3, False), (1, True), (3, True)])
+@pytest.mark.parametrize(
+    "accumulation, overlap",
+    [
+        (1, False),
+        (3, True),
+        pytest.param(3, False, marks=pytest.mark.slow),
+        pytest.param(1, True, marks=pytest.mark.slow),
+    ],
+)
 def test_text_that_fails_for_good_stops_with_a_checkpoint(make, tmp_path, accumulation, overlap):
     """Whichever batch fails, also in the middle of an update, the run that goes on ends as if nothing had been."""
     config = {"activation_fn": "batchtopk"}
