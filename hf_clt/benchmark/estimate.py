@@ -345,7 +345,7 @@ def solve_rates(plans: list[Plan], measured: list[dict[str, float]]) -> dict[str
     rates = {}
     counts = [work(plan) for plan in plans]
     for phase in ("forward", "backward", "optimizer"):
-        times = torch.tensor([seconds[phase] for seconds in measured], dtype=torch.float64)
+        times = torch.tensor([run[phase] for run in measured], dtype=torch.float64)
         parts = {name: rate for name, rate in PHASES[phase].items() if any(count[name] for count in counts)}
         rates |= dict.fromkeys(PHASES[phase].values(), math.inf)
         matrix = torch.tensor([[count[name] for name in parts] for count in counts], dtype=torch.float64)

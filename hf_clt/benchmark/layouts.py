@@ -19,9 +19,9 @@ import torch
 
 from ..configuration_clt import CLTConfig
 from ..training.arguments import CLTTrainingArguments
-from ..training.trainer import CLTTrainer
 from .estimate import Plan, memory
 from .machine import memory_in_use, peak_memory, reset_peak_memory
+from .measure import TimedTrainer
 
 
 LAYOUTS = {
@@ -30,13 +30,6 @@ LAYOUTS = {
     "2 processes, features shared": (2, 2),
 }
 WARMUP = 3  # updates that are not timed
-
-
-class _Measured(CLTTrainer):
-    """A trainer whose result is its speed: it writes no release."""
-
-    def _release(self) -> None:
-        pass
 
 
 def measure_run(job: dict) -> dict:
@@ -54,7 +47,7 @@ def measure_run(job: dict) -> dict:
     device = torch.device(args.device)
     before = memory_in_use(device)
     reset_peak_memory(device)
-    trainer = _Measured(args, CLTConfig(**job["config"]))
+    trainer = TimedTrainer(args, CLTConfig(**job["config"]))
     endless, marks = trainer.buffer.endless, []
 
     def marking():

@@ -326,7 +326,7 @@ def harvest(source: Source, tokens: int, device: str, path: str) -> dict:
     }
 
 
-class _Timed(CLTTrainer):
+class TimedTrainer(CLTTrainer):
     """A trainer whose result is its speed: it writes no release."""
 
     def _release(self) -> None:
@@ -376,7 +376,7 @@ def end_to_end(case: Case, source: Source, statistics: str | None) -> dict:
         "disable_progress_bar": True,
     }
     with TemporaryDirectory() as folder:
-        trainer = _Timed(CLTTrainingArguments(output_dir=folder, **args), case.config())
+        trainer = TimedTrainer(CLTTrainingArguments(output_dir=folder, **args), case.config())
         trainer.train()
         synchronize(device)
     peak = peak_memory(device)
@@ -463,4 +463,4 @@ if __name__ == "__main__":
     sys.exit(main())
 
 
-__all__ = ["PHASES", "Source", "end_to_end", "harvest", "measure", "measure_step"]
+__all__ = ["PHASES", "Source", "TimedTrainer", "end_to_end", "harvest", "measure", "measure_step"]

@@ -619,9 +619,8 @@ class CLTTrainer:
         """Writes a checkpoint; with the state `before` the update that is going on, if that is given."""
         self._read_clocks()
         own, buffers = self._moving_state() if before is None else before
-        if (
-            self.args.checkpoint_activations and before is None
-        ):  # since `before`, other tokens may have taken their place
+        # Since `before`, other tokens may have taken the place of those that were unread then.
+        if self.args.checkpoint_activations and before is None:
             own["tensors"] |= self.buffer.unread_activations()
         shared = {
             "model": {**self.model.state_dict(), **buffers},
@@ -707,6 +706,7 @@ class CLTTrainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(self.output_dir)
         remove_leftovers(self.output_dir)
+        shutil.rmtree(self.output_dir / MEANWHILE, ignore_errors=True)  # of a run that was stopped in a push
         if self._goes_on:
             # In this order: the newest checkpoint, whichever that is after a crash, has all its lines of metrics.
             remove_checkpoints_after(self.output_dir, self.step)
