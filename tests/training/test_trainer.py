@@ -691,6 +691,18 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, activation_f
     assert_same_metrics(tmp_path / "straight", tmp_path / "run")
 
 
+def test_what_a_stopped_push_left_is_removed(make, tmp_path):
+    stopped = make(training_steps=4)
+    recorded(stopped, stop_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    (tmp_path / "run" / "pushing").mkdir()
+    (tmp_path / "run" / "pushing" / "W_enc_0.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / "notes").mkdir()
+    make(training_steps=4, resume_from_checkpoint="latest").train()
+    assert not (tmp_path / "run" / "pushing").exists() and (tmp_path / "run" / "notes").exists()
+
+
 def test_a_line_of_metrics_that_spans_a_resume(make, tmp_path):
     """Stopped between two lines, the line after it still tells of all the steps and tokens since the line before."""
     arguments = {"training_steps": 8, "log_interval": 4}
