@@ -21,6 +21,7 @@ from hf_clt.benchmark.cases import CASE_FIELDS, GROWTH, PRESETS, Case, grown_cas
 from hf_clt.benchmark.measure import Source
 from hf_clt.benchmark.report import format_machine, format_table, plot_growth
 from hf_clt.benchmark.run import run_case, run_harvest
+from hf_clt.command import one_line_errors
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -139,13 +140,9 @@ def benchmark(argv: list[str] | None = None) -> None:
         print(f"figures: {options['json']}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        benchmark(argv)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@one_line_errors(RuntimeError, ImportError)
+def main(argv: list[str] | None = None) -> int | None:
+    return benchmark(argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_clt.benchmark.layouts import LAYOUTS, format_layouts, run_layout
 from hf_clt.benchmark.machine import device_name, versions
 from hf_clt.checkpoint_format import write_text
-from hf_clt.evaluation.heldout import OneLineParser
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.harvest.cache import read_manifest
 
 
@@ -48,13 +48,9 @@ def benchmark(argv: list[str] | None) -> None:
         write_text(options.json, json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        benchmark(argv)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@one_line_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> int | None:
+    return benchmark(argv)
 
 
 if __name__ == "__main__":

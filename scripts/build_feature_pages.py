@@ -12,14 +12,12 @@ import signal
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.feature_examples import ExampleSettings
-from hf_clt.evaluation.heldout import OneLineParser, add_heldout_options, load_clt, open_heldout, settings_of
+from hf_clt.evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from hf_clt.hub.feature_pages import build_feature_pages
 
 
-USER_ERRORS = (ValueError, OSError, StrictDataclassError)
 INTERRUPTED = 130  # exit status, as of a shell command that Ctrl-C ended
 
 
@@ -85,13 +83,11 @@ def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, interrupt)  # clusters send it before they take a machine back
     try:
         run(argv)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(
             "interrupted; the same command goes on where the state was last written, at most a minute ago",

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
-from hf_clt.evaluation.heldout import OneLineParser, add_text_options, chosen_device
+from hf_clt.evaluation.heldout import add_text_options, chosen_device
 from hf_clt.harvest.cache import DTYPES, ActivationCache, write_cache
 from hf_clt.harvest.harvester import Harvester, check_context_size, load_language_model
 from hf_clt.harvest.sites import default_hooks
@@ -117,17 +118,13 @@ def run(argv: list[str] | None) -> int:
     return 0
 
 
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("HF_CLT_DEBUG") == "1":
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hf_clt.benchmark.curves import VARIANTS, compare, format_comparison, plot_comparison
+from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.command_line import build_config
@@ -90,13 +91,9 @@ def run(argv: list[str] | None = None) -> None:
         plot_comparison(record, options["plot"])
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        run(argv)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@one_line_errors(ImportError, FloatingPointError)
+def main(argv: list[str] | None = None) -> int | None:
+    return run(argv)
 
 
 if __name__ == "__main__":

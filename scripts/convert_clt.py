@@ -2,29 +2,18 @@
 """Converts a CLT or per-layer transcoders between the formats of several trainers, hf_clt's own by default."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 from hf_clt.hub.formats import FORMATS, convert
 
 
-# What a user can mend. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, StrictDataclassError)
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments = vars(build_parser().parse_args(argv))
-        format, config, written = convert(**arguments)
-    except USER_ERRORS as error:
-        if os.environ.get("HF_CLT_DEBUG") == "1":
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    arguments = vars(build_parser().parse_args(argv))
+    format, config, written = convert(**arguments)
     kind = "CLT" if config.reach == config.num_layers else f"CLT of reach {config.reach}"
     print(
         f"read {format} from {arguments['source']}: {config.activation_fn} {kind} of "
@@ -33,12 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     size = sum(path.stat().st_size for path in written)
     print(f"wrote {arguments['to_format']} to {arguments['output']}: {len(written)} files, {size / 1e6:,.1f} MB")
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.error = refuse
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("source", type=Path, help="a folder, or the file of a format that has a single one")
     parser.add_argument("output", type=Path, help="folder to write to; must be empty or missing")
     parser.add_argument("--from", dest="from_format", choices=FORMATS, help="format of SOURCE; recognised if left out")
@@ -62,11 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     told.add_argument("--k", type=int, help="circuit-tracer-plt: k of its top-k, if config.yaml does not say")
     return parser
-
-
-def refuse(message: str) -> None:
-    """Instead of argparse's exit with several lines."""
-    raise ValueError(f"{message}; --help lists the options")
 
 
 if __name__ == "__main__":

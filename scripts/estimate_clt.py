@@ -17,8 +17,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 from hf_clt import CLTConfig
 from hf_clt.benchmark.cases import Case
 from hf_clt.benchmark.estimate import (
@@ -38,10 +36,9 @@ from hf_clt.benchmark.machine import device_name, versions
 from hf_clt.benchmark.measure import Source
 from hf_clt.benchmark.rates import check_estimates, check_run, format_checks, measure_rates
 from hf_clt.checkpoint_format import write_text
-from hf_clt.evaluation.heldout import OneLineParser
+from hf_clt.command import OneLineParser, one_line_errors
 
 
-USER_ERRORS = (ValueError, OSError, RuntimeError, StrictDataclassError)
 SCALE_GPUS = (1, 8, 64)
 SCALE_FEATURES = (8, 32)  # times the width
 SCALE_TOKENS = 4096  # per CLT and update
@@ -208,19 +205,15 @@ def estimate(options: argparse.Namespace) -> None:
     print(f"({origin})")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        options = make_parser().parse_args(argv)
-        if options.calibrate is not None:
-            calibrate(options)
-        elif options.scale:
-            print_scale(options)
-        else:
-            estimate(options)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@one_line_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    if options.calibrate is not None:
+        calibrate(options)
+    elif options.scale:
+        print_scale(options)
+    else:
+        estimate(options)
 
 
 if __name__ == "__main__":

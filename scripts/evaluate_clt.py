@@ -11,15 +11,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
 from hf_clt.checkpoint_format import write_text
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.evaluate import as_json, evaluate_clt, format_replacement, read_history
-from hf_clt.evaluation.heldout import OneLineParser, add_heldout_options, load_clt, open_heldout, settings_of
+from hf_clt.evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from hf_clt.evaluation.report import format_metrics_table, plot_metrics
-
-
-USER_ERRORS = (ValueError, OSError, ImportError, StrictDataclassError)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,13 +71,9 @@ def run(argv: list[str] | None) -> None:
         print("Plots: " + ", ".join(str(path) for path in written))
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        run(argv)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@one_line_errors(ImportError)
+def main(argv: list[str] | None = None) -> int | None:
+    return run(argv)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from hf_clt.benchmark.cases import check_device
 from hf_clt.benchmark.crossover import measure_crossover
 from hf_clt.benchmark.machine import device_name
+from hf_clt.command import one_line_errors
 from hf_clt.training.setup import prepare_cpu
 
 
@@ -46,13 +47,9 @@ def run(argv: list[str] | None) -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        run(argv)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int | None:
+    return run(argv)
 
 
 if __name__ == "__main__":

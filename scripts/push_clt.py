@@ -7,17 +7,11 @@ else of the folder. The token is that of `hf auth login`, or HF_TOKEN. Example:
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
-from hf_clt.evaluation.heldout import OneLineParser
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.hub import push_folder
-
-
-USER_ERRORS = (ValueError, OSError, StrictDataclassError)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -38,26 +32,20 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        options = make_parser().parse_args(argv)
-        info = push_folder(
-            options.folder,
-            options.repo,
-            private=options.private or None,
-            revision=options.branch,
-            commit_message=options.message,
-            create_pr=options.pull_request,
-            tag=options.tag,
-            with_code=options.with_code,
-        )
-    except USER_ERRORS as error:
-        if os.environ.get("HF_CLT_DEBUG") == "1":
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    info = push_folder(
+        options.folder,
+        options.repo,
+        private=options.private or None,
+        revision=options.branch,
+        commit_message=options.message,
+        create_pr=options.pull_request,
+        tag=options.tag,
+        with_code=options.with_code,
+    )
     print(f"The CLT is at {info.pr_url or info.commit_url}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Prints what a finished training run gave: the shape of the CLT and its last evaluation, per layer."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 from hf_clt import CLTConfig
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation import format_metrics_table
 
 
@@ -43,15 +43,11 @@ def show(folder: Path) -> None:
     print(f"The CLT is in {folder.resolve()}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the output folder of a run of scripts/train_clt.py")
-    try:
-        show(parser.parse_args(argv).folder)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    show(parser.parse_args(argv).folder)
 
 
 if __name__ == "__main__":

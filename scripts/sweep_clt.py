@@ -7,20 +7,14 @@ A trial that is recorded already is not run again, so an interrupted sweep goes 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
-from hf_clt.evaluation.heldout import OneLineParser
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.training.sweep import format_sweep, plot_frontier, read_sweep, run_sweep
 
 
-# What a user can mend. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, OSError, StrictDataclassError)
-
-
+@one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base settings and groups of trials")
@@ -28,26 +22,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, help="Markdown file to write the table to (default: print it)")
     parser.add_argument("--plot", type=Path, help="PNG file: NMSE against L0, a line per activation function")
     parser.add_argument("--groups", nargs="+", metavar="NAME", help="only these groups of the sweep")
+    options = parser.parse_args(argv)
+    trials = read_sweep(options.sweep)
+    if options.groups:
+        known = {trial["group"] for trial in trials}
+        for name in options.groups:
+            if name not in known:
+                raise ValueError(f"groups={name!r} is not in {options.sweep}; it has {', '.join(sorted(known))}")
+        trials = [trial for trial in trials if trial["group"] in options.groups]
     try:
-        options = parser.parse_args(argv)
-        trials = read_sweep(options.sweep)
-        if options.groups:
-            known = {trial["group"] for trial in trials}
-            for name in options.groups:
-                if name not in known:
-                    raise ValueError(f"groups={name!r} is not in {options.sweep}; it has {', '.join(sorted(known))}")
-            trials = [trial for trial in trials if trial["group"] in options.groups]
         records = run_sweep(trials, options.records)
-        if options.plot is not None:
-            plot_frontier(records, options.plot)
-    except USER_ERRORS as error:
-        if os.environ.get("HF_CLT_DEBUG") == "1":
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with the next trial", file=sys.stderr)
         return 130
+    if options.plot is not None:
+        plot_frontier(records, options.plot)
     if options.table is None:
         print(format_sweep(records))
     else:

@@ -11,15 +11,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-
+from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.calibration import format_calibration, to_jumprelu
 from hf_clt.evaluation.evaluate import activations
-from hf_clt.evaluation.heldout import OneLineParser, add_heldout_options, load_clt, open_heldout
+from hf_clt.evaluation.heldout import add_heldout_options, load_clt, open_heldout
 from hf_clt.hub.model_card import save_model_card
-
-
-USER_ERRORS = (ValueError, OSError, StrictDataclassError)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,12 +52,9 @@ def run(argv: list[str] | None) -> int:
     return 0 if figures["l0_kept"] else 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(argv)
-    except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int | None:
+    return run(argv)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,6 @@ from ..modeling_clt import CrossLayerTranscoder
 from .evaluate import check_harvester
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the options in a ValueError of one line; argparse would print a page and exit."""
-
-    def error(self, message):
-        raise ValueError(message[0].lower() + message[1:] + "; see --help")
-
-
 def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192) -> None:
     """
     Adds the options that [`load_clt`] and [`open_heldout`] read. Those that `scripts/train_clt.py` has too are named
@@ -153,4 +146,4 @@ def settings_of(options: argparse.Namespace, clt: CrossLayerTranscoder) -> dict:
     return settings
 
 
-__all__ = ["OneLineParser", "add_heldout_options", "load_clt", "open_heldout", "settings_of"]
+__all__ = ["add_heldout_options", "load_clt", "open_heldout", "settings_of"]

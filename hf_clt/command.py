@@ -1,0 +1,46 @@
+"""What all scripts share: wrong options, and whatever else a user can mend, give one line and the exit status 2."""
+
+import argparse
+import os
+import sys
+from functools import wraps
+
+from huggingface_hub.errors import StrictDataclassError
+
+
+USER_ERRORS = (ValueError, OSError, StrictDataclassError)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the options in a ValueError of one line; argparse would print a page and exit."""
+
+    def error(self, message):
+        raise ValueError(message[0].lower() + message[1:] + "; see --help")
+
+
+def one_line_errors(*others: type[Exception]):
+    """
+    A decorator of a script's `main(argv)`: what a user can mend becomes one line on stderr and the status 2. Any other
+    error is a bug and keeps its traceback, and all of them do where the environment has `HF_CLT_DEBUG=1`.
+
+    Args:
+        others: Errors that a user of this script can mend, besides [`USER_ERRORS`].
+    """
+
+    def decorate(main):
+        @wraps(main)
+        def decorated(argv: list[str] | None = None) -> int:
+            try:
+                return main(argv) or 0
+            except (*USER_ERRORS, *others) as error:
+                if os.environ.get("HF_CLT_DEBUG") == "1":
+                    raise
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                return 2
+
+        return decorated
+
+    return decorate
+
+
+__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors"]
