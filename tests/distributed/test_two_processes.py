@@ -35,11 +35,19 @@ class Recording:
 
 trainer.buffer.harvester = Recording()
 heldout = {int(d) for batch in trainer.heldout for d in batch["documents"][batch["counted"]]}
+prepare, prepared = trainer.accelerator.prepare, []
+
+def keeping(*parts):
+    prepared.append(prepare(*parts))
+    return prepared[-1]
+
+trainer.accelerator.prepare = keeping
 clt = trainer.train()
 metrics = trainer.evaluate()
 heldout_tokens = sum(int(batch["counted"].sum()) for batch in trainer.heldout)
 seen = {"documents": sorted(documents), "heldout": sorted(heldout), "heldout_tokens": heldout_tokens}
 seen |= {"metrics": metrics, "processes": trainer.accelerator.num_processes}
+seen["views"] = prepared[0][0].gradient_as_bucket_view
 with open(f"{folder}/rank-{rank}.json", "w") as file:
     json.dump(seen, file)
 tensors = {name: value.contiguous() for name, value in clt.state_dict().items()}
@@ -76,6 +84,10 @@ def launched(tiny_gpt2, small_text_file, tmp_path_factory):
 
 def test_there_are_two_that_know_of_each_other(launched):
     assert [rank["processes"] for rank in launched[1]] == [2, 2]
+
+
+def test_gradients_are_not_kept_twice(launched):
+    assert [rank["views"] for rank in launched[1]] == [True, True]
 
 
 def test_they_read_other_text(launched):
