@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ..command import OneLineParser
 from ..configuration_clt import ACTIVATION_DEFAULTS, CLT_CONFIG_HELP, CLTConfig
 from .arguments import CACHED, CLTTrainingArguments, training_options
 from .options import Option, as_text, check_value, make_option, parse_text
@@ -169,14 +170,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)  # option names stay whole
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        # argparse would print a page of usage and exit; the caller prints one line.
-        raise ValueError(message[0].lower() + message[1:] + "; see --help")
-
-
 def _build_parser(options: dict[str, Option]) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="train_clt.py",
         usage="%(prog)s [settings.yaml] --model NAME --dataset NAME --num-features N [options]",
         description=DESCRIPTION,
