@@ -45,6 +45,7 @@ ARGUMENTS = {
     "n_batches_in_buffer": 20,  # all of the text
     "batch_size": 64,
     "eval_tokens": 300,
+    "learning_rate": 1e-3,
     "training_steps": 12,  # the text ends before, with fewer tokens in the last batch of one process than of the other
     "log_interval": 3,
     "eval_interval": 6,
@@ -287,8 +288,8 @@ def test_resumed_in_another_layout(launched):
         found = load_file(launched / f"resumed whole-{rank}.safetensors")
         for key, tensor in expected.items():
             # At the end of the text the processes have unequal batches, which DDP gives the same weight: an update or
-            # two differ by a part of the learning rate, 2e-3.
-            torch.testing.assert_close(found[key], tensor, atol=4e-3, rtol=2e-3)
+            # two differ by a part of the learning rate, 1e-3.
+            torch.testing.assert_close(found[key], tensor, atol=2e-3, rtol=2e-3)
 
 
 def test_goes_on_with_a_released_clt(launched, arguments):
