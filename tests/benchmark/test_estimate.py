@@ -63,6 +63,7 @@ def test_counts_by_hand():
     assert counts["products"] == 2 * 20 * 8 * 8 * 3
     assert counts["select"] == 4 * 20 * 8 * 3
     assert counts["gather"] == 20 * 2 * 6 * 8 * 4  # two of the four active features are here
+    assert counts["gather_back"] == 20 * 2 * (2 * 6 + 3) * 8 * 4
     assert counts["norms"] == 0  # top-k has no sparsity loss
     parameters = 3 * 8 * 8 + 3 * 8 + 8 * 6 * 8 + 3 * 8
     assert counts["gradients"] == 4 * parameters

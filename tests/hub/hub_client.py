@@ -728,7 +728,7 @@ def check_a_push_that_fails_at_the_end_of_training(work):
                 trainer.train()
         finally:
             ask("unavailable", times=0)
-        assert f"push it with `python scripts/push_clt.py {folder} tester/kept`" in failed.value.__notes__[0]
+        assert f"push it with `hf-clt push {folder} tester/kept`" in failed.value.__notes__[0]
         assert API.list_repo_files("tester/kept") == [".gitattributes"]
         status, said = run_script(
             "push_clt", folder, "tester/kept", "--branch", "dev", "--tag", "v1", "--message", "It"
