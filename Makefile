@@ -31,7 +31,7 @@ quickstart: $(INSTALLED)
 	@$(RUN) scripts/prepare_quickstart.py
 	@if [ -f $(RESULT)/config.json ]; then \
 		echo "$(RESULT): trained before; \`make clean\` removes it"; \
-		$(RUN) scripts/show_clt.py $(RESULT); \
+		$(RUN) -m hf_clt info $(RESULT); \
 	elif ls -d $(RESULT)/checkpoint-* >/dev/null 2>&1; then \
 		$(RUN) scripts/train_clt.py scripts/quickstart.yaml --output-dir $(RESULT) --resume-from-checkpoint latest; \
 	else \

@@ -148,7 +148,7 @@ def test_make_quickstart_trains_then_resumes_then_shows(checkout):
     (result / "checkpoint-10").mkdir(parents=True)
     assert make(checkout, "quickstart") == [prepare, f"{train} --resume-from-checkpoint latest"]
     (result / "config.json").touch()
-    assert make(checkout, "quickstart") == [prepare, "scripts/show_clt.py quickstart/clt"]
+    assert make(checkout, "quickstart") == [prepare, "-m hf_clt info quickstart/clt"]
     make(checkout, "clean")
     assert not result.exists()
 

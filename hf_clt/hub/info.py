@@ -159,8 +159,7 @@ def format_info(found: dict) -> str:
         lines[-1] += ", with a skip connection"
     weights = [size for file, size in files.items() if file.endswith(".safetensors")]
     dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    count = f"{count_parameters(config) / 1e6:,.1f} million"
-    lines.append(f"{count} weights in {dtype}: {_size(sum(weights))} in {len(weights)} files")
+    lines.append(f"{count_parameters(config):,} weights in {dtype}: {_size(sum(weights))} in {len(weights)} files")
     training = found["training"] or {}
     if training.get("tokens"):
         steps = f" in {training['steps']:,} updates" if training.get("steps") else ""

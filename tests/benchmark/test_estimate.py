@@ -14,8 +14,8 @@ from hf_clt.benchmark.cases import Case
 from hf_clt.benchmark.estimate import SHAPES, LanguageModel, Plan, memory, seconds, solve_rates, work
 from hf_clt.benchmark.measure import optimizer_bytes
 from hf_clt.benchmark.run import measure_in_process
+from hf_clt.commands import estimate as estimate_clt
 from hf_clt.training.setup import make_optimizer
-from scripts import estimate_clt
 
 
 def make_config(**kwargs):
