@@ -80,6 +80,29 @@ def in_old_form(model: str | Path, folder: str | Path) -> str:
     return str(folder)
 
 
+def check_readable(folder: Path) -> None:
+    """
+    Checks the `config.json` that hf_clt writes, if there is one, for what circuit-tracer would misread.
+
+    Raises:
+        ValueError: For topk, a skip connection, or a reach below the number of layers.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if config.get("activation_fn") == "topk":
+        raise ValueError(
+            f"activation_fn='topk' in {path}: circuit-tracer would take a ReLU; make a jumprelu CLT of it with "
+            "scripts/to_jumprelu.py"
+        )
+    if config.get("skip_connection"):
+        raise ValueError(f"skip_connection=True in {path}: circuit-tracer would leave it out; train a CLT without")
+    if (config.get("decoder_reach") or config.get("num_layers", 0)) < config.get("num_layers", 0):
+        raise ValueError(
+            f"decoder_reach={config['decoder_reach']} in {path}: circuit-tracer needs decoders that reach the last "
+            "layer; convert it with scripts/convert_clt.py --to circuit-tracer, or circuit-tracer-plt for a reach of 1"
+        )
+
+
 def load_transcoders(name: str, dtype: torch.dtype = torch.float32, lazy: bool = True):
     """
     Transcoders from a folder, for which circuit-tracer has no function, or from the Hub.
@@ -88,6 +111,10 @@ def load_transcoders(name: str, dtype: torch.dtype = torch.float32, lazy: bool =
         name: A folder with a `config.yaml`, or a repository's name.
         dtype: Of the weights; circuit-tracer computes in it.
         lazy: Whether decoders stay in their files until they are needed.
+
+    Raises:
+        FileNotFoundError: If a folder has no `config.yaml`.
+        ValueError: For a CLT in a folder that circuit-tracer would misread.
     """
     folder = Path(name).expanduser().resolve()
     if not folder.is_dir():
@@ -96,6 +123,7 @@ def load_transcoders(name: str, dtype: torch.dtype = torch.float32, lazy: bool =
     options = {key: described[key] for key in ("feature_input_hook", "feature_output_hook")}
     options |= {"scan": folder.name, "device": DEVICE, "dtype": dtype, "lazy_decoder": lazy}
     if described["model_kind"] == "cross_layer_transcoder":
+        check_readable(folder)
         return load_clt(str(folder), **options)
     layers = range(len(list(folder.glob("layer_*.safetensors"))))
     paths = {layer: str(folder / f"layer_{layer}.safetensors") for layer in layers}

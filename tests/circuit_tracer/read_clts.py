@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -230,6 +231,10 @@ def check_script(work: Path) -> None:
         scores = {key: row[key] for key in ("replacement_score", "completeness_score", "feature_nodes")}
         right = status == 0 and row["feature_nodes"] == 40 and 0 < row["replacement_score"] < 1
         tell(f"scripts/attribute_clt.py: {name}", "folder", right, **scores)
+
+    for name in ("topk", "reach_1", "reach_2", "skip"):
+        folder = str(work / "clts" / name)
+        expect_error(f"scripts/attribute_clt.py: {name}", "folder", partial(load_transcoders, folder), ValueError)
 
 
 def check_documentation(work: Path) -> None:
