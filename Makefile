@@ -5,16 +5,23 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 RESULT := quickstart/clt
+# circuit-tracer cannot share an environment with hf_clt
+TRACER := .venv-circuit-tracer
+TRACER_PINS := tests/circuit_tracer/constraints.txt
+CLT := $(RESULT)
+MODEL := quickstart/model
 
-.PHONY: help install quickstart test test-slow lint clean
+.PHONY: help install quickstart test test-slow circuit-tracer test-circuit-tracer graph-scores lint clean
 
 help:
 	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the slow tests"
+	@echo "make test-circuit-tracer   check that circuit-tracer and SAELens read our files, in $(TRACER)"
+	@echo "make graph-scores CLT=...  scores of circuit-tracer's graphs for a CLT, by default the quickstart's"
 	@echo "make lint         check style and formatting"
 	@echo "make install      only make $(VENV) and install everything into it"
-	@echo "make clean        remove quickstart/ and build leftovers; $(VENV) stays"
+	@echo "make clean        remove quickstart/ and build leftovers; $(VENV) and $(TRACER) stay"
 
 install: $(INSTALLED)
 
@@ -46,10 +53,24 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow
 
+circuit-tracer: $(TRACER)/.installed
+
+$(TRACER)/.installed: $(TRACER_PINS)
+	@test -x $(TRACER)/bin/python || "$(PYTHON)" -m venv $(TRACER)
+	@echo "Installing circuit-tracer and SAELens into $(TRACER); the first time takes some minutes ..."
+	@$(TRACER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(TRACER_PINS) circuit-tracer sae-lens
+	@touch $@
+
+test-circuit-tracer: $(INSTALLED) $(TRACER)/.installed
+	@$(RUN) -m tests.circuit_tracer.check
+
+graph-scores: $(TRACER)/.installed
+	@$(TRACER)/bin/python scripts/attribute_clt.py $(CLT) --model $(MODEL)
+
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 
 clean:
 	rm -rf quickstart build dist *.egg-info .pytest_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(TRACER) \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -140,11 +140,11 @@ def circuit_tracer_gaps(config) -> list[str]:
     """What circuit-tracer cannot express of this CLT, in words; empty when it reads the files as they are."""
     gaps = []
     if config.activation_fn == "topk":
-        gaps.append("the top-k activation function")
+        gaps.append("the top-k activation function (it takes a ReLU, without an error)")
     if config.reach < config.num_layers:
         gaps.append(f"a decoder reach of {config.reach} out of {config.num_layers} layers")
     if config.skip_connection:
-        gaps.append("the skip connection (in its older versions)")
+        gaps.append("the skip connection (its version 0.5.0 leaves it out, without an error)")
     return gaps
 
 

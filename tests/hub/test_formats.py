@@ -780,6 +780,25 @@ def test_circuit_tracer(tmp_path, config_json):
     assert found.config.base_model_name_or_path == "a/b"
 
 
+@pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
+def test_circuit_tracer_gets_decoders_that_reach_the_last_layer(tmp_path, tying):
+    fields = {"activation_fn": "jumprelu", "decoder_reach": 2, "decoder_tying": tying}
+    clt = random_clt(double=False, **fields).eval()
+    formats.export_clt(clt, tmp_path / "exported", "circuit-tracer")
+    clt.save_pretrained(tmp_path / "saved")
+    formats.convert(tmp_path / "saved", tmp_path / "converted", to_format="circuit-tracer")
+    inputs = random_inputs().float()
+    for folder in ("exported", "converted"):
+        for layer in range(clt.config.num_layers):
+            decoder = load_file(tmp_path / folder / f"W_dec_{layer}.safetensors")[f"W_dec_{layer}"]
+            assert decoder.shape[1] == clt.config.num_layers - layer and not decoder[:, 2:].any()
+        (tmp_path / folder / "config.json").unlink()  # the files alone, as circuit-tracer reads them
+        found = formats.import_clt(tmp_path / folder)
+        assert found.config.decoder_reach is None
+        torch.testing.assert_close(found(inputs).reconstruction, clt(inputs).reconstruction, rtol=1e-4, atol=1e-5)
+    assert "reach" not in (tmp_path / "converted" / "README.md").read_text().split("What other tools read")[1]
+
+
 def test_what_is_in_no_format(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         formats.detect_format(tmp_path / "nowhere")

@@ -131,6 +131,8 @@ def write_clt(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, 
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}; give one of them")
+    if format == "circuit-tracer":
+        config, layers = own.with_full_reach(config, layers)
     FORMATS[format].write(folder, config, layers)
 
 
@@ -147,7 +149,8 @@ def import_clt(path: str | Path, format: str | None = None, **options) -> CrossL
 
 def export_clt(clt: CrossLayerTranscoder, folder: str | Path, format: str) -> None:
     """Writes a model in any of `FORMATS`, with its statistics folded in; the live model is left as it is."""
-    if FORMATS.get(format) is own:
+    whole = clt.config.reach == clt.config.num_layers
+    if format == "hf_clt" or (format == "circuit-tracer" and whole):
         clt.save_pretrained(folder)
         return
     config = CLTConfig.from_dict(clt.config.to_dict())
@@ -198,9 +201,12 @@ def convert(
         if not overwrite:
             raise ValueError(f"output={str(output)!r} is not empty; give another folder, or overwrite")
     config, layers = read_clt(source, from_format, **options)
+    written_config = config
+    if to_format == "circuit-tracer":
+        written_config, layers = own.with_full_reach(config, layers)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        write_clt(temporary, config, layers, to_format)
+        write_clt(temporary, written_config, layers, to_format)
         output.mkdir(exist_ok=True)
         written = []
         for path in sorted(Path(temporary).iterdir()):
@@ -208,8 +214,8 @@ def convert(
             os.replace(path, written[-1])
     _remove_other_layers(output, to_format, config.num_layers)
     if FORMATS[to_format] is own:
-        written.append(save_model_card(output, config))
-        for gap in circuit_tracer_gaps(config):
+        written.append(save_model_card(output, written_config))
+        for gap in circuit_tracer_gaps(written_config):
             logger.warning("circuit-tracer cannot express %s; hf_clt loads the CLT as it is", gap)
     return from_format, config, written
 

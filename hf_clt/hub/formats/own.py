@@ -5,12 +5,16 @@ A released CLT is `hf_clt`. The same tensors without a `config.json` are `circui
 released CLT as it is, and its own CLTs have these files and no others. Source: `cross_layer_transcoder.py` in
 safety-research/circuit-tracer.
 
+circuit-tracer takes every decoder to reach the last layer: where a CLT of a smaller reach is written for it, the rest
+is zeros.
+
 As a model, they are read by [`CrossLayerTranscoder.from_pretrained`] and written by `save_pretrained`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ... import checkpoint_format as files
@@ -42,6 +46,22 @@ def read(folder: str | Path, **overrides) -> Checkpoint:
     return config, layers()
 
 
+def with_full_reach(config: CLTConfig, layers: Iterator[dict[str, Tensor]]) -> Checkpoint:
+    """The same function with decoders that reach the last layer: zeros behind the reach, and no ties."""
+    if config.reach == config.num_layers:
+        return config, layers
+    whole = CLTConfig.from_dict(config.to_dict() | {"decoder_reach": None, "decoder_tying": "none"})
+
+    def padded():
+        for layer, tensors in enumerate(layers):
+            decoder = tensors[f"W_dec_{layer}"]
+            missing = whole.num_targets(layer) - decoder.shape[1]
+            zeros = decoder.new_zeros(decoder.shape[0], missing, decoder.shape[2])
+            yield tensors | {f"W_dec_{layer}": torch.cat([decoder, zeros], dim=1)}
+
+    return whole, padded()
+
+
 def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tensor]]) -> None:
     """The files of a released CLT, which circuit-tracer reads too, without the model card."""
     config = CLTConfig.from_dict(config.to_dict())
@@ -50,4 +70,4 @@ def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tens
     files.write_release(Path(folder), config, layers)
 
 
-__all__ = ["read", "write"]
+__all__ = ["read", "with_full_reach", "write"]
