@@ -31,15 +31,17 @@ quickstart: $(INSTALLED)
 	@$(RUN) scripts/prepare_quickstart.py
 	@if [ -f $(RESULT)/config.json ]; then \
 		echo "$(RESULT): trained before; \`make clean\` removes it"; \
-		$(RUN) scripts/show_clt.py $(RESULT); \
+		$(RUN) -m hf_clt info $(RESULT); \
 	elif ls -d $(RESULT)/checkpoint-* >/dev/null 2>&1; then \
 		$(RUN) scripts/train_clt.py scripts/quickstart.yaml --output-dir $(RESULT) --resume-from-checkpoint latest; \
 	else \
 		$(RUN) scripts/train_clt.py scripts/quickstart.yaml --output-dir $(RESULT) --overwrite-output-dir; \
 	fi
 
+# The tests' tensors are small: a process per core is faster than a thread per core. A file stays in one process, since
+# its tests share what was costly to make.
 test: $(INSTALLED)
-	@$(RUN) -m pytest
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow

@@ -370,16 +370,33 @@ def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
     numbers = [int(match[2]) for path in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(path.name))]
     if not numbers:
         raise FileNotFoundError(f"{folder} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
-    num_layers = max(numbers) + 1
-    encoder = read_header(folder, "W_enc_0.safetensors")
-    decoder = read_header(folder, "W_dec_0.safetensors")
-    for name, header in (("W_enc_0", encoder), ("W_dec_0", decoder)):
-        if name not in header:
-            raise ValueError(f"{name}.safetensors in {folder} has no tensor {name}; it holds {', '.join(header)}")
-    num_features, d_model = encoder["W_enc_0"][0]
-    reach = decoder["W_dec_0"][0][1]
+    headers = [read_header(folder, f"{name}.safetensors") for name in ("W_enc_0", "W_dec_0")]
     path = folder / CIRCUIT_TRACER_FILE
     described = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    return config_from_headers(folder, max(numbers) + 1, *headers, described, overrides)
+
+
+def config_from_headers(
+    where: str | Path, num_layers: int, encoder: dict, decoder: dict, described: dict, overrides: dict
+) -> CLTConfig:
+    """
+    The configuration that the first layer's two files and `config.yaml` show.
+
+    Args:
+        where: Folder or repository, for messages.
+        num_layers: Number of layers that have files.
+        encoder, decoder: What [`read_header`] gives for `W_enc_0.safetensors` and `W_dec_0.safetensors`.
+        described: What is in `config.yaml`.
+        overrides: Fields of `CLTConfig` that the caller sets.
+
+    Raises:
+        ValueError: If a file has not the tensor of its name.
+    """
+    for name, header in (("W_enc_0", encoder), ("W_dec_0", decoder)):
+        if name not in header:
+            raise ValueError(f"{name}.safetensors in {where} has no tensor {name}; it holds {', '.join(header)}")
+    num_features, d_model = encoder["W_enc_0"][0]
+    reach = decoder["W_dec_0"][0][1]
     found = {
         "num_layers": num_layers,
         "d_model": d_model,

@@ -1,8 +1,11 @@
-"""What all scripts share: wrong options, and whatever else a user can mend, give one line and the exit status 2."""
+"""What all commands share: wrong options, and whatever else a user can mend, give one line and the exit status 2."""
 
 import argparse
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from functools import wraps
 
 from huggingface_hub.errors import StrictDataclassError
@@ -20,11 +23,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def one_line_errors(*others: type[Exception]):
     """
-    A decorator of a script's `main(argv)`: what a user can mend becomes one line on stderr and the status 2. Any other
-    error is a bug and keeps its traceback, and all of them do where the environment has `HF_CLT_DEBUG=1`.
+    A decorator of a command's `main(argv)`: what a user can mend becomes one line on stderr and the status 2. Any
+    other error is a bug and keeps its traceback, and all of them do where the environment has `HF_CLT_DEBUG=1`.
 
     Args:
-        others: Errors that a user of this script can mend, besides [`USER_ERRORS`].
+        others: Errors that a user of this command can mend, besides [`USER_ERRORS`].
     """
 
     def decorate(main):
@@ -43,4 +46,17 @@ def one_line_errors(*others: type[Exception]):
     return decorate
 
 
-__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors"]
+@contextmanager
+def sigterm_as_ctrl_c():
+    """SIGTERM, which clusters send before they take a machine back, raises KeyboardInterrupt as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors", "sigterm_as_ctrl_c"]

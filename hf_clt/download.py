@@ -41,7 +41,7 @@ def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = N
             raise FileNotFoundError(f"{name}: there is no such folder; give a CLT's folder or its name on the Hub")
         weights = [f"W_*_{layer}.safetensors" for layer in ("*" if layers is None else layers)]
         patterns = ["config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, *weights]
-        folder = _download(name, [f"{subfolder}/{p}" if subfolder else p for p in patterns], hub)
+        folder = download(name, [f"{subfolder}/{p}" if subfolder else p for p in patterns], hub)
         if layers is not None and not (folder / subfolder / "config.json").is_file():
             raise ValueError(
                 f"layers={list(layers)}: {name} has no config.json, so that only all its files together say what the "
@@ -52,8 +52,10 @@ def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = N
     return folder / subfolder
 
 
-def _download(name: str, patterns: list[str], hub: dict) -> Path:
-    """The cached copy of a repository with the files that fit `patterns`."""
+def download(name: str, patterns: list[str], hub: dict) -> Path:
+    """
+    The cached copy of a repository with the files that fit `patterns`; `hub` and errors as for [`find_folder`].
+    """
     revision = hub.get("revision") or "main"
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, library_name="hf_clt", **hub))
@@ -78,4 +80,4 @@ def _download(name: str, patterns: list[str], hub: dict) -> Path:
         raise
 
 
-__all__ = ["HUB_ARGUMENTS", "find_folder"]
+__all__ = ["HUB_ARGUMENTS", "download", "find_folder"]

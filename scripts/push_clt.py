@@ -1,51 +1,9 @@
 #!/usr/bin/env python
-"""
-Pushes a finished CLT to the Hub in one commit: its weights as safetensors, its configuration and its card, and nothing
-else of the folder. The token is that of `hf auth login`, or HF_TOKEN. Example:
+"""Pushes a finished CLT to the Hub; the same as `hf-clt push`. `--help` explains it."""
 
-  python scripts/push_clt.py clt-gpt2 user/clt-gpt2 --private
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from hf_clt.command import OneLineParser, one_line_errors
-from hf_clt.hub import push_folder
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what save_pretrained or scripts/train_clt.py wrote")
-    parser.add_argument("repo", help='repository, such as "user/clt-gpt2"; made if it is absent')
-    parser.add_argument("--private", action="store_true", help="make it a private one; refuse one that is public")
-    parser.add_argument("--branch", metavar="NAME", help="push to this branch, made if it is absent (default: main)")
-    parser.add_argument("--pull-request", action="store_true", help="propose the change to main instead")
-    parser.add_argument("--tag", metavar="NAME", help="name the commit, for example v1")
-    parser.add_argument("--message", metavar="TEXT", help="of the commit (default: Upload CLT)")
-    parser.add_argument(
-        "--with-code",
-        action="store_true",
-        help="push the code as one generated file: AutoModel.from_pretrained(..., trust_remote_code=True) then works"
-        " where hf_clt is not installed",
-    )
-    return parser
-
-
-@one_line_errors()
-def main(argv: list[str] | None = None) -> None:
-    options = make_parser().parse_args(argv)
-    info = push_folder(
-        options.folder,
-        options.repo,
-        private=options.private or None,
-        revision=options.branch,
-        commit_message=options.message,
-        create_pr=options.pull_request,
-        tag=options.tag,
-        with_code=options.with_code,
-    )
-    print(f"The CLT is at {info.pr_url or info.commit_url}")
+from hf_clt.commands.push import main
 
 
 if __name__ == "__main__":

@@ -1,48 +1,9 @@
 #!/usr/bin/env python
-"""Trains many cross-layer transcoders on the same tokens, to choose settings by; the language model reads them once.
+"""Trains many CLTs on the same tokens, to choose settings by; the same as `hf-clt sweep`. `--help` explains it."""
 
-  python scripts/sweep_clt.py scripts/sweep_smollm2.yaml --records benchmarks/sweep.jsonl --table docs/sweep.md
-
-A trial that is recorded already is not run again, so an interrupted sweep goes on where it stopped.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from hf_clt.command import OneLineParser, one_line_errors
-from hf_clt.training.sweep import format_sweep, plot_frontier, read_sweep, run_sweep
-
-
-@one_line_errors()
-def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base settings and groups of trials")
-    parser.add_argument("--records", type=Path, required=True, help="JSONL file, a line per finished trial")
-    parser.add_argument("--table", type=Path, help="Markdown file to write the table to (default: print it)")
-    parser.add_argument("--plot", type=Path, help="PNG file: NMSE against L0, a line per activation function")
-    parser.add_argument("--groups", nargs="+", metavar="NAME", help="only these groups of the sweep")
-    options = parser.parse_args(argv)
-    trials = read_sweep(options.sweep)
-    if options.groups:
-        known = {trial["group"] for trial in trials}
-        for name in options.groups:
-            if name not in known:
-                raise ValueError(f"groups={name!r} is not in {options.sweep}; it has {', '.join(sorted(known))}")
-        trials = [trial for trial in trials if trial["group"] in options.groups]
-    try:
-        records = run_sweep(trials, options.records)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the next trial", file=sys.stderr)
-        return 130
-    if options.plot is not None:
-        plot_frontier(records, options.plot)
-    if options.table is None:
-        print(format_sweep(records))
-    else:
-        options.table.write_text(format_sweep(records), encoding="utf-8")
-        print(f"the table of {len(records)} trials is in {options.table}")
-    return 0
+from hf_clt.commands.sweep import main
 
 
 if __name__ == "__main__":

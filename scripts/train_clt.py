@@ -1,66 +1,10 @@
 #!/usr/bin/env python
-"""Trains a cross-layer transcoder: `python scripts/train_clt.py --help` says how."""
+"""Trains a cross-layer transcoder; the same as `hf-clt train`. `--help` explains it."""
 
-import os
-import signal
 import sys
 
-from huggingface_hub.errors import StrictDataclassError
-
-from hf_clt import CLTTrainer
-from hf_clt.evaluation.report import format_metrics_table
-from hf_clt.training.command_line import build_config, parse_train_args
-from hf_clt.training.setup import load_initial_clt
-from hf_clt.training.together import OtherProcessFailed, OtherProcessGone
-
-
-# What a user can mend. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (
-    ValueError,
-    OSError,
-    StrictDataclassError,
-    FloatingPointError,
-    OtherProcessFailed,
-    OtherProcessGone,
-)
-
-
-def main(argv=None) -> int:
-    # Each process may fail for a reason of its own (its text, its memory), so the others speak too, by rank.
-    rank = os.environ.get("RANK", "0")
-    who = "" if rank == "0" else f"[rank {rank}] "
-    try:
-        return train(argv)
-    except KeyboardInterrupt as stop:
-        # The trainer says at which step it stopped once its checkpoint is written; earlier there is nothing to keep.
-        written = f" ({stop}); continue with --resume-from-checkpoint latest" if str(stop) else ""
-        print(f"{who}interrupted{written}", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        if os.environ.get("HF_CLT_DEBUG") == "1":
-            raise
-        text = "; ".join([str(error), *getattr(error, "__notes__", [])])  # the trainer notes what to go on from
-        print(f"{who}error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-
-
-def train(argv=None) -> int:
-    args, config_kwargs = parse_train_args(argv)
-    if args.init_from is not None:
-        trainer = CLTTrainer(args, model=load_initial_clt(args, config_kwargs))
-    else:
-        trainer = CLTTrainer(args, build_config(args, config_kwargs))
-    trainer.train()
-    metrics = trainer.evaluate() if args.eval_tokens else None
-    if trainer.accelerator.is_main_process:
-        if metrics is not None:
-            print(format_metrics_table(metrics))
-        print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
-        print(f"The CLT is in {args.output_dir}")
-    return 0
+from hf_clt.commands.train import main
 
 
 if __name__ == "__main__":
-    # Until training starts there is nothing to save: SIGTERM stops at once, with the exit status of Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

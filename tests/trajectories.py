@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
+from hf_clt.commands import cache as cache_activations
 from hf_clt.evaluation.evaluate import measure
 from hf_clt.harvest.cache import ActivationCache
-from scripts import cache_activations
 from tests.distributed.launch import ROOT, launch
 
 

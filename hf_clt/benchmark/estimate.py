@@ -241,7 +241,10 @@ def work(plan: Plan) -> dict[str, float]:
     - `products`: 2·n·N·(F/n)·D·L operations, the encoders' forward product.
     - `select`: bytes of the pre-activations, n·N·(F/n)·L numbers, in which the active ones are looked for.
     - `gather`: bytes of the decoder rows of all listed entries, Σ_s n·N·(listed/n)·J_s·D numbers. They are read in the
-      forward pass, and twice as many in the backward pass: for the gradients of the activations and of the weights.
+      forward pass.
+    - `gather_back`: bytes of rows read in the backward pass for each listed entry: of its decoder for the gradient of
+      the activation, of the reconstruction's gradient for that of the decoder, and of the input for that of the
+      encoder, Σ_s n·N·(listed/n)·(2·J_s + 1)·D numbers.
     - `norms`: bytes of the decoders, whose norms the sparsity loss needs.
     - `gradients`: bytes of the gradients, which are written.
     - `update`: bytes that the optimizer reads and writes: parameter and gradient read, parameter written, state read
@@ -265,6 +268,7 @@ def work(plan: Plan) -> dict[str, float]:
         "products": 2 * tokens * config.num_features / n * config.d_model * config.num_layers,
         "select": 4 * tokens * config.num_features / n * config.num_layers,
         "gather": entries * targets * config.d_model * weight,
+        "gather_back": entries * (2 * targets + config.num_layers) * config.d_model * weight,
         "norms": config.num_features / n * targets * config.d_model * weight if has_norms else 0,
         "gradients": state["gradients"],
         "update": 3 * state["parameters"] + 2 * state["optimizer"],
@@ -282,7 +286,7 @@ PHASES = {
         "gather": "gather_forward",
         "norms": "norms_forward",
     },
-    "backward": {"gather": "gather_backward", "gradients": "gradients", "norms": "norms_backward"},
+    "backward": {"gather_back": "gather_backward", "gradients": "gradients", "norms": "norms_backward"},
     "optimizer": {"update": "update"},
     "language model": {"language_model": "language_model"},
     "exchange": {"shared": "shared", "averaged": "averaged"},
@@ -317,7 +321,7 @@ def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
         "products": ASSUMED["products"] * sheet[plan.product_dtype or plan.clt_dtype],
         "select": stream / 2,  # written and read
         "gather_forward": stream,  # as if no cache kept a row
-        "gather_backward": stream / 2,
+        "gather_backward": stream,
         "norms_forward": stream,
         "norms_backward": stream / 3,  # decoders and gradients read, gradients written
         "gradients": stream,

@@ -59,47 +59,45 @@ def plan_of(case: Case, run: dict | None = None) -> Plan:
 
 
 def measure_rates(
-    base: Case, say: Callable[[str], None] = lambda text: None, measure: Callable[[dict], dict] = measure_in_process
-) -> tuple[dict[str, float], list[dict]]:
+    base: Case,
+    rounds: int = 3,
+    say: Callable[[str], None] = lambda text: None,
+    measure: Callable[[dict], dict] = measure_in_process,
+) -> tuple[dict[str, float], list[dict], list[dict]]:
     """
-    Measures steps of the shapes of [`CALIBRATION`] and solves for the rates.
+    Measures steps of the shapes of [`CALIBRATION`] and solves for the rates, and steps of those of [`CHECKS`], none of
+    which the rates come from.
 
     Args:
-        base: The shape that is planned, and all else; what is measured is smaller.
+        base: The shape that is planned, and all else; what the rates come from is smaller.
+        rounds: How often all of it is measured, in turn, so that a slow minute of a machine that others use as well
+            does not fall on some shapes alone; the fastest of each counts.
         say: Gets a line before each measurement.
         measure: Does a job of [`hf_clt.benchmark.measure`].
 
     Returns:
-        `tuple[dict, list]`: The rates that [`seconds`] takes, those of a language model too; and the measured steps
-        beside what the rates give for them, see [`compare_step`].
+        `tuple[dict, list, list]`: The rates that [`seconds`] takes, those of a language model too; and the measured
+        steps beside what the rates give for them, see [`compare_step`], of both groups of shapes.
     """
-    cases = [scaled(base, shares) for shares in CALIBRATION]
-    runs = []
-    for number, case in enumerate(cases, start=1):
-        say(f"calibration {number} of {len(cases)}")
-        runs.append(measure({"kind": "step", "case": case.to_dict(), "side": "ours"}))
+    all_cases = [scaled(base, shares) for shares in CALIBRATION + CHECKS]
+    all_runs = []
+    for turn in range(rounds):
+        for number, case in enumerate(all_cases):
+            say(f"round {turn + 1} of {rounds}, shape {number + 1} of {len(all_cases)}")
+            run = measure({"kind": "step", "case": case.to_dict(), "side": "ours"})
+            if turn == 0:
+                all_runs.append(run)
+            for phase in PHASES:
+                all_runs[number][phase] = [min([*all_runs[number][phase], *run[phase]])]
+    cases, runs = all_cases[: len(CALIBRATION)], all_runs[: len(CALIBRATION)]
     plans = [plan_of(case, run) for case, run in zip(cases, runs, strict=True)]
     rates = solve_rates(plans, [{phase: min(run[phase]) for phase in PHASES} for run in runs])
     say("language model")
     probe = {"config": PROBE, "prompts": 8, "context_size": 128, "device": base.device, "dtype": base.dtype}
     rates["language_model"] = measure({"kind": "language_model", **probe})["flops_per_second"]
     rates["shared"] = rates["averaged"] = float("inf")  # one process exchanges nothing
-    return rates, [compare_step(case, run, rates) for case, run in zip(cases, runs, strict=True)]
-
-
-def check_estimates(
-    base: Case,
-    rates: dict[str, float],
-    say: Callable[[str], None] = lambda text: None,
-    measure: Callable[[dict], dict] = measure_in_process,
-) -> list[dict]:
-    """Measures the shapes of [`CHECKS`], none of which the rates come from; see [`compare_step`]."""
-    rows = []
-    for number, shares in enumerate(CHECKS, start=1):
-        case = scaled(base, shares)
-        say(f"check {number} of {len(CHECKS)}")
-        rows.append(compare_step(case, measure({"kind": "step", "case": case.to_dict(), "side": "ours"}), rates))
-    return rows
+    rows = [compare_step(case, run, rates) for case, run in zip(all_cases, all_runs, strict=True)]
+    return rates, rows[: len(cases)], rows[len(cases) :]
 
 
 def check_run(
@@ -178,4 +176,4 @@ def format_checks(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["check_estimates", "check_run", "compare_step", "format_checks", "measure_rates", "plan_of"]
+__all__ = ["check_run", "compare_step", "format_checks", "measure_rates", "plan_of"]

@@ -83,7 +83,7 @@ class CLTTrainingArguments:
     activation_cache: str | None = _arg(
         "text",
         None,
-        "Folder that scripts/cache_activations.py wrote: train on these activations, without a language model. What "
+        "Folder that `hf-clt cache` wrote: train on these activations, without a language model. What "
         "the options above say comes from there. None: the language model runs along.",
     )
     cache_shuffle: bool = _arg(
@@ -316,8 +316,7 @@ class CLTTrainingArguments:
         for name in CACHED:
             if name not in manifest:
                 raise ValueError(
-                    f"activation_cache={self.activation_cache!r} does not say its {name}; write it with "
-                    "scripts/cache_activations.py"
+                    f"activation_cache={self.activation_cache!r} does not say its {name}; write it with `hf-clt cache`"
                 )
             now, cached = getattr(self, name), manifest[name]
             if now not in (defaults[name], cached) and not (name == "eval_tokens" and now == 0):

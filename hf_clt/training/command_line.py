@@ -145,14 +145,14 @@ def _nearest(name: str, options: dict[str, Option], flags: bool = False) -> str:
 DESCRIPTION = """\
 Train a cross-layer transcoder (CLT) on a language model.
 
-  python scripts/train_clt.py --model openai-community/gpt2 --dataset monology/pile-uncopyrighted \\
-      --num-features 6144 --activation-fn batchtopk --k 16 --output-dir clt-gpt2
+  hf-clt train --model openai-community/gpt2 --dataset monology/pile-uncopyrighted --num-features 6144 \\
+      --activation-fn batchtopk --k 16 --output-dir clt-gpt2
 
-  python scripts/train_clt.py settings.yaml --learning-rate 4e-4
+  hf-clt train settings.yaml --learning-rate 4e-4
 
 The settings file is YAML, one "name: value" per line with the names below; options override it. Underscores are as
 good as dashes (--num_features). A switch is turned on by --name or --name true and off by --no-name or --name false.
-Where several processes are wanted, put "accelerate launch" in the place of "python".
+Several processes: accelerate launch --multi_gpu --num_processes 8 -m hf_clt train ...
 """
 EPILOG = """\
 Exit status: 0 when the CLT is finished; 2 after an error, said in one line; 130 when Ctrl-C (SIGINT) or SIGTERM, which
@@ -172,7 +172,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _build_parser(options: dict[str, Option]) -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="train_clt.py",
         usage="%(prog)s [settings.yaml] --model NAME --dataset NAME --num-features N [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -218,7 +217,7 @@ def _normalise_argv(argv: list[str], options: dict[str, Option]) -> list[str]:
 
 def parse_train_args(argv: list[str] | None = None) -> tuple[CLTTrainingArguments, dict[str, Any]]:
     r"""
-    Reads the command line of `scripts/train_clt.py`, with a YAML file of settings as an optional first argument.
+    Reads the command line of `hf-clt train`, with a YAML file of settings as an optional first argument.
 
     Args:
         argv: the arguments after the program's name; `sys.argv[1:]` when None.

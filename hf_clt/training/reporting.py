@@ -78,6 +78,8 @@ def hardware(accelerator: Accelerator) -> str:
 
 def command_line() -> str:
     """The command of this process, as one would type it, the program by its short name."""
+    if sys.argv[0].startswith("hf-clt "):
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}"
     program = Path(sys.argv[0])
     shown = f"{program.parent.name}/{program.name}" if program.parent.name == "scripts" else program.name
     return shlex.join(["python", shown, *sys.argv[1:]])

@@ -811,8 +811,8 @@ class CLTTrainer:
         except Exception as error:
             repository = self.args.hub_model_id
             error.add_note(
-                f"the CLT is finished, in {str(self.output_dir)!r}; push it with `python scripts/push_clt.py "
-                f"{self.output_dir} {repository}`"
+                f"the CLT is finished, in {str(self.output_dir)!r}; push it with `hf-clt push {self.output_dir} "
+                f"{repository}`"
             )
             raise
 

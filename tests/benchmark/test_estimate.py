@@ -14,8 +14,8 @@ from hf_clt.benchmark.cases import Case
 from hf_clt.benchmark.estimate import SHAPES, LanguageModel, Plan, memory, seconds, solve_rates, work
 from hf_clt.benchmark.measure import optimizer_bytes
 from hf_clt.benchmark.run import measure_in_process
+from hf_clt.commands import estimate as estimate_clt
 from hf_clt.training.setup import make_optimizer
-from scripts import estimate_clt
 
 
 def make_config(**kwargs):
@@ -63,6 +63,7 @@ def test_counts_by_hand():
     assert counts["products"] == 2 * 20 * 8 * 8 * 3
     assert counts["select"] == 4 * 20 * 8 * 3
     assert counts["gather"] == 20 * 2 * 6 * 8 * 4  # two of the four active features are here
+    assert counts["gather_back"] == 20 * 2 * (2 * 6 + 3) * 8 * 4
     assert counts["norms"] == 0  # top-k has no sparsity loss
     parameters = 3 * 8 * 8 + 3 * 8 + 8 * 6 * 8 + 3 * 8
     assert counts["gradients"] == 4 * parameters

@@ -110,6 +110,14 @@ def test_a_form_of_launching(form, size, options, tmp_path):
         assert num_processes(tmp_path) == expected
 
 
+def test_the_entry_point_on_two(options, tmp_path):
+    _, *words = options()
+    log = tmp_path / "log.txt"
+    assert start([*ON_TWO, "-m", "hf_clt", "train", *words], log).wait(timeout=120) == 0, log.read_text()[-3000:]
+    assert num_processes(tmp_path) == 2
+    assert "hf-clt train --model " in (tmp_path / "run" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "command",
     [[*ACCELERATE, "--cpu", "--num_processes", "2"], [*ACCELERATE, "--config_file", "MULTI_CPU"]],

@@ -13,13 +13,13 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.commands.cache import main as cache_activations
 from hf_clt.harvest.cache import ActivationCache, CachedTokens
 from hf_clt.harvest.harvester import load_language_model
 from hf_clt.harvest.tokens import open_text
 from hf_clt.sharding import FeatureShard
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.checkpoints import load_shared
-from scripts.cache_activations import main as cache_activations
 from tests.distributed.launch import launch
 from tests.distributed.resume_worker import __file__ as WORKER
 from tests.distributed.resume_worker import counted_tokens, run

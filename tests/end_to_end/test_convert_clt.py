@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_clt import CrossLayerTranscoder
+from hf_clt.commands import convert as convert_clt
 from hf_clt.hub import formats
-from scripts import convert_clt
 from tests.reference import random_clt
 
 

@@ -7,7 +7,9 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
-from scripts import evaluate_clt, to_jumprelu, train_clt
+from hf_clt.commands import evaluate as evaluate_clt
+from hf_clt.commands import jumprelu as to_jumprelu
+from hf_clt.commands import train as train_clt
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, pe
     thetas = [threshold().unique().numel() for threshold in clt.thresholds]
     assert thetas == [1, 1] if per == "layer" else min(thetas) > 64
     card = (output / "README.md").read_text(encoding="utf-8")
-    assert "scripts/to_jumprelu.py" in card and f"{original['num_tokens']:,} held-out tokens" in card
+    assert "hf-clt jumprelu" in card and f"{original['num_tokens']:,} held-out tokens" in card
 
     assert evaluate_clt.main([str(output), *options, "--json", str(file)]) == 0
     metrics = json.loads(file.read_text(encoding="utf-8"))

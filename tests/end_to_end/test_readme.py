@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from hf_clt import CLTTrainer, CLTTrainingArguments
+from hf_clt.commands import cache as cache_activations
+from hf_clt.commands.train import main
 from hf_clt.training.command_line import build_config
-from scripts import cache_activations
-from scripts.train_clt import main
 
 
 ROOT = Path(__file__).parents[2]

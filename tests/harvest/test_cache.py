@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hf_clt import CLTTrainer
+from hf_clt.commands import cache as cache_activations
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, packed, unpacked, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.command_line import build_config, parse_train_args
-from scripts import cache_activations
 
 
 TEXT = ["--context-size", "32", "--store-batch-size-prompts", "2", "--eval-tokens", "128"]

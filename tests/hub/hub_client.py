@@ -32,6 +32,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from safetensors.torch import save_file
 from transformers import AutoModel
 
+import hf_clt.commands.evaluate
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.hub import BackgroundPush, check_push_access, push_folder, push_to_hub, save_model_card
 from hf_clt.hub.flat_code import AUTO_MAP, CODE_FILE, flat_code
@@ -487,6 +488,38 @@ def check_circuit_tracer_files_alone(work):
     assert same_encoder(pull("tester/tracer", work), clt)
 
 
+def check_info(work):
+    """hf-clt info REPO: shape, size, metrics and files without the weights; of circuit-tracer's files alone too"""
+    large = make_clt(**LARGE, seed=7)
+    with logged_in():
+        push_to_hub(large, "tester/informed", metrics=METRICS, tag="v1")
+        large.save_pretrained(work / "bare")
+        for name in ("config.json", "model.safetensors.index.json"):
+            (work / "bare" / name).unlink()
+        API.create_repo("tester/bare")
+        API.upload_folder(repo_id="tester/bare", folder_path=work / "bare", path_in_repo="clt")
+        before = ask("traffic")["sent"]
+        printed = {}
+        for words in (
+            ["tester/informed"],
+            ["tester/informed", "--revision", "v1"],
+            ["tester/bare", "--subfolder", "clt"],
+        ):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                assert hf_clt.commands.main(["info", *words]) == 0
+            printed[words[0]] = out.getvalue()
+        sent = ask("traffic")["sent"] - before
+    for text in printed.values():
+        assert "jumprelu CLT of" in text and "3 layers, width 64, 1,024 features per layer" in text
+        assert "W_dec_N.safetensors, N = 0 to 2" in text and "2.4 MB in 6 files" in text
+    assert "nmse" in printed["tester/informed"].lower() and "0.2500" in printed["tester/informed"]
+    assert "No measurement" in printed["tester/bare"]
+    assert sent < 300_000  # the weights are 2.4 MB; of two files the first 100 kB are read
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        assert hf_clt.commands.main(["info", "tester/nothing-there"]) == 2
+    assert error.getvalue().count("\n") == 1 and "neither a folder here nor on the Hub" in error.getvalue()
+
+
 OFFLINE = """
 import sys
 import torch
@@ -728,7 +761,7 @@ def check_a_push_that_fails_at_the_end_of_training(work):
                 trainer.train()
         finally:
             ask("unavailable", times=0)
-        assert f"push it with `python scripts/push_clt.py {folder} tester/kept`" in failed.value.__notes__[0]
+        assert f"push it with `hf-clt push {folder} tester/kept`" in failed.value.__notes__[0]
         assert API.list_repo_files("tester/kept") == [".gitattributes"]
         status, said = run_script(
             "push_clt", folder, "tester/kept", "--branch", "dev", "--tag", "v1", "--message", "It"
@@ -782,7 +815,8 @@ def check_the_documentation(work):
                     args, _ = parse_train_args(words)
                     assert args.push_to_hub or args.init_from
                 else:
-                    assert runpy.run_path(str(ROOT / script))["make_parser"]().parse_args(words).dataset
+                    assert script == "scripts/evaluate_clt.py"
+                    assert hf_clt.commands.evaluate.make_parser().parse_args(words).dataset
     assert names["acts"][..., [0, 3], :].count_nonzero() and names["written"].shape == names["inputs"].shape
     assert names["lazy"].lazy and type(names["clt"]).__module__ == "hf_clt.modeling_clt"
 

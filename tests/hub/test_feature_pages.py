@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.commands import features as script
 from hf_clt.evaluation.feature_examples import ExampleSettings, sample_keys
 from hf_clt.evaluation.feature_links import strongest_links
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
 from hf_clt.hub import feature_pages
 from hf_clt.hub.feature_pages import build_feature_pages, read_records, rounded, token_string
-from scripts import build_feature_pages as script
 
 
 NUM_FEATURES, CONTEXT = 24, 32

@@ -1,7 +1,6 @@
 """Options: every field from a flag in both spellings and from YAML, and a clear error for every bad value."""
 
 import dataclasses
-import importlib.util
 import json
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, Qwen3Config
 
+from hf_clt.commands import train as train_command
 from hf_clt.configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.command_line import build_config, parse_train_args
@@ -97,13 +97,6 @@ def write(folder, text):
     path = folder / "settings.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_clt", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class TestFlags:
@@ -553,24 +546,22 @@ class TestScript:
     def test_errors_are_one_line(self, capsys, monkeypatch):
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv("HF_CLT_DEBUG", raising=False)
-        script = load_script()
-        assert script.main([*REQUIRED, "--seed", "x"]) == 2
+        assert train_command.main([*REQUIRED, "--seed", "x"]) == 2
         assert capsys.readouterr() == ("", "error: seed='x' is not valid; give a whole number\n")
         monkeypatch.setenv("RANK", "1")
-        assert script.main([*REQUIRED, "--seed", "x"]) == 2
+        assert train_command.main([*REQUIRED, "--seed", "x"]) == 2
         assert capsys.readouterr().err.startswith("[rank 1] error: seed='x'")
         monkeypatch.setenv("HF_CLT_DEBUG", "1")
         with pytest.raises(ValueError, match="seed"):
-            script.main([*REQUIRED, "--seed", "x"])
+            train_command.main([*REQUIRED, "--seed", "x"])
 
     def test_interrupt_says_how_to_go_on(self, capsys, monkeypatch):
         monkeypatch.delenv("RANK", raising=False)
-        script = load_script()
 
         def interrupted(argv):
             raise KeyboardInterrupt("stopped at step 7")
 
-        monkeypatch.setattr(script, "train", interrupted)
-        assert script.main([]) == 130
+        monkeypatch.setattr(train_command, "train", interrupted)
+        assert train_command.main([]) == 130
         message = "interrupted (stopped at step 7); continue with --resume-from-checkpoint latest\n"
         assert capsys.readouterr() == ("", message)

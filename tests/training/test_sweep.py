@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_clt import CLTTrainer
+from hf_clt.commands import sweep as sweep_clt
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.training.command_line import build_config, parse_train_args
 from hf_clt.training.sweep import (
@@ -18,7 +19,6 @@ from hf_clt.training.sweep import (
     remember,
     run_sweep,
 )
-from scripts import sweep_clt
 
 
 SWEEP = """

@@ -1,0 +1,129 @@
+"""Harvests a language model's activations to disk, to train many CLTs on them without running the model again.
+
+  hf-clt cache CACHE --model openai-community/gpt2 --dataset monology/pile-uncopyrighted \\
+      --max-tokens 2_000_000
+  hf-clt train --activation-cache CACHE --num-features 6144
+
+Several processes (`accelerate launch ... -m hf_clt cache ...`) write a share of the text each. Interrupted,
+the same command goes on where the last shard ended.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
+from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
+from ..evaluation.heldout import add_text_options, chosen_device
+from ..harvest.cache import DTYPES, ActivationCache, write_cache
+from ..harvest.harvester import Harvester, check_context_size, load_language_model
+from ..harvest.sites import default_hooks
+from ..harvest.tokens import open_text
+from ..training.arguments import CACHED
+from ..training.setup import check_gpus, check_launch, check_num_processes, lock_folder
+
+
+HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATURE_OUTPUT_HOOKS}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", metavar="CACHE", type=Path, help="folder to write to, or to go on writing to")
+    add_text_options(parser, "required", eval_tokens=8192)
+    written = parser.add_argument_group("what is written")
+    written.add_argument(
+        "--max-tokens", type=int, metavar="N", help="tokens to train on, besides the held-out ones (default: all text)"
+    )
+    written.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        default="bfloat16",
+        help="number format on disk; int8 has 255 levels per layer and dimension (default: bfloat16)",
+    )
+    written.add_argument("--shard-megabytes", type=int, default=500, metavar="N", help="size of a file (default: 500)")
+    for name, hooks in HOOKS.items():
+        written.add_argument("--" + name.replace("_", "-"), choices=hooks, help="default: by the language model")
+    written.add_argument("--verify", action="store_true", help="only compare a finished cache with its checksums")
+    return parser
+
+
+def run(argv: list[str] | None) -> int:
+    options = make_parser().parse_args(argv)
+    if options.verify:
+        ActivationCache(options.cache).verify(progress=not options.disable_progress_bar)
+        print(f"{options.cache}: all shards are as they were written")
+        return 0
+    for name in ("model", "dataset"):
+        if getattr(options, name) is None:
+            raise ValueError(f"{name} is missing; give --{name}")
+    for name in ("max_tokens", "shard_megabytes"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")
+    check_launch()
+    use_cpu = chosen_device(options.device).type == "cpu"
+    if not use_cpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    state = PartialState(cpu=use_cpu)
+    check_num_processes(state.num_processes)
+    model, tokenizer = load_language_model(
+        options.model,
+        revision=options.model_revision,
+        dtype=options.model_dtype,
+        trust_remote_code=options.trust_remote_code,
+        device=state.device,
+    )
+    check_context_size(model.config, options.context_size)
+    usual = default_hooks(model.config.get_text_config().model_type)
+    hooks = [getattr(options, name) or default for name, default in zip(HOOKS, usual, strict=True)]
+    rank, world_size = state.process_index, state.num_processes
+    streams = {
+        split: open_text(options, tokenizer, heldout=split == "heldout", rank=rank, world_size=world_size)
+        for split in (("heldout", "train") if options.eval_tokens else ("train",))
+    }
+    lock = None
+    if state.is_main_process:
+        options.cache.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(options.cache)
+    try:
+        manifest = write_cache(
+            options.cache,
+            Harvester(model, *hooks),
+            streams,
+            {name: getattr(options, name) for name in CACHED if name != "prepend_bos"},
+            dtype=options.dtype,
+            max_tokens=options.max_tokens,
+            shard_bytes=options.shard_megabytes * 10**6,
+            rank=rank,
+            world_size=world_size,
+            wait=state.wait_for_everyone,
+            progress=state.is_local_main_process and not options.disable_progress_bar,
+        )
+    finally:
+        if lock is not None:
+            os.close(lock)
+    if state.is_main_process:
+        shards = [shard for split in manifest["splits"].values() for own in split["shards"] for shard in own]
+        size, tokens = sum(shard["bytes"] for shard in shards), sum(shard["tokens"] for shard in shards)
+        print(
+            f"{manifest['splits']['train']['tokens']:,} tokens to train on and "
+            f"{manifest['splits']['heldout']['tokens']:,} held out are in {options.cache}: {size / 1e9:.2f} GB in "
+            f"{len(shards)} files, {size / tokens:,.0f} bytes per token"
+        )
+    return 0
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int:
+    try:
+        with sigterm_as_ctrl_c():  # what is on the disk is gone on from
+            return run(argv)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
+        return 130
+
+
+__all__ = ["main", "make_parser"]

@@ -1,0 +1,220 @@
+"""
+What training a cross-layer transcoder needs: memory of each process, and time per update, without running it.
+
+  hf-clt estimate --model meta-llama/Llama-3.2-1B --num-features 16384 --processes 8
+  hf-clt estimate --model quickstart/model --num-features 1024 --device cpu --rates rates.json
+  hf-clt estimate --scale                    # the table of docs/scale.md
+  hf-clt estimate --calibrate rates.json     # measures this machine, and how far off the formulas are
+
+A device's rates come from its data sheet and an assumed share of them, or, with --rates, from measurements.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .. import CLTConfig
+from ..benchmark.cases import Case
+from ..benchmark.estimate import (
+    ASSUMED,
+    DEVICES,
+    SHAPES,
+    USABLE,
+    Plan,
+    data_sheet_rates,
+    format_plan,
+    format_scale,
+    memory,
+    read_language_model,
+    smallest_that_fits,
+)
+from ..benchmark.machine import device_name, versions
+from ..benchmark.measure import Source
+from ..benchmark.rates import check_run, format_checks, measure_rates
+from ..checkpoint_format import write_text
+from ..command import OneLineParser, one_line_errors
+
+
+SCALE_GPUS = (1, 8, 64)
+SCALE_FEATURES = (8, 32)  # times the width
+SCALE_TOKENS = 4096  # per CLT and update
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    clt = parser.add_argument_group("the CLT")
+    clt.add_argument("--model", help=f"Hub name or folder; known without a download: {', '.join(SHAPES)}")
+    clt.add_argument("--num-features", type=int, help="features per layer (default: 8 times the width)")
+    clt.add_argument("--activation-fn", default="batchtopk", help="relu, jumprelu, topk or batchtopk (default)")
+    clt.add_argument("--l0", type=float, default=32, help="active features per layer and token (default 32)")
+    clt.add_argument("--decoder-reach", type=int, help="target layers per source layer (default: all)")
+    clt.add_argument("--decoder-tying", default="none", help="none (default), per_source or per_target")
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--processes", type=int, default=1, help="GPUs, or processes (default 1)")
+    run.add_argument("--feature-parallel-size", type=int, help="processes per CLT (default: the fewest that fit)")
+    run.add_argument("--batch-size", type=int, default=1024, help="tokens per process and update (default 1024)")
+    run.add_argument("--tokens", type=float, default=1e9, help="to train on, for the hours (default 1e9)")
+    run.add_argument("--optimizer", choices=["adam", "adamw", "adam_compact"], default="adam")
+    for name, default in (("clt", "float32"), ("model", "bfloat16"), ("buffer", None)):
+        choices = ["float32", "bfloat16"]
+        run.add_argument(
+            f"--{name}-dtype", choices=choices, default=default, help=f"default: {default or 'as the CLT'}"
+        )
+    run.add_argument(
+        "--mixed-precision", choices=["no", "bf16"], default="no", help="of the CLT's products (default no)"
+    )
+    run.add_argument("--context-size", type=int, default=128, help="tokens per block (default 128)")
+    run.add_argument("--store-batch-size-prompts", type=int, default=8, help="default 8")
+    run.add_argument("--n-batches-in-buffer", type=int, default=32, help="default 32")
+    run.add_argument("--buffer-device", choices=["device", "cpu"], default="device", help="default: with the CLT")
+
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", choices=[*DEVICES, "cpu"], default="H100", help="default H100; cpu needs --rates")
+    machine.add_argument("--rates", type=Path, help="file that --calibrate wrote, in place of a data sheet")
+
+    other = parser.add_argument_group("instead of a single plan")
+    other.add_argument("--scale", action="store_true", help="all known models on 1, 8 and 64 GPUs, as Markdown")
+    other.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="measure rates on this machine with smaller shapes than the one given (--layers --d-model --num-features "
+        "--batch-size --l0), compare the estimates with it and others, write all of it; with --model and --dataset a "
+        "run of the trainer as well",
+    )
+    other.add_argument("--rounds", type=int, default=3, help="how often, the fastest counts (default 3)")
+    other.add_argument("--dataset", help="text for that run")
+    other.add_argument("--layers", type=int, default=12, help="of the shape to calibrate for (default 12)")
+    other.add_argument("--d-model", type=int, default=768, help="of the shape to calibrate for (default 768)")
+    other.add_argument("--calibration-device", default="cpu", help="cpu (default), cuda or cuda:n")
+    return parser
+
+
+def make_plan(options: argparse.Namespace, model: str, num_features: int | None, processes: int) -> Plan:
+    language_model = read_language_model(model, options.context_size)
+    config = CLTConfig(
+        num_layers=language_model.num_layers,
+        d_model=language_model.d_model,
+        num_features=num_features or 8 * language_model.d_model,
+        activation_fn=options.activation_fn,
+        k=max(1, round(options.l0)),
+        decoder_reach=options.decoder_reach,
+        decoder_tying=options.decoder_tying,
+    )
+    return Plan(
+        config=config,
+        language_model=language_model,
+        processes=processes,
+        batch_size=options.batch_size,
+        l0=options.l0,
+        clt_dtype=options.clt_dtype,
+        model_dtype=options.model_dtype,
+        buffer_dtype=options.buffer_dtype,
+        product_dtype="bfloat16" if options.mixed_precision == "bf16" else None,
+        optimizer=options.optimizer,
+        context_size=options.context_size,
+        prompts=options.store_batch_size_prompts,
+        buffer_batches=options.n_batches_in_buffer,
+        buffer_on_device=options.buffer_device == "device",
+    )
+
+
+def print_scale(options: argparse.Namespace) -> None:
+    available = USABLE * DEVICES[options.device]["memory"]
+    plans = {}
+    for model in SHAPES:
+        for times in SCALE_FEATURES:
+            width = read_language_model(model, options.context_size).d_model
+            title = f"{model.partition('/')[2]}, {times * width:,} features"
+            plan = make_plan(options, model, times * width, 1)
+            plans[title] = [
+                (n, smallest_that_fits(replace(plan, processes=n), available, SCALE_TOKENS)) for n in SCALE_GPUS
+            ]
+    print(format_scale(plans, options.device, options.tokens))
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    def say(text):
+        print(text, file=sys.stderr)
+
+    if (options.model is None) != (options.dataset is None):
+        raise ValueError("a run of the trainer needs both --model and --dataset; give the other one too")
+    if options.rounds < 1:
+        raise ValueError(f"rounds={options.rounds} is below 1; give how often to measure")
+    shape = {"num_layers": options.layers, "d_model": options.d_model, "num_features": options.num_features or 6144}
+    base = Case(
+        **shape,
+        tokens=options.batch_size,
+        l0=round(options.l0),
+        activation_fn=options.activation_fn,
+        device=options.calibration_device,
+        optimizer=options.optimizer,
+        steps=8,
+    )
+    rates, calibration, checks = measure_rates(base, options.rounds, say)
+    if options.model is not None:
+        say("the trainer")
+        source = Source(model=options.model, dataset=options.dataset)
+        checks.append(check_run(base, source, read_language_model(options.model, source.context_size), rates))
+    record = {
+        "device": device_name(base.device),
+        "versions": versions(),
+        "case": base.to_dict(),
+        "rates": {name: None if math.isinf(rate) else rate for name, rate in rates.items()},
+        "calibration": calibration,
+        "checks": checks,
+    }
+    write_text(options.calibrate, json.dumps(record, indent=1) + "\n")
+    print(format_checks(checks))
+    print(f"rates: {options.calibrate}")
+
+
+def estimate(options: argparse.Namespace) -> None:
+    if options.model is None:
+        raise ValueError("model is missing; give --model, --scale or --calibrate")
+    if options.device == "cpu" and options.rates is None:
+        raise ValueError("device='cpu' has no data sheet; give --rates, which --calibrate writes")
+    plan = make_plan(options, options.model, options.num_features, options.processes)
+    if options.feature_parallel_size is not None:
+        plan = replace(plan, feature_parallel_size=options.feature_parallel_size)
+    elif options.device in DEVICES:
+        available = USABLE * DEVICES[options.device]["memory"]
+        found = smallest_that_fits(plan, available)
+        if found is None:
+            plan = replace(plan, feature_parallel_size=math.gcd(plan.processes, plan.config.num_features))
+            raise ValueError(
+                f"processes={plan.processes} are too few: {memory(plan)['total'] / 1e9:,.0f} GB each, and a "
+                f"{options.device} has {available / 1e9:,.0f} usable; give more, fewer features, --optimizer "
+                "adam_compact, --clt-dtype bfloat16 or --buffer-device cpu"
+            )
+        plan = found
+    if options.rates is not None:
+        saved = json.loads(options.rates.read_text(encoding="utf-8"))
+        rates = {name: math.inf if rate is None else rate for name, rate in saved["rates"].items()}
+        origin = f"rates measured on {saved['device']}"
+    else:
+        rates = data_sheet_rates(options.device, plan)
+        origin = (
+            f"modelled, not measured: {ASSUMED['products']:.0%} of the products and {ASSUMED['streams']:.0%} of the "
+            f"bandwidths in the data sheet of the {options.device}"
+        )
+    print(format_plan(plan, rates, options.tokens))
+    print(f"({origin})")
+
+
+@one_line_errors(RuntimeError)
+def main(argv: list[str] | None = None) -> None:
+    options = make_parser().parse_args(argv)
+    if options.calibrate is not None:
+        calibrate(options)
+    elif options.scale:
+        print_scale(options)
+    else:
+        estimate(options)
+
+
+__all__ = ["main", "make_parser"]

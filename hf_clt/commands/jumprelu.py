@@ -1,0 +1,59 @@
+"""
+Makes a calibrated jumprelu CLT out of a topk or batchtopk CLT: the same weights, and thresholds with which every layer
+is as active on held-out text as before. Prints NMSE and L0 before and after. Example:
+
+  hf-clt jumprelu quickstart/clt quickstart/clt-jumprelu --dataset quickstart/text.jsonl
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from ..command import OneLineParser, one_line_errors
+from ..evaluation.calibration import format_calibration, to_jumprelu
+from ..evaluation.evaluate import activations
+from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout
+from ..hub.model_card import save_model_card
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_heldout_options(parser)
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write the jumprelu CLT to")
+    parser.add_argument(
+        "--per",
+        choices=["layer", "feature"],
+        default="layer",
+        help="one threshold per layer, or one per feature, with which it fires as often as before (default: layer)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a CLT that is in OUTPUT already")
+    return parser
+
+
+def run(argv: list[str] | None) -> int:
+    options = make_parser().parse_args(argv)
+    if (options.output / "config.json").exists() and not options.overwrite:
+        raise ValueError(f"output={str(options.output)!r} holds a model already; give another folder, or --overwrite")
+    clt = load_clt(options)
+    harvester, tokens = open_heldout(clt, options)
+    result, figures = to_jumprelu(
+        clt,
+        lambda: activations(harvester, tokens, options.batch_size),
+        per=options.per,
+        progress=not options.disable_progress_bar,
+    )
+    print(format_calibration(figures))
+    result.save_pretrained(options.output)
+    command = shlex.join(["hf-clt", "jumprelu", *(sys.argv[1:] if argv is None else argv)])
+    save_model_card(options.output, result.config, figures["after"], command=command)
+    print(f"The jumprelu CLT is in {options.output}")
+    return 0 if figures["l0_kept"] else 1
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int | None:
+    return run(argv)
+
+
+__all__ = ["main", "make_parser"]

@@ -1,0 +1,63 @@
+"""Trains a cross-layer transcoder; the options are the fields of [`CLTTrainingArguments`] and [`CLTConfig`]."""
+
+import os
+import sys
+
+from huggingface_hub.errors import StrictDataclassError
+
+from .. import CLTTrainer
+from ..command import sigterm_as_ctrl_c
+from ..evaluation.report import format_metrics_table
+from ..training.command_line import build_config, parse_train_args
+from ..training.setup import load_initial_clt
+from ..training.together import OtherProcessFailed, OtherProcessGone
+
+
+# What a user can mend. Anything else is a bug and keeps its traceback.
+USER_ERRORS = (
+    ValueError,
+    OSError,
+    StrictDataclassError,
+    FloatingPointError,
+    OtherProcessFailed,
+    OtherProcessGone,
+)
+
+
+def main(argv=None) -> int:
+    # Each process may fail for a reason of its own (its text, its memory), so the others speak too, by rank.
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"[rank {rank}] "
+    try:
+        with sigterm_as_ctrl_c():  # until training starts there is nothing to save
+            return train(argv)
+    except KeyboardInterrupt as stop:
+        # The trainer says at which step it stopped once its checkpoint is written; earlier there is nothing to keep.
+        written = f" ({stop}); continue with --resume-from-checkpoint latest" if str(stop) else ""
+        print(f"{who}interrupted{written}", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if os.environ.get("HF_CLT_DEBUG") == "1":
+            raise
+        text = "; ".join([str(error), *getattr(error, "__notes__", [])])  # the trainer notes what to go on from
+        print(f"{who}error: {' '.join(text.split())}", file=sys.stderr)
+        return 2
+
+
+def train(argv=None) -> int:
+    args, config_kwargs = parse_train_args(argv)
+    if args.init_from is not None:
+        trainer = CLTTrainer(args, model=load_initial_clt(args, config_kwargs))
+    else:
+        trainer = CLTTrainer(args, build_config(args, config_kwargs))
+    trainer.train()
+    metrics = trainer.evaluate() if args.eval_tokens else None
+    if trainer.accelerator.is_main_process:
+        if metrics is not None:
+            print(format_metrics_table(metrics))
+        print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
+        print(f"The CLT is in {args.output_dir}")
+    return 0
+
+
+__all__ = ["main"]

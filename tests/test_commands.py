@@ -1,0 +1,71 @@
+"""`hf-clt`: every command is there, named in its own help, and what the scripts run."""
+
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_clt import __version__
+from hf_clt.commands import COMMANDS, main
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "train_clt": "train",
+    "evaluate_clt": "evaluate",
+    "push_clt": "push",
+    "convert_clt": "convert",
+    "cache_activations": "cache",
+    "build_feature_pages": "features",
+    "to_jumprelu": "jumprelu",
+    "sweep_clt": "sweep",
+    "estimate_clt": "estimate",
+}
+
+
+def test_every_module_is_a_command():
+    modules = {path.stem for path in (ROOT / "hf_clt" / "commands").glob("*.py")}
+    assert modules - {"__init__"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_the_command_and_says_what_it_does(command, capsys):
+    before = list(sys.argv)
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0 and sys.argv == before
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: hf-clt {command} ")
+    examples = re.findall(r"^  hf-clt (\w+)", text, re.M)
+    assert set(examples) <= set(COMMANDS) and (command in examples or command == "convert")
+
+
+@pytest.mark.parametrize(("script", "command"), SCRIPTS.items())
+def test_a_script_is_its_command(script, command):
+    module = importlib.import_module(f"hf_clt.commands.{command}")
+    assert runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["main"] is module.main
+
+
+def test_the_list_of_commands(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and meaning in text for name, meaning in COMMANDS.items())
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf_clt {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["tain"], ["train"], ["info", "--nothing"]])
+def test_wrong_words_are_one_line(words, capsys):
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_the_installed_program_and_the_module():
+    for program in ([str(Path(sys.executable).parent / "hf-clt")], [sys.executable, "-m", "hf_clt"]):
+        done = subprocess.run([*program, "--version"], capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (0, f"hf_clt {__version__}\n"), done.stderr
