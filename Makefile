@@ -6,13 +6,14 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 RESULT := quickstart/clt
 
-.PHONY: help install quickstart test test-slow lint clean
+.PHONY: help install quickstart test test-slow lint cards clean
 
 help:
 	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the slow tests"
 	@echo "make lint         check style and formatting"
+	@echo "make cards        make the cards of the reference CLTs anew, in model_cards/"
 	@echo "make install      only make $(VENV) and install everything into it"
 	@echo "make clean        remove quickstart/ and build leftovers; $(VENV) stays"
 
@@ -47,6 +48,9 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+
+cards: $(INSTALLED)
+	@$(RUN) scripts/build_cards.py model_cards/*/
 
 clean:
 	rm -rf quickstart build dist *.egg-info .pytest_cache .ruff_cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.calibration import format_calibration, to_jumprelu
 from hf_clt.evaluation.evaluate import activations
-from hf_clt.evaluation.heldout import add_heldout_options, load_clt, open_heldout
+from hf_clt.evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from hf_clt.hub.model_card import save_model_card
 
 
@@ -47,7 +47,13 @@ def run(argv: list[str] | None) -> int:
     print(format_calibration(figures))
     result.save_pretrained(options.output)
     command = shlex.join(["python", "scripts/to_jumprelu.py", *(sys.argv[1:] if argv is None else argv)])
-    save_model_card(options.output, result.config, figures["after"], command=command)
+    note = (
+        f"Made from the {clt.config.activation_fn} CLT `{Path(options.clt).name}`: the same weights, and a threshold "
+        f"per {options.per} that is set so that each layer stays as active as it was. The metrics are of the tokens "
+        "on which the thresholds were set."
+    )
+    evaluation = settings_of(options, clt)
+    save_model_card(options.output, result.config, figures["after"], command=command, evaluation=evaluation, note=note)
     print(f"The jumprelu CLT is in {options.output}")
     return 0 if figures["l0_kept"] else 1
 
