@@ -394,8 +394,8 @@ def check_update(folder: str | Path, evaluation: dict) -> None:
     held_out = training.get("eval_tokens")
     if same and held_out is not None and evaluation["eval_tokens"] > held_out:
         raise ValueError(
-            f"eval_tokens={evaluation['eval_tokens']}, but training held out {held_out} tokens of this text and was "
-            f"on the rest; give --eval-tokens {held_out} or less"
+            f"eval_tokens={evaluation['eval_tokens']}, but training held out {held_out} tokens of this text and "
+            f"went over the rest; give --eval-tokens {held_out} or less"
             if held_out
             else "training held nothing of this text out; give another text as dataset"
         )
@@ -600,7 +600,8 @@ def _architecture(config, shown_base, trained):
         activation += f", initial threshold {config.jumprelu_threshold:g}, bandwidth {config.jumprelu_bandwidth:g}"
     rows.append(("activation function", activation))
     all_layers = config.reach == config.num_layers
-    rows.append(("decoder reach", "all later layers" if all_layers else f"{config.reach} layers, its own included"))
+    own = "its own layer alone" if config.reach == 1 else f"{config.reach} layers, its own included"
+    rows.append(("decoder reach", "all later layers" if all_layers else own))
     if config.decoder_tying != "none":
         rows.append(("decoder tying", f"`{config.decoder_tying}`"))
     if config.trained_decoder_tying is not None:
