@@ -11,7 +11,7 @@ TRACER_PINS := tests/circuit_tracer/constraints.txt
 CLT := $(RESULT)
 MODEL := quickstart/model
 
-.PHONY: help install quickstart test test-slow circuit-tracer test-circuit-tracer graph-scores lint clean
+.PHONY: help install quickstart test test-slow circuit-tracer test-circuit-tracer graph-scores lint cards clean
 
 help:
 	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-circuit-tracer   check that circuit-tracer and SAELens read our files, in $(TRACER)"
 	@echo "make graph-scores CLT=...  scores of circuit-tracer's graphs for a CLT, by default the quickstart's"
 	@echo "make lint         check style and formatting"
+	@echo "make cards        make the cards of the reference CLTs anew, in model_cards/"
 	@echo "make install      only make $(VENV) and install everything into it"
 	@echo "make clean        remove quickstart/ and build leftovers; $(VENV) and $(TRACER) stay"
 
@@ -70,6 +71,9 @@ graph-scores: $(TRACER)/.installed
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+
+cards: $(INSTALLED)
+	@$(RUN) scripts/build_cards.py model_cards/*/
 
 clean:
 	rm -rf quickstart build dist *.egg-info .pytest_cache .ruff_cache

@@ -14,6 +14,7 @@ from ..command import OneLineParser, one_line_errors
 from ..evaluation.evaluate import as_json, evaluate_clt, format_replacement, read_history
 from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from ..evaluation.report import format_metrics_table, plot_metrics
+from ..hub.model_card import check_update, update_card
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder for plots: NMSE and L0 per layer, feature density, and training curves if the CLT's folder has a "
         "metrics.jsonl",
     )
+    parser.add_argument(
+        "--update-card",
+        action="store_true",
+        help="put the metrics in place of those in the card, metrics.json and plots of the CLT, a folder",
+    )
     return parser
 
 
@@ -43,6 +49,8 @@ def run(argv: list[str] | None) -> None:
     if options.plots is not None and find_spec("matplotlib") is None:
         raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`')
     history = read_history(options.clt) if options.plots is not None else []
+    if options.update_card:
+        check_update(options.clt, vars(options))
     clt = load_clt(options)
     harvester, tokens = open_heldout(clt, options)
     metrics = evaluate_clt(
@@ -67,6 +75,8 @@ def run(argv: list[str] | None) -> None:
     if options.plots is not None:
         written = plot_metrics(metrics, history, options.plots)
         print("Plots: " + ", ".join(str(path) for path in written))
+    if options.update_card:
+        print("\n".join(update_card(options.clt, metrics, settings)))
 
 
 @one_line_errors(ImportError)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..command import OneLineParser, one_line_errors
 from ..evaluation.calibration import format_calibration, to_jumprelu
 from ..evaluation.evaluate import activations
-from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout
+from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from ..hub.model_card import save_model_card
 
 
@@ -46,7 +46,13 @@ def run(argv: list[str] | None) -> int:
     print(format_calibration(figures))
     result.save_pretrained(options.output)
     command = shlex.join(["hf-clt", "jumprelu", *(sys.argv[1:] if argv is None else argv)])
-    save_model_card(options.output, result.config, figures["after"], command=command)
+    note = (
+        f"Made from the {clt.config.activation_fn} CLT `{Path(options.clt).name}`: the same weights, and a threshold "
+        f"per {options.per} that is set so that each layer stays as active as it was. The metrics are of the tokens "
+        "on which the thresholds were set."
+    )
+    evaluation = settings_of(options, clt)
+    save_model_card(options.output, result.config, figures["after"], command=command, evaluation=evaluation, note=note)
     print(f"The jumprelu CLT is in {options.output}")
     return 0 if figures["l0_kept"] else 1
 

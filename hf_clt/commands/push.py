@@ -1,6 +1,6 @@
 """
-Pushes a finished CLT to the Hub in one commit: its weights as safetensors, its configuration and its card, and nothing
-else of the folder. The token is that of `hf auth login`, or HF_TOKEN. Example:
+Pushes a finished CLT to the Hub in one commit: its weights as safetensors, its configuration and its card with plots,
+and nothing else of the folder. The token is that of `hf auth login`, or HF_TOKEN. Example:
 
   hf-clt push clt-gpt2 user/clt-gpt2 --private
 """
@@ -21,6 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pull-request", action="store_true", help="propose the change to main instead")
     parser.add_argument("--tag", metavar="NAME", help="name the commit, for example v1")
     parser.add_argument("--message", metavar="TEXT", help="of the commit (default: Upload CLT)")
+    parser.add_argument("--license", metavar="NAME", help="licence for the card, for example mit or apache-2.0")
     parser.add_argument(
         "--with-code",
         action="store_true",
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         create_pr=options.pull_request,
         tag=options.tag,
         with_code=options.with_code,
+        license=options.license,
     )
     print(f"The CLT is at {info.pr_url or info.commit_url}")
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,10 +51,9 @@ def evaluate_clt(
     if replacement:
         from .replacement import replacement_metrics
 
-        with eval_mode(clt):
-            replaced = replacement_metrics(harvester.model, clt, token_batches)
-        replaced["num_predictions"] = replaced.pop("num_tokens")
-        metrics.update(replaced)
+        with eval_mode(clt), replacing_bar(not progress) as bar:
+            replaced = replacement_metrics(harvester.model, clt, SeveralTimes(token_batches, bar))
+        metrics.update(named_replacement(replaced))
     return metrics
 
 
@@ -77,6 +76,41 @@ def evaluation_sums(
     bar = tqdm(total=num_tokens, desc="Evaluating", unit="token", disable=not progress, leave=False)
     with eval_mode(clt), bar:
         return measure(clt, ((batch["inputs"], batch["labels"]) for batch in counting(rows, bar)))
+
+
+def replacing_bar(disable: bool):
+    return tqdm(desc="Replacing MLPs", unit="batch", disable=disable, leave=False)
+
+
+def named_replacement(metrics: dict) -> dict:
+    """What [`replacement_metrics`] gives, by the names that it has beside the other metrics."""
+    return {"num_predictions" if name == "num_tokens" else name: value for name, value in metrics.items()}
+
+
+class SeveralTimes:
+    """
+    Batches that are walked more than once, with one progress bar.
+
+    Args:
+        batches (iterable): They start anew each time.
+        bar (`tqdm`): Moves on by one each time that a batch is worked off.
+        before (`Callable`, *optional*): Called before each batch.
+    """
+
+    def __init__(self, batches: Iterable, bar, before: Callable[[], None] | None = None):
+        if iter(batches) is batches:
+            raise ValueError(
+                "token_batches is an iterator, which can be read once, and is read more often; give "
+                "list(token_batches)"
+            )
+        self.batches, self.bar, self.before = batches, bar, before
+
+    def __iter__(self):
+        for batch in self.batches:
+            if self.before is not None:
+                self.before()
+            yield batch
+            self.bar.update()
 
 
 def measure(clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]]) -> MetricSums:

@@ -1,5 +1,6 @@
 """What people look at after a run: a table per layer in the terminal, and plots."""
 
+import io
 import math
 from pathlib import Path
 
@@ -89,8 +90,9 @@ def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) 
     except ImportError as error:
         raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`') from error
 
+    from ..checkpoint_format import replacing
+
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = metrics or {}
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {
@@ -101,9 +103,22 @@ def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) 
         written = []
         for name, figure in figures.items():
             if figure is not None:
-                figure.savefig(folder / name, dpi=150)
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(_small_png(figure))
                 written.append(folder / name)
     return written
+
+
+def _small_png(figure) -> bytes:
+    """The figure with a palette of 64 colours, a third of the bytes: models' cards show it, and git keeps it."""
+    from PIL import Image
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=150, facecolor="white")
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def _percent(value, _position=None):
@@ -126,6 +141,9 @@ def _training_curves(history):
 
     held_out = [row for row in history if "num_tokens" in row]
     training = [row for row in history if "num_tokens" not in row]
+    # not always the tokens of the figures beside the plot, which may have been measured later
+    counts = sorted({row["num_tokens"] for row in held_out})
+    of_tokens = f" ({counts[0]:,} tokens)" if len(counts) == 1 else ""
     # title, metric name, log scale
     panels = (
         ("training loss", "loss", True),
@@ -143,7 +161,7 @@ def _training_curves(history):
     for axis, (title, name, logarithmic) in zip(axes, panels, strict=False):
         for rows_of, colour, label, marker in (
             (training, BLUE, "training", None),
-            (held_out, ORANGE, "held-out", "o"),
+            (held_out, ORANGE, f"held-out{of_tokens}", "o"),
         ):
             steps, values = _points(rows_of, name)
             if steps:
@@ -185,9 +203,10 @@ def _metrics_per_layer(metrics):
     figure = Figure(figsize=(width, 2.1 * len(panels) + 0.3), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False).flatten()
     for axis, (title, name, colour) in zip(axes, panels, strict=True):
-        values = [value if math.isfinite(value) else math.nan for value in metrics[f"{name}_per_layer"]]
+        # what is not finite is None where it was read from JSON
+        values = [math.nan if v is None or not math.isfinite(v) else v for v in metrics[f"{name}_per_layer"]]
         axis.bar(range(num_layers), values, color=colour, width=0.72)
-        average = sum(metrics[f"{name}_per_layer"]) / num_layers
+        average = sum(values) / num_layers
         if math.isfinite(average):
             axis.axhline(average, color=ORANGE, linewidth=1.2, linestyle="--")
             shown = f"{average:.1%}" if name == "dead_fraction" else f"{average:.3g}"
@@ -212,7 +231,7 @@ def _feature_density(metrics):
     total = sum(counts)
     # the floor's bin holds the features that are never active: they get a label instead of a bar far out on the left
     never, shown = counts[0], [i for i in range(1, len(counts)) if counts[i]]
-    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+    figure = Figure(figsize=(9.2, 2.9), layout="constrained")
     axis = figure.subplots()
     if shown:
         first = shown[0]

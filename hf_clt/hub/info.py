@@ -16,11 +16,11 @@ from ..checkpoint_format import (
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download
 from ..evaluation.report import format_metrics_table
+from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts
 from .model_card import SCALARS, count_parameters
 
 
-METRICS_FILE = "metrics.json"
-SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, METRICS_FILE, "README.md")
+SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, FACTS_FILE, "README.md")
 
 
 def describe_clt(name: str, revision: str | None = None, subfolder: str = "", token: str | None = None) -> dict:
@@ -61,7 +61,8 @@ def _in_folder(folder: Path) -> dict:
             f"{folder} holds no finished CLT, only {', '.join(checkpoints)}; go on training with "
             "--resume-from-checkpoint latest"
         )
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    paths = [*folder.iterdir(), *(folder / PLOTS_FOLDER).glob("*")]
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
     files = {name: (folder / name).stat().st_size for name in names if _is_of_release(name)}
     return {
         "config": read_config(folder, {}),
@@ -115,18 +116,17 @@ def _config_of_remote_weights(name, files, prefix, folder, complete, hub):
 
 
 def _is_of_release(name: str) -> bool:
-    return "/" not in name and (name in SMALL_FILES or name.endswith((".safetensors", ".py")))
+    shown = name.removeprefix(f"{PLOTS_FOLDER}/") in [plot for plot, _, _ in PLOTS]
+    return shown or ("/" not in name and (name in SMALL_FILES or name.endswith((".safetensors", ".py"))))
 
 
 def _measured(folder: Path) -> dict:
     """The metrics in a folder: of the file beside the card, else of the run's last evaluation, else of the card."""
     nothing = {"metrics": None, "measured": None, "training": None}
-    path = folder / METRICS_FILE
-    if path.is_file():
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        metrics = facts.get("metrics") or None
-        training = facts.get("training") or None
-        return {"metrics": metrics, "measured": METRICS_FILE if metrics else None, "training": training}
+    facts = read_facts(folder)
+    if facts is not None:
+        metrics = facts.get("metrics")
+        return {"metrics": metrics, "measured": FACTS_FILE if metrics else None, "training": facts.get("training")}
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for row in map(json.loads, reversed(lines)):

@@ -1,5 +1,6 @@
 """
-Publishing a CLT: one commit with the files of a release, safetensors only, and a card that keeps what people wrote.
+Publishing a CLT: one commit with the files of a release, safetensors only, and a card that keeps what people wrote,
+with its plots and what it is made from.
 
 `HfApi.upload_folder` may cut a large folder into several commits, between which the repository holds half of one CLT
 and half of another; here everything goes into one `create_commit` on top of the commit that was looked at. Weights
@@ -24,15 +25,17 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE
+from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, as_text, check_license, make_facts, read_facts
 from .flat_code import CODE_FILE, flat_code, set_auto_map
-from .model_card import is_human_edited, save_model_card, set_loading_name
+from .model_card import card_from_folder, is_human_edited, save_model_card, set_loading_name
 
 
 logger = logging.getLogger(__name__)
 
 # what a new release replaces at the top of the repository: weights and indices, whatever layers or shards they are of,
-# and the generated code, to which the config.json of a release without it does not point
-REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", CODE_FILE)
+# and the generated code, to which the config.json of a release without it does not point; what the card is made from
+REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", CODE_FILE, FACTS_FILE)
+PLOT_PATHS = tuple(f"{PLOTS_FOLDER}/{file}" for file, _, _ in PLOTS)  # likewise; other files in there are not ours
 ATTEMPTS = 3
 SERVER_ERRORS = (500, 502, 503, 504)
 
@@ -71,10 +74,12 @@ def check_push_access(
 
 def release_files(folder: str | Path) -> list[Path]:
     """
-    The files of a release, and nothing else of its folder (training checkpoints, logs).
+    The files of a release but for its card: weights, configuration, `metrics.json` and plots; and nothing else of its
+    folder (training checkpoints, logs, feature pages).
 
     Raises:
-        `ValueError`: The folder is no release, or a file that its index names is missing or no safetensors file.
+        `ValueError`: The folder is no release, a file that its index names is missing or no safetensors file, or its
+            `metrics.json` is another than the one that is written with a card.
     """
     folder = Path(folder)
     for required in ("config.json", INDEX_FILE):
@@ -86,6 +91,9 @@ def release_files(folder: str | Path) -> list[Path]:
     names = ["config.json", INDEX_FILE, *sorted(set(weight_map.values()))]
     if (folder / CIRCUIT_TRACER_FILE).is_file():
         names.append(CIRCUIT_TRACER_FILE)
+    if read_facts(folder) is not None:
+        names.append(FACTS_FILE)
+    names += [name for name in PLOT_PATHS if (folder / name).is_file()]
     missing = [name for name in names if not (folder / name).is_file()]
     others = [name for name in weight_map.values() if not name.endswith(".safetensors")]
     if others:
@@ -106,14 +114,15 @@ def push_folder(
     create_pr: bool = False,
     tag: str | None = None,
     with_code: bool = False,
+    license: str | None = None,
 ) -> CommitInfo:
     """
     Push a released CLT to the Hub in one commit. The folder is not changed.
 
-    Weights in the repository that are not part of this release are removed by the same commit. A README.md in the
-    repository that a human edited stays; else the folder's own is pushed, with the repository's name in its loading
-    snippet. After an error the repository is what it was before, and the same call goes on: weights that reached the
-    Hub are not sent again.
+    Weights, plots and `metrics.json` in the repository that are not part of this release are removed by the same
+    commit. A README.md in the repository that a human edited stays; else the folder's own is pushed, with the
+    repository's name in its loading snippet, or one made from the folder where it has none. After an error the
+    repository is what it was before, and the same call goes on: weights that reached the Hub are not sent again.
 
     Args:
         folder (`str` or `Path`): What `save_pretrained` wrote, with its README.md; further files in it are not pushed.
@@ -127,18 +136,24 @@ def push_folder(
         tag (`str`, *optional*): Name for the new commit, such as `"v1"`.
         with_code (`bool`, *optional*): Push the generated file [`CODE_FILE`] as well, with which
             `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` loads the CLT where `hf_clt` is not installed.
+        license (`str`, *optional*): Licence for the card, as the Hub spells it, such as `"mit"`; by default the one
+            that the card in the folder has, if any.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]; its `pr_url` says where a pull request is.
 
     Raises:
         `ValueError`: The folder is not a complete release; arguments contradict each other or what the repository is;
-            there is no token, the Hub refuses it, or it may not write there.
+            the card was written by hand or long ago, and has no place for the licence; there is no token, the Hub
+            refuses it, or it may not write there.
         `ConnectionError`: The connection was cut, and some more attempts failed.
         [`~huggingface_hub.errors.HfHubHTTPError`]: The Hub refuses for another reason.
     """
     folder = Path(folder)
     release_files(folder)
+    if license is not None:
+        check_license(license)
+        _check_card_takes_license(folder, license)
     if create_pr and revision is not None:
         raise ValueError(
             f"create_pr=True opens a pull request against main, but revision={revision!r}; leave one of them out"
@@ -150,7 +165,7 @@ def push_folder(
         repo_id = _open_repo(api, repo_id, private, revision)
         if tag is not None and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"tag={tag!r} is in {repo_id} already; give another name")
-        info = _commit(api, folder, repo_id, revision, commit_message or "Upload CLT", create_pr, with_code)
+        info = _commit(api, folder, repo_id, revision, commit_message or "Upload CLT", create_pr, with_code, license)
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=info.oid)
     return info
@@ -166,12 +181,25 @@ def _open_repo(api: HfApi, repo_id: str, private: bool | None, revision: str | N
     return repo_id
 
 
-def _commit(api, folder, repo_id, revision, message, create_pr, with_code) -> CommitInfo:
+def _check_card_takes_license(folder: Path, license: str) -> None:
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return
+    card = readme.read_text(encoding="utf-8")
+    # a card from before there was metrics.json could not be made again from the folder
+    if is_human_edited(card) or ("\n## Training\n" in card and read_facts(folder) is None):
+        raise ValueError(
+            f"license={license!r}: {readme} was not made from {FACTS_FILE} and is pushed as it is; write `license: "
+            f"{license}` into its header, and leave the option out"
+        )
+
+
+def _commit(api, folder, repo_id, revision, message, create_pr, with_code, license) -> CommitInfo:
     """The one commit, on top of the commit that was looked at; looks again where someone else was faster."""
     for attempt in range(ATTEMPTS):
         head = api.model_info(repo_id, revision=revision)
         # New for each attempt: what the client finds to be unchanged since it looked, it leaves out of the commit.
-        uploads = _uploads(folder, repo_id, with_code)
+        uploads = _uploads(folder, repo_id, with_code, license)
         api.preupload_lfs_files(repo_id, uploads, revision=revision, create_pr=create_pr)
         try:
             return api.create_commit(
@@ -195,17 +223,22 @@ def _commit(api, folder, repo_id, revision, message, create_pr, with_code) -> Co
             time.sleep(wait)
 
 
-def _uploads(folder: Path, repo_id: str, with_code: bool) -> list[CommitOperationAdd]:
+def _uploads(folder: Path, repo_id: str, with_code: bool, license: str | None) -> list[CommitOperationAdd]:
     """The files of the release as they shall stand in the repository."""
-    contents = {file.name: file for file in release_files(folder)}
+    contents = {file.relative_to(folder).as_posix(): file for file in release_files(folder)}
     # Without the code in the repository its config.json must not point to any, as one from such a repository does.
     contents["config.json"] = set_auto_map(contents["config.json"].read_text(encoding="utf-8"), with_code).encode()
     if with_code:
         contents[CODE_FILE] = flat_code().encode()
     readme = folder / "README.md"
-    if readme.is_file():
-        card = set_loading_name(readme.read_text(encoding="utf-8"), repo_id, with_code)
-        contents["README.md"] = card.encode()
+    if license is not None or not readme.is_file():
+        card = card_from_folder(folder, name=repo_id, license=license)
+    else:
+        card = readme.read_text(encoding="utf-8")
+    contents["README.md"] = set_loading_name(card, repo_id, with_code).encode()
+    if license is not None:
+        facts = (read_facts(folder) or make_facts()) | {"license": license}
+        contents[FACTS_FILE] = as_text(facts).encode()
     return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
 
 
@@ -225,7 +258,8 @@ def _operations(api, repo_id, head, uploads, say_kept) -> list:
     return operations + [
         CommitOperationDelete(path_in_repo=name, is_folder=False)
         for name in present
-        if name not in uploaded and "/" not in name and any(fnmatchcase(name, pattern) for pattern in REPLACED)
+        if name not in uploaded
+        and (name in PLOT_PATHS or ("/" not in name and any(fnmatchcase(name, pattern) for pattern in REPLACED)))
     ]
 
 
@@ -277,7 +311,8 @@ def push_to_hub(
 ) -> CommitInfo:
     """
     Save a CLT with a generated card into a temporary folder and push that. The card holds no metrics unless they are
-    given: to publish a folder with the measured card that training wrote, use [`push_folder`].
+    given, and then their plots where matplotlib is installed: to publish a folder with the measured card that training
+    wrote, use [`push_folder`].
 
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT; it is left as it is.
@@ -286,6 +321,8 @@ def push_to_hub(
         kwargs: `private`, `token`, `revision`, `commit_message`, `create_pr`, `tag`, `with_code`; see [`push_folder`],
             also for what is returned and raised.
     """
+    if license is not None:
+        check_license(license)
     with tempfile.TemporaryDirectory() as folder:
         clt.save_pretrained(folder)
         # the live config of a CLT with statistics may differ from that of its release: read the one that was written

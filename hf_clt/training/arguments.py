@@ -8,6 +8,7 @@ import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from ..hub.card_facts import check_license
 from .options import Option, as_text, check_value, make_option
 
 
@@ -255,6 +256,12 @@ class CLTTrainingArguments:
     eval_interval: int = _arg(
         "bookkeeping", 500, "Updates between two evaluations on the held-out text. 0: only at the end."
     )
+    eval_replacement: bool = _arg(
+        "bookkeeping",
+        False,
+        "At the end, also run the language model on the held-out text with its MLPs replaced by the CLT, for the "
+        "card: cross-entropy, KL, top-1 agreement. Takes four passes of the language model over that text.",
+    )
     checkpoint_interval: int = _arg(
         "bookkeeping", 1000, "Updates between two checkpoints. 0: none but when the run is stopped or fails."
     )
@@ -290,6 +297,9 @@ class CLTTrainingArguments:
     hub_model_id: str | None = _arg("hub", None, 'Repository to push to, such as "user/clt-gpt2".')
     hub_private: bool = _arg("hub", False, "Make the repository private if it is created; refuse a public one.")
     hub_branch: str | None = _arg("hub", None, "Branch to push to, made if it is absent. None: main.")
+    license: str | None = _arg(
+        "hub", None, "Licence of the CLT for its card, as the Hub spells it: mit, apache-2.0, ... None: not stated."
+    )
     hub_push_interval: int = _arg(
         "hub",
         0,
@@ -410,6 +420,10 @@ class CLTTrainingArguments:
             raise ValueError(
                 "on_bad_activations='skip' has no effect with activation_cache, which holds none; leave it out"
             )
+        if self.eval_replacement:
+            self._check_eval_replacement()
+        if self.license is not None:
+            check_license(self.license)
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub=True needs a repository; give hub_model_id, such as 'user/clt-gpt2'")
         if self.hub_push_interval and not self.push_to_hub:
@@ -418,6 +432,24 @@ class CLTTrainingArguments:
             )
         if self.hub_model_id is not None:
             _check_repo_id(self.hub_model_id)
+
+    def _check_eval_replacement(self):
+        later = (
+            "leave it out, and afterwards run `python scripts/evaluate_clt.py OUTPUT_DIR --dataset ... --replacement "
+            "--update-card`"
+        )
+        if self.eval_tokens == 0:
+            raise ValueError("eval_replacement=True has no effect with eval_tokens=0; give some thousand eval_tokens")
+        if self.activation_cache is not None:
+            raise ValueError(
+                "eval_replacement=True needs the language model, which does not run with activation_cache="
+                f"{self.activation_cache!r}; {later}"
+            )
+        if self.feature_parallel_size > 1:
+            raise ValueError(
+                "eval_replacement=True needs the whole CLT in each process, which holds a part with "
+                f"feature_parallel_size={self.feature_parallel_size}; {later}"
+            )
 
     @property
     def tokens_in_buffer(self) -> int:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import platform
 import shlex
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from accelerate import Accelerator
 
 from ..checkpoint_format import write_text
 from ..configuration_clt import CLTConfig
+from .energy import nvml_counters, rapl_counters
 
 
+NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsight")
 
 
@@ -76,22 +79,50 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{os.cpu_count()} CPU cores"
 
 
-def command_line() -> str:
-    """The command of this process, as one would type it, the program by its short name."""
-    if sys.argv[0].startswith("hf-clt "):
-        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}"
-    program = Path(sys.argv[0])
-    shown = f"{program.parent.name}/{program.name}" if program.parent.name == "scripts" else program.name
-    return shlex.join(["python", shown, *sys.argv[1:]])
+def energy_counters(accelerator: Accelerator) -> dict[str, list]:
+    """Counters for [`EnergyMeter`] of all that this run uses; none where it runs on several machines."""
+    count = accelerator.num_processes
+    if count > 1 and (not accelerator.is_main_process or os.environ.get("LOCAL_WORLD_SIZE") != str(count)):
+        return {}
+    device = accelerator.device
+    devices = [device] if count == 1 else [torch.device("cuda", index) for index in range(count)]
+    return {"cpu": rapl_counters(), "gpu": nvml_counters(devices) if device.type == "cuda" else []}
+
+
+def command_line(num_processes: int = 1) -> str | None:
+    """
+    The command that makes this run anew, as one would type it, the program by its short name; None where it was not
+    started by a program of its own, such as in a notebook.
+    """
+    program, words = Path(sys.argv[0]), list(sys.argv[1:])
+    if sys.argv[0].startswith("hf-clt "):  # set by hf_clt.commands
+        command = sys.argv[0].split()[1]
+        alone, together = ["hf-clt", command], ["-m", "hf_clt", command]
+    elif program.suffix == ".py" and program.name not in ("__main__.py", *NOTEBOOKS):
+        shown = f"scripts/{program.name}" if program.parent.name == "scripts" else program.name
+        alone, together = ["python", shown], [shown]
+    else:
+        return None
+    start = alone
+    if num_processes > 1:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+        machines = ["--standalone"] if local == num_processes else ["--nnodes", str(num_processes // local)]
+        start = ["torchrun", *machines, "--nproc-per-node", str(local), *together]
+    for at, word in enumerate(words):  # what was resumed is made anew without that
+        if word.replace("_", "-").partition("=")[0] == "--resume-from-checkpoint":
+            del words[at : at + (1 if "=" in word else 2)]
+            break
+    return shlex.join([*start, *words])
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the libraries that a result depends on."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
+    """Versions of Python and of the libraries that a result depends on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 __all__ = [
     "command_line",
+    "energy_counters",
     "hardware",
     "last_evaluated_step",
     "non_default_config",

@@ -13,6 +13,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from ..checkpoint_format import remove_release
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..harvest.harvester import Harvester
+from ..hub.card_facts import write_facts
+from ..hub.model_card import draw_plots
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments
@@ -248,7 +250,9 @@ def lock_folder(folder: Path) -> int | None:
 
 
 def remove_run(output_dir: Path) -> None:
-    """Removes what an earlier run wrote: its CLT, metrics and checkpoints. Other files, and the README.md, stay."""
+    """
+    Removes what an earlier run wrote: its CLT, metrics, plots and checkpoints. Other files, and the README.md, stay.
+    """
     if not output_dir.is_dir():
         return
     remove_leftovers(output_dir)
@@ -256,6 +260,8 @@ def remove_run(output_dir: Path) -> None:
         remove_checkpoint(path)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
     remove_release(output_dir)
+    write_facts(output_dir, {})
+    draw_plots(output_dir, {})
 
 
 def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:

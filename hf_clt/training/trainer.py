@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
-from ..evaluation.evaluate import activations, counting
+from ..evaluation.evaluate import SeveralTimes, activations, counting, named_replacement, read_history, replacing_bar
 from ..evaluation.metrics import MetricSums
-from ..evaluation.report import plot_metrics
+from ..evaluation.replacement import replacement_metrics
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.cache import ActivationCache, CachedTokens
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
@@ -43,8 +42,10 @@ from .checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
+from .energy import EnergyMeter
 from .reporting import (
     command_line,
+    energy_counters,
     hardware,
     last_evaluated_step,
     non_default_config,
@@ -143,6 +144,11 @@ class CLTTrainer:
         name = args.model or self.config.base_model_name_or_path
         self.harvester, self.tokens, self.heldout = self._open_activations(name, harvester, tokenizer)
         check_fit(self.config, self.harvester, name)
+        if args.eval_replacement and self.config.activation_fn == "topk" and self.config.k_scope == "token":
+            raise ValueError(
+                "eval_replacement=True cannot be met: features of a topk CLT with k_scope='token' depend on later "
+                "layers; leave it out, or train with k_scope='layer'"
+            )
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 
@@ -178,6 +184,7 @@ class CLTTrainer:
         # Wall time: in the language model (harvester), in the CLT, and in all; of earlier parts of a resumed run too.
         self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
         self._clock = time.perf_counter()
+        self.energy = EnergyMeter(energy_counters(self.accelerator))
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
@@ -277,6 +284,7 @@ class CLTTrainer:
     def _train(self) -> CrossLayerTranscoder:
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
+        self.energy.start()
         shared = own = None
         if self.resume_from is None:
             self._prepare_model()
@@ -459,6 +467,7 @@ class CLTTrainer:
             dead = num_dead.float() / self.config.num_features
         tokens = int(accelerator.reduce(torch.tensor(self._tokens_since_log, device=accelerator.device), "sum"))
         self.tokens_seen += tokens
+        self.energy.read()
         now = time.perf_counter()
         seconds, self._log_clock = now - self._log_clock, now
         self._totals.zero_()
@@ -509,7 +518,7 @@ class CLTTrainer:
 
         Returns:
             `dict`: `nmse`, `explained_variance`, `l0`, `dead_fraction`, each also `<name>_per_layer`, `num_tokens` and
-            `feature_density`.
+            `feature_density`; after the last update with `eval_replacement` also those of [`replacement_metrics`].
 
         Raises:
             ValueError: If `eval_tokens` is 0.
@@ -540,8 +549,27 @@ class CLTTrainer:
         with bar:
             together(self.accelerator, measure) if self.shard is None else measure()
         metrics = self._gathered(sums).compute()
+        if self.args.eval_replacement and self.step == self.args.training_steps:
+            metrics |= self._measure_replacement()
         self.last_evaluation = (self.step, metrics)
         return metrics
+
+    def _measure_replacement(self) -> dict:
+        """The metrics of the language model with its MLPs replaced by the CLT, on the held-out text."""
+        batches = together(self.accelerator, lambda: list(self.heldout))  # what fails in reading fails here
+        alone = self.accelerator.num_processes == 1
+
+        def stop_if_asked():
+            if self._interrupted and alone:
+                raise StopRequested
+
+        def total(sums):
+            return self.accelerator.reduce(sums, "sum")
+
+        with replacing_bar(not self._progress) as bar:
+            batches = SeveralTimes(batches, bar, stop_if_asked)
+            metrics = replacement_metrics(self.harvester.model, self.model, batches, reduce=None if alone else total)
+        return named_replacement(metrics)
 
     def _evaluate_and_write(self, optimizer) -> None:
         """Evaluates, unless that was done before this run went on; the last metrics are for the card as well."""
@@ -630,6 +658,7 @@ class CLTTrainer:
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
                 "seconds": self.seconds,
+                "energy_joules": self.energy.joules,
                 "num_processes": self.accelerator.num_processes,
                 "feature_parallel_size": self.args.feature_parallel_size,
                 "config": self.config.to_dict(),
@@ -665,6 +694,7 @@ class CLTTrainer:
         load_optimizer_tensors(self.model, optimizer, shared["optimizer"])
         self.steps_since_fired = shared["trainer"]["steps_since_fired"].to(self.accelerator.device)
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
+        self.energy.start(state.get("energy_joules"), resumed=True)
         self._saved_step = self.step if self._goes_on else None
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -752,24 +782,27 @@ class CLTTrainer:
     # -- release ------------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        """Writes the released CLT with its card, and plots."""
-        metrics = self._write_release(self.output_dir)
-        if not self.accelerator.is_main_process:
-            return
-        if find_spec("matplotlib") is not None:  # the extra `plots`
-            history = [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
-            plot_metrics(metrics, history, self.output_dir / "plots")
+        """Writes the released CLT with its card and plots."""
+        self._write_release(self.output_dir)
 
-    def _write_release(self, folder: Path) -> dict | None:
-        """Writes the CLT as it is now and its card; returns its metrics, where it was measured as it is now."""
+    def _write_release(self, folder: Path) -> None:
+        """Writes the CLT as it is now, its card and plots, with its metrics where it was measured as it is now."""
+        self._read_clocks()
         is_main = self.accelerator.is_main_process
         if is_main or (self.shard is not None and self.layout.replica == 0):
             self.model.save_pretrained(folder, is_main_process=is_main)
+        if not is_main:
+            return
         step, metrics = self.last_evaluation or (None, None)
-        metrics = metrics if step == self.step else None
-        if is_main:
-            save_model_card(folder, self.model.config, metrics, self.training_facts(), command_line())
-        return metrics
+        save_model_card(
+            folder,
+            CLTConfig.from_pretrained(folder),  # of the release, which may be untied where the live one is not
+            metrics if step == self.step else None,
+            self.training_facts(),
+            command_line(self.accelerator.num_processes),
+            license=self.args.license,
+            history=read_history(self.output_dir),
+        )
 
     # -- the Hub ------------------------------------------------------------------------------------------------------
 
@@ -837,19 +870,22 @@ class CLTTrainer:
             "dataset_config": args.dataset_config,
             "dataset_split": args.dataset_split,
             "context_size": args.context_size,
+            "eval_tokens": args.eval_tokens,
             "prepend_bos": self.tokens.prepend_bos,
             "normalization_method": args.normalization_method,
             "num_processes": self.accelerator.num_processes,
             "steps": self.step,
             "tokens": self.tokens_seen,
             "duration_seconds": self.seconds["total"],
+            "energy_joules": self.energy.joules,
             "hardware": hardware(self.accelerator),
             "settings": settings,
             "versions": versions(),
         }
 
     def _read_clocks(self) -> None:
-        """Brings `seconds` up to now."""
+        """Brings `seconds` and `energy` up to now."""
+        self.energy.read()
         now = time.perf_counter()
         self.seconds["total"] += now - self._clock
         self.seconds["language_model"] += self.harvester.seconds

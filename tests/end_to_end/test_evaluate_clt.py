@@ -10,6 +10,8 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTransc
 from hf_clt.commands import evaluate as evaluate_clt
 from hf_clt.commands import jumprelu as to_jumprelu
 from hf_clt.commands import train as train_clt
+from hf_clt.hub.card_facts import read_facts
+from hf_clt.hub.model_card import card_from_folder
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,28 @@ def test_with_the_replacement_model(run, options, tmp_path, capsys):
     assert metrics["kl"] > 0 and 0 <= metrics["top1_agreement"] <= 1
 
 
+def test_the_card_is_updated(run, options, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "clt"
+    shutil.copytree(run[0], folder)
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    assert evaluate_clt.main([str(folder), *options, "--replacement", "--update-card"]) == 0
+    assert f"The card is {folder / 'README.md'}" in capsys.readouterr().out
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    facts = read_facts(folder)
+    assert f"| kl | {facts['metrics']['kl']:.4f} |" in card and "| kl |" not in before
+    assert f"the {facts['metrics']['num_predictions']:,} next-token predictions" in card
+    assert card.split("## Training")[1].split("##")[0] == before.split("## Training")[1].split("##")[0]
+    assert facts["evaluation"]["dataset"] == "topics.txt" and "clt" not in facts["evaluation"]
+    assert card == card_from_folder(folder)
+    # what training was on is not held out
+    assert evaluate_clt.main([str(folder), *options, "--eval-tokens", "1001", "--update-card"]) == 2
+    assert "eval_tokens=1001, but training held out 1000 tokens" in capsys.readouterr().err
+    assert evaluate_clt.main(["user/clt", *options, "--update-card"]) == 2
+    assert "'user/clt' is no folder" in capsys.readouterr().err
+    assert (folder / "README.md").read_text(encoding="utf-8") == card
+
+
 @pytest.mark.parametrize("per", ["layer", "feature"])
 def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, per, tmp_path, capsys):
     folder, original = run
@@ -101,6 +125,7 @@ def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, pe
     assert thetas == [1, 1] if per == "layer" else min(thetas) > 64
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "hf-clt jumprelu" in card and f"{original['num_tokens']:,} held-out tokens" in card
+    assert "Made from the batchtopk CLT" in card and f"threshold per {per}" in card
 
     assert evaluate_clt.main([str(output), *options, "--json", str(file)]) == 0
     metrics = json.loads(file.read_text(encoding="utf-8"))

@@ -61,7 +61,7 @@ def test_training_and_held_out_curves_are_told_apart():
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes[0].lines}
     assert curves == {
         "training": [[0, 0.8], [1, pytest.approx(0.7)], [2, pytest.approx(0.6)]],
-        "held-out": [[2, 0.7]],
+        "held-out (100 tokens)": [[2, 0.7]],
     }
     assert [line.get_label() for line in axes[1].lines] == ["training"]  # no L0 in the evaluation: no curve of it
 

@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
-from hf_clt import CLTTrainer
+from hf_clt import CLTTrainer, CLTTrainingArguments
 from hf_clt.commands import cache as cache_activations
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, packed, unpacked, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
@@ -65,6 +65,8 @@ def test_training_from_it_equals_training_from_the_stream(cached, tiny_gpt2, tex
     assert clt.config.base_model_name_or_path == tiny_gpt2
     assert (trainer.args.dataset, trainer.args.context_size) == (text_file, 32)
     assert trainer.training_facts()["dataset"] == text_file
+    with pytest.raises(ValueError, match="eval_replacement=True needs the language model, which does not run with"):
+        CLTTrainingArguments(**{**trainer.args.to_dict(), "eval_replacement": True})
 
     # In another order, and with rounding, it is nearly as good.
     for name, folder in (("shuffled", cached("float32")), ("bf16", cached("bfloat16")), ("int8", cached("int8"))):

@@ -36,6 +36,7 @@ import hf_clt.commands.evaluate
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.hub import BackgroundPush, check_push_access, push_folder, push_to_hub, save_model_card
 from hf_clt.hub.flat_code import AUTO_MAP, CODE_FILE, flat_code
+from hf_clt.hub.model_card import card_from_folder
 from hf_clt.training.command_line import parse_train_args
 from tests.hub.test_model_card import tiny_language_model
 
@@ -43,6 +44,7 @@ from tests.hub.test_model_card import tiny_language_model
 TOKEN, OTHERS_TOKEN, READ_TOKEN = "hf_loopback", "hf_other", "hf_readonly"
 API, OTHERS_API = HfApi(token=TOKEN), HfApi(token=OTHERS_TOKEN)
 METRICS = {"nmse": 0.25, "l0": 8.0, "num_tokens": 1000}
+PER_LAYER = METRICS | {"nmse_per_layer": [0.25, 0.25, 0.25], "l0_per_layer": [2.0, 3.0, 3.0]}
 LARGE = {"d_model": 64, "num_features": 1024}  # 2.4 MB in 6 files with 3 layers
 ROOT = Path(__file__).parents[2]
 SAID = io.StringIO()  # what was logged and what the scripts printed
@@ -113,6 +115,7 @@ def check_push_and_pull(work):
     assert titles == ["A first CLT", "initial commit"]  # one commit of ours
     names = {f"W_{kind}_{layer}.safetensors" for kind in ("enc", "dec") for layer in range(3)}
     names |= {"config.json", "config.yaml", "model.safetensors.index.json", "README.md", ".gitattributes"}
+    names |= {"metrics.json"}
     assert set(API.list_repo_files("tester/first")) == names
 
     clt.save_pretrained(work / "local")
@@ -169,11 +172,14 @@ def check_only_the_release_is_pushed_and_the_folder_unchanged(work):
     (folder / "checkpoint-10").mkdir()
     (folder / "checkpoint-10" / "optimizer.safetensors").write_bytes(b"state")
     (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "features").mkdir()
+    (folder / "features" / "layer_0.bin").write_bytes(b"pages")
     (folder / "W_enc_9.safetensors").write_bytes(b"of another run")
     before = digests(folder)
     push_folder(folder, "tester/run", token=TOKEN)
     pushed = API.list_repo_files("tester/run")
     assert not [name for name in pushed if "checkpoint" in name or name in ("metrics.jsonl", "W_enc_9.safetensors")]
+    assert not [name for name in pushed if name.startswith("features/")]
     assert digests(folder) == before
     card = ModelCard.load("tester/run").content
     assert 'CrossLayerTranscoder.from_pretrained("tester/run")' in card and "0.2500" in card
@@ -192,6 +198,36 @@ def check_no_stale_weights(work):
     kept = {"notes.txt", "other/model.index.json"}  # what is not ours to replace stays
     assert kept <= set(API.list_repo_files("tester/shrinking"))
     assert pull("tester/shrinking", work).config.num_layers == 2
+
+
+def check_plots_and_what_the_card_is_made_from(work):
+    """card: its plots show, with metrics.json; those that the next release has not are removed, others' files stay"""
+    clt = make_clt()
+    push_to_hub(clt, "tester/plots", token=TOKEN, metrics=PER_LAYER, license="mit")
+    card = ModelCard.load("tester/plots")
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", card.content)
+    assert shown == ["plots/metrics_per_layer.png"] and card.data.license == "mit"
+    folder = Path(API.snapshot_download("tester/plots", cache_dir=work / "cache"))
+    assert (folder / shown[0]).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "metrics.json").read_text())["metrics"]["nmse_per_layer"] == [0.25, 0.25, 0.25]
+    # the downloaded folder gives the same card again, and pushing it changes nothing
+    assert card_from_folder(folder, name="tester/plots") == (folder / "README.md").read_text()
+    before = API.model_info("tester/plots").sha
+    assert push_folder(folder, "tester/plots", token=TOKEN).oid == before
+
+    with logged_in():
+        assert run_script("push_clt", folder, "tester/plots", "--license", "apache-2.0")[0] == 0
+        status, said = run_script("push_clt", folder, "tester/plots", "--license", "none of these")
+    assert status == 2 and "is no name that the Hub has" in said
+    assert ModelCard.load("tester/plots").data.license == "apache-2.0"
+    facts = hf_hub_download("tester/plots", "metrics.json", cache_dir=work / "cache")
+    assert json.loads(Path(facts).read_text())["license"] == "apache-2.0"
+
+    API.upload_file(path_or_fileobj=b"mine", path_in_repo="plots/mine.png", repo_id="tester/plots")
+    push_to_hub(clt, "tester/plots", token=TOKEN)
+    left = [name for name in API.list_repo_files("tester/plots") if "plots/" in name or name == "metrics.json"]
+    assert left == ["plots/mine.png"]
+    assert "](plots/" not in ModelCard.load("tester/plots").content
 
 
 def check_a_humans_card_is_kept_and_a_generated_one_replaced(work):
@@ -691,7 +727,13 @@ def check_training_pushes(work):
         commits = API.list_repo_commits("tester/trained")
         titles = [commit.title for commit in commits]
         assert titles[0] == "Upload CLT" and titles[-2:] == ["Step 2", "initial commit"], titles
-        assert not any("/" in name or "metrics" in name for name in API.list_repo_files("tester/trained"))
+        plots = {"plots/training_curves.png", "plots/metrics_per_layer.png", "plots/feature_density.png"}
+        for commit, expected in ((commits[0], plots), (commits[-2], {"plots/training_curves.png"})):
+            files = API.list_repo_files("tester/trained", revision=commit.commit_id)
+            assert {name for name in files if "/" in name} == expected  # at step 2 nothing was measured
+            assert "metrics.json" in files and "metrics.jsonl" not in files
+            card = hf_hub_download("tester/trained", "README.md", revision=commit.commit_id, cache_dir=work / "cache")
+            assert set(re.findall(r"\]\((plots/.*?)\)", Path(card).read_text())) == expected
         assert API.model_info("tester/trained").private
         inputs = torch.randn(4, 2, 8)
         loaded, early = (pull("tester/trained", work, revision=c.commit_id) for c in (commits[0], commits[-2]))

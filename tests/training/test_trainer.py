@@ -13,20 +13,26 @@ import sqlite3
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
+from hf_clt.evaluation.replacement import replacement_metrics
 from hf_clt.harvest.harvester import ActivationError
 from hf_clt.harvest.tokens import StreamError
+from hf_clt.hub.card_facts import read_facts
+from hf_clt.hub.model_card import card_from_folder
 from hf_clt.kernels import encode
 from hf_clt.training import checkpoints
 from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
+from hf_clt.training.reporting import command_line
 from hf_clt.training.schedules import learning_rate_scale
 from hf_clt.training.setup import lock_folder
 from hf_clt.training.trainer import make_optimizer
@@ -300,6 +306,68 @@ def test_the_card_tells_what_was_measured(run):
     assert "from_pretrained" in card
     assert clt.config.activation_fn in card
     assert f"{metrics['nmse']:.4f}" in card
+
+
+def test_what_the_card_is_made_from_is_beside_it(run):
+    trainer, _, folder = run
+    assert card_from_folder(folder) == (folder / "README.md").read_text(encoding="utf-8")
+    facts, metrics = read_facts(folder), trainer.evaluate()
+    assert facts["metrics"]["nmse_per_layer"] == metrics["nmse_per_layer"]
+    assert facts["metrics"]["feature_density"] == metrics["feature_density"]
+    assert facts["training"]["steps"] == 40 and facts["training"]["eval_tokens"] == 300
+    assert facts["history"]["train"]["step"] == [row["step"] for row in rows_of(folder, "train")]
+    assert facts["history"]["heldout"]["step"] == [20, 40]
+    assert str(folder.parent) not in (folder / "metrics.json").read_text(encoding="utf-8")
+    if find_spec("matplotlib") is not None:
+        names = {path.name for path in (folder / "plots").iterdir()}
+        assert names == {"training_curves.png", "metrics_per_layer.png", "feature_density.png"}
+
+
+def test_the_card_has_the_replacement_metrics_where_asked_for(make, tmp_path):
+    trainer = make({"activation_fn": "topk"}, eval_replacement=True, eval_interval=2, license="cc-by-4.0")
+    trainer.train()
+    first, last = rows_of(tmp_path / "run", "heldout")
+    assert "kl" not in first and last["num_predictions"] <= last["num_tokens"]
+    expected = replacement_metrics(trainer.harvester.model, trainer.model, list(trainer.heldout))
+    assert {name: last[name] for name in expected if name != "num_tokens"} == pytest.approx(
+        {name: value for name, value in expected.items() if name != "num_tokens"}
+    )
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["kl"] == last["kl"] and found["ce_recovered"] == last["ce_recovered"]
+
+
+def test_replacement_metrics_that_cannot_be_had_are_refused(make):
+    with pytest.raises(ValueError, match="eval_replacement=True has no effect with eval_tokens=0"):
+        make(eval_replacement=True, eval_tokens=0)
+    with pytest.raises(ValueError, match=r"eval_replacement=True needs the whole CLT .* --replacement --update-card"):
+        make(eval_replacement=True, feature_parallel_size=2)
+    with pytest.raises(ValueError, match="depend on later layers"):
+        make({"activation_fn": "topk", "k_scope": "token"}, eval_replacement=True)
+
+
+def test_the_card_is_of_the_release_and_not_of_the_live_model(make, tmp_path):
+    """Statistics untie a decoder that is tied over its targets."""
+    make({"activation_fn": "topk", "decoder_tying": "per_source"}).train()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "| decoder tying in training | `per_source`" in card and "| decoder tying | " not in card
+    assert card_from_folder(tmp_path / "run") == card
+
+
+def test_the_command_is_the_one_to_type_again(monkeypatch):
+    for argv, num_processes, expected in (
+        (["/x/scripts/train_clt.py", "--k", "4"], 1, "python scripts/train_clt.py --k 4"),
+        (["mine.py", "--resume-from-checkpoint", "latest", "--k", "4"], 1, "python mine.py --k 4"),
+        (["mine.py", "--resume_from_checkpoint=latest"], 1, "python mine.py"),
+        (["/usr/bin/hf-clt", "train", "--k", "4"], 1, "hf-clt train --k 4"),
+        (["scripts/train_clt.py"], 2, "torchrun --standalone --nproc-per-node 2 scripts/train_clt.py"),
+        (["/x/ipykernel_launcher.py", "-f", "x.json"], 1, None),
+        (["/x/pytest/__main__.py"], 1, None),
+        (["-c"], 1, None),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        assert command_line(num_processes) == expected
 
 
 def test_the_time_is_accounted_for(run):
@@ -777,11 +845,15 @@ def test_a_resume_from_elsewhere_does_not_write_into_another_run(make, tmp_path)
 
 def test_the_clock_goes_on_over_a_resume(make, tmp_path):
     make(training_steps=4, checkpoint_interval=2).train()
-    before = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())["seconds"]
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())
+    before = state["seconds"]
     assert set(before) == {"language_model", "clt", "total"}
     resumed = make(training_steps=4, resume_from_checkpoint="latest")
     resumed.train()
     assert all(resumed.seconds[name] > before[name] > 0 for name in before)
+    energy = state["energy_joules"]  # None where the machine has no counter, or one that only root may read
+    assert energy is None or all(resumed.energy.joules[kind] >= energy[kind] for kind in energy)
+    assert resumed.training_facts()["energy_joules"] == resumed.energy.joules
 
 
 # Failures: of the text, of the language model, of the disk
@@ -1082,6 +1154,7 @@ def test_overwriting_leaves_nothing_of_the_run_before_but_what_is_not_its_own(ma
     assert [row["step"] for row in rows_of(folder, "train")] == [1, 2, 3]
     assert json.loads((folder / "config.json").read_text())["activation_fn"] == "relu"
     assert (folder / "notes.txt").read_text() == "mine"
+    assert read_facts(folder)["history"]["train"]["step"] == [1, 2, 3]
 
 
 def test_a_mistake_found_while_overwriting_costs_nothing(make, tmp_path):
