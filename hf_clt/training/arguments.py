@@ -284,13 +284,16 @@ class CLTTrainingArguments:
         default_factory=list,
         metadata={
             "group": "trackers",
-            "help": "Trackers to send the metrics to, besides metrics.jsonl: tensorboard, wandb, trackio.",
+            "help": "Trackers that receive the metrics too, under the names in metrics.jsonl: tensorboard, wandb, "
+            "trackio; several are given with spaces or commas (docs/trackers.md).",
         },
     )
     enable_wandb: bool = _arg("trackers", False, "The same as --report-to wandb.")
     wandb_project: str | None = _arg("trackers", None, "Project for wandb and trackio. None: clt-training.")
     wandb_entity: str | None = _arg("trackers", None, "User or team on wandb. None: the one logged in.")
-    wandb_run_name: str | None = _arg("trackers", None, "Name of the run. None: the tracker picks one.")
+    wandb_run_name: str | None = _arg(
+        "trackers", None, "Name of the run for wandb and trackio. None: the tracker picks one."
+    )
 
     # The Hub
     push_to_hub: bool = _arg("hub", False, "Push the finished CLT with its model card to --hub-model-id.")

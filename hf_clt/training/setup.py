@@ -1,4 +1,4 @@
-"""What a run is made of before it starts: processes, output folder, optimizer, trackers, and the checks on them."""
+"""What a run is made of before it starts: processes, output folder, optimizer, and the checks on them."""
 
 import ctypes
 import os
@@ -20,6 +20,7 @@ from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments
 from .checkpoints import list_checkpoints, remove_checkpoint, remove_leftovers
 from .optimizers import CompactAdam
+from .trackers import remove_tracked
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")
@@ -50,8 +51,6 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=args.mixed_precision,
-        log_with=list(args.report_to) or None,
-        project_dir=args.output_dir,
         # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -251,7 +250,8 @@ def lock_folder(folder: Path) -> int | None:
 
 def remove_run(output_dir: Path) -> None:
     """
-    Removes what an earlier run wrote: its CLT, metrics, plots and checkpoints. Other files, and the README.md, stay.
+    Removes what an earlier run wrote: its CLT, metrics, plots, checkpoints, and what trackers keep of it here. Other
+    files, and the README.md, stay.
     """
     if not output_dir.is_dir():
         return
@@ -259,6 +259,7 @@ def remove_run(output_dir: Path) -> None:
     for path in reversed(list_checkpoints(output_dir)):
         remove_checkpoint(path)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    remove_tracked(output_dir)
     remove_release(output_dir)
     write_facts(output_dir, {})
     draw_plots(output_dir, {})
@@ -304,20 +305,6 @@ def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> t
     return optimizer(groups, **settings, fused=True)
 
 
-def start_trackers(accelerator: Accelerator, args: CLTTrainingArguments) -> None:
-    """Starts TensorBoard, wandb or trackio with the settings of the run."""
-    if not args.report_to:
-        return
-    settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in args.to_dict().items()}
-    wandb = {"entity": args.wandb_entity, "name": args.wandb_run_name, "dir": args.output_dir}
-    trackio = {"name": args.wandb_run_name}
-    accelerator.init_trackers(
-        args.wandb_project or "clt-training",
-        config=settings,
-        init_kwargs={"wandb": wandb, "trackio": {k: v for k, v in trackio.items() if v is not None}},
-    )
-
-
 __all__ = [
     "check_fit",
     "check_gpus",
@@ -334,5 +321,4 @@ __all__ = [
     "make_optimizer",
     "prepare_cpu",
     "remove_run",
-    "start_trackers",
 ]

@@ -65,9 +65,9 @@ from .setup import (
     make_optimizer,
     prepare_cpu,
     remove_run,
-    start_trackers,
 )
 from .together import OtherProcessGone, StopRequested, together
+from .trackers import Trackers, check_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ class CLTTrainer:
         self.config = model.config if config is None else config
         self.output_dir = Path(args.output_dir)
         check_shard(self.config, args.feature_parallel_size, model)
+        check_trackers(args)
         self.accelerator = make_accelerator(args)
         self.layout = make_layout(self.accelerator, args.feature_parallel_size)
         self.shard = self.layout.shard
@@ -138,6 +139,7 @@ class CLTTrainer:
             check_push_access(args.hub_model_id, **hub)
         self.background_push = BackgroundPush(args.hub_model_id, **hub) if args.hub_push_interval else None
         check_initial_k(self.config, args.initial_k)
+        self.trackers = Trackers(self.accelerator, args, self.config)
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
@@ -277,6 +279,7 @@ class CLTTrainer:
         try:
             return self._train()
         finally:
+            self.trackers.finish(failed=True)  # those of a finished run are closed already
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -308,7 +311,7 @@ class CLTTrainer:
             model = accelerator.prepare_model(self.model, evaluation_mode=True)  # no DistributedDataParallel
             optimizer = accelerator.prepare_optimizer(optimizer)
             self._copy_from_first_replica([*self.model.parameters(), *self.model.buffers()])
-        start_trackers(accelerator, args)
+        self.trackers.start(self.step, self._goes_on)
         model.train()
         # An evaluation that failed after its update was checkpointed is made up for.
         if self._goes_on and is_due(self.step, args.eval_interval) and self.heldout is not None:
@@ -353,8 +356,7 @@ class CLTTrainer:
         if self.buffer.skipped_tokens:
             logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
         accelerator.wait_for_everyone()
-        if args.report_to:
-            accelerator.end_training()
+        self.trackers.finish()
         if args.push_to_hub:  # last, so that no process waits for the upload of another until it times out
             self._push()
         return self.model
@@ -489,7 +491,7 @@ class CLTTrainer:
         return row
 
     def _write_row(self, row: dict) -> None:
-        """Appends a line to `metrics.jsonl` and sends its scalars to the trackers."""
+        """Appends a line to `metrics.jsonl` and sends it to the trackers."""
         if not self.accelerator.is_main_process:
             return
         try:
@@ -500,14 +502,7 @@ class CLTTrainer:
                 f"metrics.jsonl cannot be written to {str(self.output_dir)!r} ({error.strerror}); "
                 f"{newest_usable(self.output_dir)}"
             ) from error
-        if self.args.report_to:
-            prefix = "" if row["split"] == "train" else "heldout/"
-            scalars = {
-                f"{prefix}{name}": value
-                for name, value in row.items()
-                if name != "step" and isinstance(value, int | float)
-            }
-            self.accelerator.log(scalars, step=row["step"])
+        self.trackers.log(row)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
