@@ -159,7 +159,8 @@ def calibrate(options: argparse.Namespace) -> None:
     if options.model is not None:
         say("the trainer")
         source = Source(model=options.model, dataset=options.dataset)
-        checks.append(check_run(base, source, read_language_model(options.model, source.context_size), rates))
+        model = read_language_model(options.model, source.context_size)
+        checks.append(check_run(base, source, model, rates, options.rounds))
     record = {
         "device": device_name(base.device),
         "versions": versions(),

@@ -23,6 +23,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--message", metavar="TEXT", help="of the commit (default: Upload CLT)")
     parser.add_argument("--license", metavar="NAME", help="licence for the card, for example mit or apache-2.0")
     parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="FOLDER",
+        help="feature pages of this CLT, made by hf-clt features: push what circuit-tracer's front end reads of them",
+    )
+    parser.add_argument(
         "--with-code",
         action="store_true",
         help="push the code as one generated file: AutoModel.from_pretrained(..., trust_remote_code=True) then works"
@@ -44,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         tag=options.tag,
         with_code=options.with_code,
         license=options.license,
+        features=options.features,
     )
     print(f"The CLT is at {info.pr_url or info.commit_url}")
 

@@ -7,12 +7,14 @@ and half of another; here everything goes into one `create_commit` on top of the
 that reached the Hub before a connection was cut are not sent again by the next attempt.
 """
 
+import gzip
 import json
 import logging
 import tempfile
 import time
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 # and the generated code, to which the config.json of a release without it does not point; what the card is made from
 REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", CODE_FILE, FACTS_FILE)
 PLOT_PATHS = tuple(f"{PLOTS_FOLDER}/{file}" for file, _, _ in PLOTS)  # likewise; other files in there are not ours
+FEATURES_FOLDER, FEATURE_FILES = "features", "features/layer_*.bin"  # what circuit-tracer's front end reads
 ATTEMPTS = 3
 SERVER_ERRORS = (500, 502, 503, 504)
 
@@ -103,6 +106,26 @@ def release_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def feature_files(pages: str | Path) -> list[Path]:
+    """
+    The files for circuit-tracer's front end in a folder of feature pages.
+
+    Raises:
+        `ValueError`: They are not there, or not all of them.
+    """
+    folder = Path(pages) / FEATURES_FOLDER
+    index = folder / "index.json.gz"
+    if not index.is_file():
+        raise ValueError(
+            f"features={str(pages)!r} has no finished features/; give a folder that `hf-clt features` wrote"
+        )
+    named = [entry["filename"] for entry in json.loads(gzip.decompress(index.read_bytes())).values()]
+    missing = [name for name in named if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"features={str(pages)!r} lacks {', '.join(missing)}, which its index names; make it anew")
+    return [index, *(folder / name for name in named)]
+
+
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -115,6 +138,7 @@ def push_folder(
     tag: str | None = None,
     with_code: bool = False,
     license: str | None = None,
+    features: str | Path | None = None,
 ) -> CommitInfo:
     """
     Push a released CLT to the Hub in one commit. The folder is not changed.
@@ -138,19 +162,24 @@ def push_folder(
             `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` loads the CLT where `hf_clt` is not installed.
         license (`str`, *optional*): Licence for the card, as the Hub spells it, such as `"mit"`; by default the one
             that the card in the folder has, if any.
+        features (`str` or `Path`, *optional*): Folder of feature pages that `hf-clt features` wrote for this CLT: its
+            `features/`, which circuit-tracer's front end reads, is pushed as well. None: what is in the repository
+            stays, with a warning.
 
     Returns:
         [`~huggingface_hub.CommitInfo`]; its `pr_url` says where a pull request is.
 
     Raises:
-        `ValueError`: The folder is not a complete release; arguments contradict each other or what the repository is;
-            the card was written by hand or long ago, and has no place for the licence; there is no token, the Hub
-            refuses it, or it may not write there.
+        `ValueError`: The folder is not a complete release, or `features` not complete; arguments contradict each other
+            or what the repository is; the card was written by hand or long ago, and has no place
+            for the licence; there is no token, the Hub refuses it, or it may not write there.
         `ConnectionError`: The connection was cut, and some more attempts failed.
         [`~huggingface_hub.errors.HfHubHTTPError`]: The Hub refuses for another reason.
     """
     folder = Path(folder)
     release_files(folder)
+    if features is not None:
+        feature_files(features)
     if license is not None:
         check_license(license)
         _check_card_takes_license(folder, license)
@@ -165,7 +194,8 @@ def push_folder(
         repo_id = _open_repo(api, repo_id, private, revision)
         if tag is not None and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"tag={tag!r} is in {repo_id} already; give another name")
-        info = _commit(api, folder, repo_id, revision, commit_message or "Upload CLT", create_pr, with_code, license)
+        uploads = partial(_uploads, folder, repo_id, with_code, license, features)
+        info = _commit(api, uploads, repo_id, revision, commit_message or "Upload CLT", create_pr)
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=info.oid)
     return info
@@ -194,12 +224,12 @@ def _check_card_takes_license(folder: Path, license: str) -> None:
         )
 
 
-def _commit(api, folder, repo_id, revision, message, create_pr, with_code, license) -> CommitInfo:
+def _commit(api, make_uploads, repo_id, revision, message, create_pr) -> CommitInfo:
     """The one commit, on top of the commit that was looked at; looks again where someone else was faster."""
     for attempt in range(ATTEMPTS):
         head = api.model_info(repo_id, revision=revision)
         # New for each attempt: what the client finds to be unchanged since it looked, it leaves out of the commit.
-        uploads = _uploads(folder, repo_id, with_code, license)
+        uploads = make_uploads()
         api.preupload_lfs_files(repo_id, uploads, revision=revision, create_pr=create_pr)
         try:
             return api.create_commit(
@@ -223,7 +253,9 @@ def _commit(api, folder, repo_id, revision, message, create_pr, with_code, licen
             time.sleep(wait)
 
 
-def _uploads(folder: Path, repo_id: str, with_code: bool, license: str | None) -> list[CommitOperationAdd]:
+def _uploads(
+    folder: Path, repo_id: str, with_code: bool, license: str | None, features: str | Path | None
+) -> list[CommitOperationAdd]:
     """The files of the release as they shall stand in the repository."""
     contents = {file.relative_to(folder).as_posix(): file for file in release_files(folder)}
     # Without the code in the repository its config.json must not point to any, as one from such a repository does.
@@ -239,6 +271,8 @@ def _uploads(folder: Path, repo_id: str, with_code: bool, license: str | None) -
     if license is not None:
         facts = (read_facts(folder) or make_facts()) | {"license": license}
         contents[FACTS_FILE] = as_text(facts).encode()
+    if features is not None:
+        contents |= {f"{FEATURES_FOLDER}/{file.name}": file for file in feature_files(features)}
     return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
 
 
@@ -255,11 +289,19 @@ def _operations(api, repo_id, head, uploads, say_kept) -> list:
                 repo_id,
             )
         operations = [operation for operation in operations if operation.path_in_repo != "README.md"]
+    replaced = [name for name in present if "/" not in name and any(fnmatchcase(name, p) for p in REPLACED)]
+    replaced += [name for name in present if name in PLOT_PATHS]
+    features = [name for name in present if fnmatchcase(name, FEATURE_FILES)]
+    if any(fnmatchcase(name, FEATURE_FILES) for name in uploaded):
+        replaced += features
+    elif features and say_kept:
+        logger.warning(
+            "the features/ of %s stay as they are; if they are of another CLT, push again with those of this one "
+            "(--features), or delete them on its page",
+            repo_id,
+        )
     return operations + [
-        CommitOperationDelete(path_in_repo=name, is_folder=False)
-        for name in present
-        if name not in uploaded
-        and (name in PLOT_PATHS or ("/" not in name and any(fnmatchcase(name, pattern) for pattern in REPLACED)))
+        CommitOperationDelete(path_in_repo=name, is_folder=False) for name in replaced if name not in uploaded
     ]
 
 
@@ -318,8 +360,8 @@ def push_to_hub(
         clt ([`CrossLayerTranscoder`]): The CLT; it is left as it is.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; created if absent.
         metrics, training, command, license: See [`build_model_card`].
-        kwargs: `private`, `token`, `revision`, `commit_message`, `create_pr`, `tag`, `with_code`; see [`push_folder`],
-            also for what is returned and raised.
+        kwargs: `private`, `token`, `revision`, `commit_message`, `create_pr`, `tag`, `with_code`, `features`; see
+            [`push_folder`], also for what is returned and raised.
     """
     if license is not None:
         check_license(license)
@@ -331,4 +373,4 @@ def push_to_hub(
         return push_folder(folder, repo_id, **kwargs)
 
 
-__all__ = ["check_push_access", "push_folder", "push_to_hub", "release_files"]
+__all__ = ["check_push_access", "feature_files", "push_folder", "push_to_hub", "release_files"]

@@ -7,6 +7,7 @@ the working folder select some cases, which run in the order of this file, since
 """
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -522,6 +523,44 @@ def check_circuit_tracer_files_alone(work):
     with pytest.raises(ValueError, match=r"tester/tracer has no config\.json"):
         pull("tester/tracer", work, layers=[0])
     assert same_encoder(pull("tester/tracer", work), clt)
+
+
+def check_features(work):
+    """--features: circuit-tracer's files of the pages go along and replace those there, which else stay"""
+    clt = make_clt(3)
+    clt.save_pretrained(work / "described")
+    for layers, pages in ((3, work / "pages"), (2, work / "fewer-pages")):
+        (pages / "features").mkdir(parents=True)
+        for layer in range(layers):
+            (pages / "features" / f"layer_{layer}.bin").write_bytes(bytes([layers]) * (100 + layer))
+        index = {str(layer): {"filename": f"layer_{layer}.bin", "offsets": [0, 100]} for layer in range(layers)}
+        (pages / "features" / "index.json.gz").write_bytes(gzip.compress(json.dumps(index).encode()))
+        (pages / "index.html").write_text("not for the Hub")
+
+    def files():
+        return {name for name in API.list_repo_files("tester/described") if "features" in name or "html" in name}
+
+    with logged_in():
+        assert run_script("push_clt", work / "described", "tester/described", "--features", work / "pages")[0] == 0
+        assert files() == {"features/index.json.gz", *(f"features/layer_{layer}.bin" for layer in range(3))}
+        assert len(API.list_repo_commits("tester/described")) == 2  # the first is the empty repository
+        said = len(SAID.getvalue())
+        assert run_script("push_clt", work / "described", "tester/described")[0] == 0
+        assert len(files()) == 4 and "features/ of tester/described stay" in SAID.getvalue()[said:]
+        push_folder(work / "described", "tester/described", features=work / "fewer-pages")
+        assert files() == {"features/index.json.gz", "features/layer_0.bin", "features/layer_1.bin"}
+        assert same_encoder(pull("tester/described", work), clt)
+        pulled = hf_hub_download("tester/described", "features/layer_1.bin", cache_dir=work / "cache")
+        assert Path(pulled).read_bytes() == bytes([2]) * 101
+        (work / "fewer-pages" / "features" / "layer_1.bin").unlink()
+        for pages, what in (
+            (work / "fewer-pages", r"lacks layer_1\.bin"),
+            (work / "described", "no finished features/"),
+        ):
+            with pytest.raises(ValueError, match=what):
+                push_folder(work / "described", "tester/never-made", features=pages)
+    with pytest.raises(RepositoryNotFoundError):
+        API.model_info("tester/never-made")
 
 
 def check_info(work):
