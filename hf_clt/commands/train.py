@@ -7,6 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .. import CLTTrainer
 from ..command import sigterm_as_ctrl_c
+from ..evaluation.evaluate import format_replacement
 from ..evaluation.report import format_metrics_table
 from ..training.command_line import build_config, parse_train_args
 from ..training.setup import load_initial_clt
@@ -55,6 +56,8 @@ def train(argv=None) -> int:
     if trainer.accelerator.is_main_process:
         if metrics is not None:
             print(format_metrics_table(metrics))
+            if args.eval_replacement:
+                print(format_replacement(metrics))
         print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
         print(f"The CLT is in {args.output_dir}")
         for line in trainer.trackers.where_to_look:
