@@ -146,6 +146,7 @@ def test_to_jumprelu_fails_where_l0_is_not_met(run, options, tmp_path, capsys, m
     assert "L0: NOT within" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_from_topk_to_jumprelu_with_further_updates(tiny_gpt2, options, tmp_path, capsys):
     """Thresholds alone cost a topk CLT quality; the remedy that the script names gives it back."""
 

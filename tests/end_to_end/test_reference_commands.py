@@ -66,6 +66,7 @@ def test_the_command_line_with_relu(tiny_gpt2, text_file, tmp_path):
     assert (folder / "README.md").read_text(encoding="utf-8").count("--sparsity-lambda 30") == 1
 
 
+@pytest.mark.slow
 def test_the_program_with_jumprelu(tiny_gpt2, text_file, tmp_path, fresh_accelerate):
     args = CLTTrainingArguments(
         model=tiny_gpt2,

@@ -13,7 +13,11 @@ from tests.hub.protocol_table import as_table, run_client
 
 
 CHECKS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "hub_client.py").read_text(encoding="utf-8"), re.M)
-SLOW = ["check_a_connection_cut_for_good_and_the_push_resumed", "check_two_processes_push_one_clt"]
+SLOW = [
+    "check_a_connection_cut_for_good_and_the_push_resumed",
+    "check_two_processes_push_one_clt",
+    "check_code_in_the_repository",
+]
 QUICK = [check for check in CHECKS if check not in SLOW]
 
 

@@ -93,6 +93,7 @@ def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(sweep_file, tm
     assert same["group"] == "same" and same["metrics"] == first[0]["metrics"]
 
 
+@pytest.mark.slow
 def test_what_a_trial_leaves(sweep_file, tmp_path):
     """Its record, which is known although options are added later, and nothing in memory."""
     records, models = tmp_path / "records.jsonl", []

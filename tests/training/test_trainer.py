@@ -356,7 +356,8 @@ def test_the_command_is_the_one_to_type_again(monkeypatch):
         (["/x/scripts/train_clt.py", "--k", "4"], 1, "python scripts/train_clt.py --k 4"),
         (["mine.py", "--resume-from-checkpoint", "latest", "--k", "4"], 1, "python mine.py --k 4"),
         (["mine.py", "--resume_from_checkpoint=latest"], 1, "python mine.py"),
-        (["/usr/bin/hf-clt", "train", "--k", "4"], 1, "hf-clt train --k 4"),
+        (["hf-clt train", "--k", "4"], 1, "hf-clt train --k 4"),
+        (["hf-clt train", "--k", "4"], 2, "torchrun --standalone --nproc-per-node 2 -m hf_clt train --k 4"),
         (["scripts/train_clt.py"], 2, "torchrun --standalone --nproc-per-node 2 scripts/train_clt.py"),
         (["/x/ipykernel_launcher.py", "-f", "x.json"], 1, None),
         (["/x/pytest/__main__.py"], 1, None),
@@ -878,7 +879,7 @@ def assert_same_end(one, two):
     "accumulation, overlap",
     [
         (1, False),
-        (3, True),
+        pytest.param(3, True, marks=pytest.mark.slow),
         pytest.param(3, False, marks=pytest.mark.slow),
         pytest.param(1, True, marks=pytest.mark.slow),
     ],
