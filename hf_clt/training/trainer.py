@@ -577,7 +577,7 @@ class CLTTrainer:
             self._last_written = self.step
 
     def _in_lockstep(self, rows):
-        """The batches of all processes that share the features, together, until the last of them has run out."""
+        """The batches of the processes that share the features, together, until the last process of all has run out."""
         rows = iter(rows)
         nothing = torch.empty(0, self.config.num_layers, self.config.d_model, dtype=self.buffer.dtype)
 
@@ -589,9 +589,12 @@ class CLTTrainer:
         while True:
             own = together(self.accelerator, read)
             batch = gather_tokens(self.shard, {n: tensor.to(self.accelerator.device) for n, tensor in own.items()})
-            if len(batch["inputs"]) == 0:
+            has_rows = len(batch["inputs"]) > 0
+            # Reading is agreed on by all processes, so a group that has run out goes on for those that have not.
+            if not self._any_process(has_rows):
                 return
-            yield batch
+            if has_rows:
+                yield batch
 
     def _gathered(self, sums: MetricSums) -> MetricSums:
         if self.accelerator.num_processes == 1:

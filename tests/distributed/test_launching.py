@@ -115,7 +115,7 @@ def test_the_entry_point_on_two(options, tmp_path):
     log = tmp_path / "log.txt"
     assert start([*ON_TWO, "-m", "hf_clt", "train", *words], log).wait(timeout=120) == 0, log.read_text()[-3000:]
     assert num_processes(tmp_path) == 2
-    assert "hf-clt train --model " in (tmp_path / "run" / "README.md").read_text()
+    assert "torchrun --standalone --nproc-per-node 2 -m hf_clt train" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
