@@ -577,7 +577,7 @@ class CLTTrainer:
             self._last_written = self.step
 
     def _in_lockstep(self, rows):
-        """The batches of the processes that share the features, together, until the last process of all has run out."""
+        """The batches of the processes that share the features, together, until the last of all processes runs out."""
         rows = iter(rows)
         nothing = torch.empty(0, self.config.num_layers, self.config.d_model, dtype=self.buffer.dtype)
 
