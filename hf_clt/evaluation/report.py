@@ -4,6 +4,8 @@ import io
 import math
 from pathlib import Path
 
+from ..checkpoint_format import replacing
+
 
 # column title, metric name, format; the name plus "_per_layer" gives the rows
 TABLE_COLUMNS = (
@@ -89,8 +91,6 @@ def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) 
         import matplotlib
     except ImportError as error:
         raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`') from error
-
-    from ..checkpoint_format import replacing
 
     folder = Path(folder)
     metrics = metrics or {}

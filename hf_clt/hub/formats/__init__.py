@@ -119,7 +119,7 @@ def read_clt(path: str | Path, format: str | None = None, **options) -> Checkpoi
     return FORMATS[format].read(path, **_set_options(path, format, options))
 
 
-def write_clt(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tensor]], format: str) -> None:
+def write_clt(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tensor]], format: str) -> CLTConfig:
     """
     Writes a checkpoint in any of `FORMATS`.
 
@@ -128,12 +128,16 @@ def write_clt(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, 
         config: The configuration.
         layers: One dict per layer, as [`read_clt`] gives them.
         format: One of `FORMATS`.
+
+    Returns:
+        The configuration of what is written: for circuit-tracer, decoders reach the last layer.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}; give one of them")
     if format == "circuit-tracer":
         config, layers = own.with_full_reach(config, layers)
     FORMATS[format].write(folder, config, layers)
+    return config
 
 
 def import_clt(path: str | Path, format: str | None = None, **options) -> CrossLayerTranscoder:
@@ -201,12 +205,9 @@ def convert(
         if not overwrite:
             raise ValueError(f"output={str(output)!r} is not empty; give another folder, or overwrite")
     config, layers = read_clt(source, from_format, **options)
-    written_config = config
-    if to_format == "circuit-tracer":
-        written_config, layers = own.with_full_reach(config, layers)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        write_clt(temporary, written_config, layers, to_format)
+        written_config = write_clt(temporary, config, layers, to_format)
         output.mkdir(exist_ok=True)
         written = []
         for path in sorted(Path(temporary).iterdir()):
