@@ -1,6 +1,5 @@
 """What a CLT is, from its small files alone, in a folder or on the Hub: weights are neither read nor downloaded."""
 
-import json
 from pathlib import Path
 
 import yaml
@@ -15,6 +14,7 @@ from ..checkpoint_format import (
 )
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download
+from ..evaluation.evaluate import read_history
 from ..evaluation.report import format_metrics_table
 from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts
 from .model_card import SCALARS, count_parameters
@@ -127,9 +127,7 @@ def _measured(folder: Path) -> dict:
     if facts is not None:
         metrics = facts.get("metrics")
         return {"metrics": metrics, "measured": FACTS_FILE if metrics else None, "training": facts.get("training")}
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for row in map(json.loads, reversed(lines)):
+    for row in reversed(read_history(folder)):
         if "num_tokens" in row:
             return nothing | {"metrics": row, "measured": f"metrics.jsonl, step {row['step']:,}"}
     path = folder / "README.md"
