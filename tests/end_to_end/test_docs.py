@@ -26,6 +26,7 @@ from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.training.arguments import training_options
 from hf_clt.training.command_line import build_config, config_options, parse_train_args
 from scripts import cache_activations, estimate_clt
+from tests.end_to_end.small_quickstart import write_quickstart
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,24 +78,8 @@ def table_after(text, *head):
 def folder(tiny_gpt2, text, tmp_path_factory):
     """What `make quickstart` leaves, in small: a run that was checkpointed and finished, and a cache."""
     root = tmp_path_factory.mktemp("docs")
-    (root / "quickstart").mkdir()
-    lines = [json.dumps({"text": paragraph}) + "\n" for paragraph in text.split("\n\n")]
-    (root / "quickstart" / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    shutil.copytree(tiny_gpt2, root / "quickstart" / "model")
-    args = CLTTrainingArguments(
-        model="quickstart/model",
-        dataset="quickstart/text.jsonl",
-        training_steps=4,
-        checkpoint_interval=2,
-        batch_size=64,
-        n_batches_in_buffer=2,
-        normalization_estimation_batches=2,
-        eval_tokens=200,
-        output_dir="quickstart/clt",
-        disable_progress_bar=True,
-    )
+    write_quickstart(root, tiny_gpt2, text, training_steps=4, checkpoint_interval=2)
     with contextlib.chdir(root):
-        CLTTrainer(args, build_config(args, {"num_features": 64, "activation_fn": "batchtopk", "k": 4})).train()
         words = ["gpt2-cache", "--max-tokens", "1000", "--eval-tokens", "100", "--disable-progress-bar"]
         for flag in ("--model", "--dataset"):
             words += [flag, NEEDED[flag]]

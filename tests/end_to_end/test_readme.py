@@ -1,7 +1,5 @@
 """Runs every code block of the README, in a folder where tiny stand-ins lie under the names that it uses."""
 
-import contextlib
-import json
 import re
 import shlex
 import shutil
@@ -10,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_clt import CLTTrainer, CLTTrainingArguments
 from hf_clt.commands import cache as cache_activations
 from hf_clt.commands.train import main
-from hf_clt.training.command_line import build_config
+from tests.end_to_end.small_quickstart import write_quickstart, write_text
 
 
 ROOT = Path(__file__).parents[2]
@@ -30,26 +27,10 @@ SMALL_RUN += ["--num-features", "64", "--k", "4", "--normalization-estimation-ba
 def folder(tiny_gpt2, text, tmp_path_factory):
     """A folder with what the README's paths and Hub names stand for, in small."""
     root = tmp_path_factory.mktemp("readme")
-    lines = [json.dumps({"text": paragraph}) + "\n" for paragraph in text.split("\n\n")]
-    for name in ("quickstart/text.jsonl", "monology/pile-uncopyrighted/text.jsonl"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text("".join(lines), encoding="utf-8")
-    for name in ("quickstart/model", "openai-community/gpt2"):
-        shutil.copytree(tiny_gpt2, root / name)
+    write_quickstart(root, tiny_gpt2, text, training_steps=3)
+    write_text(root / "monology/pile-uncopyrighted/text.jsonl", text)
+    shutil.copytree(tiny_gpt2, root / "openai-community/gpt2")
     shutil.copytree(ROOT / "scripts", root / "scripts")
-    args = CLTTrainingArguments(
-        model="quickstart/model",
-        dataset="quickstart/text.jsonl",
-        training_steps=3,
-        batch_size=64,
-        n_batches_in_buffer=2,
-        normalization_estimation_batches=2,
-        eval_tokens=200,
-        output_dir="quickstart/clt",
-        disable_progress_bar=True,
-    )
-    with contextlib.chdir(root):
-        CLTTrainer(args, build_config(args, {"num_features": 64, "activation_fn": "batchtopk", "k": 4})).train()
     return root
 
 
