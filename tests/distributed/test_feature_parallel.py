@@ -310,7 +310,6 @@ def test_initial_values_from_data_are_those_of_both(launched):
     assert 0 < rows(launched / "from data")[0]["l0"] < 0.1 * 2 * 48
 
 
-@pytest.mark.slow
 def test_two_groups_of_two(arguments, tmp_path):
     """Features over 2 processes, twice: as one process on the tokens of both groups."""
     _, make = arguments
