@@ -236,7 +236,11 @@ def read_manifest(folder: str | Path) -> dict:
     path = Path(folder).expanduser() / MANIFEST
     if not path.is_file():
         begun = path.parent.is_dir() and any(path.parent.glob("rank-*.json"))
-        remedy = "is not complete; run the command that began it again" if begun else "holds no activation cache"
+        remedy = (
+            "is not complete; run the command that began it again"
+            if begun
+            else "holds no activation cache; write one with `hf-clt cache`"
+        )
         raise ValueError(f"activation_cache={str(folder)!r} {remedy}")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:

@@ -86,7 +86,9 @@ def load_text_dataset(
     if path.exists():
         documents = _open_local(path, split, config_name)
     elif path.is_absolute() or dataset.startswith((".", "~")) or path.suffix.lower() in BUILDERS:
-        raise ValueError(f"dataset {dataset!r}: there is no such file or folder.")
+        raise ValueError(
+            f"dataset {dataset!r}: there is no such file or folder; give a path that exists, or a Hub name"
+        )
     else:
         documents = _open_hub(dataset, split, config_name, streaming, trust_remote_code)
 
