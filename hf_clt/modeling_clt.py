@@ -669,7 +669,8 @@ class CrossLayerTranscoder(PreTrainedModel):
                     pass
                 return
         if is_main_process:
-            from .hub.model_card import circuit_tracer_gaps, save_model_card
+            from .hub.card_files import save_model_card
+            from .hub.model_card import circuit_tracer_gaps
 
             config = CLTConfig.from_dict(self.config.to_dict())
             vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here

@@ -14,7 +14,7 @@ from ..command import OneLineParser, one_line_errors
 from ..evaluation.evaluate import as_json, evaluate_clt, format_replacement, read_history
 from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from ..evaluation.report import format_metrics_table, plot_metrics
-from ..hub.model_card import check_update, update_card
+from ..hub.card_files import check_update, update_card
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from ..command import OneLineParser, one_line_errors
 from ..evaluation.calibration import format_calibration, to_jumprelu
 from ..evaluation.evaluate import activations
 from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
-from ..hub.model_card import save_model_card
+from ..hub.card_files import save_model_card
 
 
 def make_parser() -> argparse.ArgumentParser:

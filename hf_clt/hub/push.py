@@ -28,8 +28,9 @@ from huggingface_hub.errors import (
 
 from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE
 from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, as_text, check_license, make_facts, read_facts
+from .card_files import card_from_folder, save_model_card
 from .flat_code import CODE_FILE, flat_code, set_auto_map
-from .model_card import card_from_folder, is_human_edited, save_model_card, set_loading_name
+from .model_card import is_human_edited, set_loading_name
 
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from ..checkpoint_format import remove_release
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..harvest.harvester import Harvester
 from ..hub.card_facts import write_facts
-from ..hub.model_card import draw_plots
+from ..hub.card_files import draw_plots
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments

@@ -24,7 +24,7 @@ from ..harvest.harvester import Harvester, check_context_size, load_language_mod
 from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
 from ..harvest.tokens import open_text
 from ..hub.background import BackgroundPush
-from ..hub.model_card import save_model_card
+from ..hub.card_files import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import CLTOutput, CrossLayerTranscoder

@@ -11,7 +11,7 @@ from hf_clt.commands import evaluate as evaluate_clt
 from hf_clt.commands import jumprelu as to_jumprelu
 from hf_clt.commands import train as train_clt
 from hf_clt.hub.card_facts import read_facts
-from hf_clt.hub.model_card import card_from_folder
+from hf_clt.hub.card_files import card_from_folder
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,8 @@ from torch import Tensor
 from ... import checkpoint_format as files
 from ...configuration_clt import CLTConfig
 from ...modeling_clt import CrossLayerTranscoder
-from ..model_card import circuit_tracer_gaps, save_model_card
+from ..card_files import save_model_card
+from ..model_card import circuit_tracer_gaps
 from . import circuit_tracer_plt, clt_forge, crosslayer_coding, gemma_scope_2, own
 from .shared import Checkpoint, build_clt, file_numbers, read_header, read_json, read_yaml, some
 
