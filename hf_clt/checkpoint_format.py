@@ -42,14 +42,24 @@ READ_PIECE = 1 << 17  # bytes; the kernel reads no more than its read-ahead wind
 
 
 def fold_encoder(weight: Tensor, bias: Tensor, mean_in: Tensor, std_in: Tensor) -> tuple[Tensor, Tensor]:
-    """W_enc' = W_enc / std_in and b_enc' = b_enc - W_enc' mean_in, for W_enc (F, D), b_enc (F,), statistics (D,)."""
-    folded = weight / std_in
-    return folded, bias - folded @ mean_in
+    """
+    W_enc' = W_enc / std_in and b_enc' = b_enc - W_enc' mean_in, for W_enc (F, D), b_enc (F,), statistics (D,).
+
+    Like the others here it computes in float32 or better and gives the weights' own dtype. b_enc' follows from W_enc'
+    as it was rounded, so that W_enc' (x - mean_in) is as exact as its summands, however large the mean is.
+    """
+    folded = _scaled(weight, 1 / std_in)
+    return folded, (bias.double() - folded.double() @ mean_in.double()).to(bias.dtype)
 
 
 def fold_decoder(weight: Tensor, std_out: Tensor) -> Tensor:
     """W_dec'[:, j] = W_dec[:, j] · std_out[j], for W_dec (F, J, D) and the targets' std_out (J, D)."""
-    return weight * std_out
+    return _scaled(weight, std_out)
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) * scale.to(wide)).to(weight.dtype)
 
 
 def fold_output(
@@ -59,11 +69,11 @@ def fold_output(
     W_skip' = diag(1/std_in) W_skip diag(std_out) and b_dec' = b_dec · std_out + mean_out - mean_in W_skip',
     for b_dec (D,), W_skip (D, D) or None, statistics (D,).
     """
-    bias = bias * std_out + mean_out
-    if skip is None:
-        return bias, None
-    skip = skip / std_in[:, None] * std_out
-    return bias - mean_in @ skip, skip
+    folded = bias.double() * std_out + mean_out
+    if skip is not None:
+        skip = _scaled(skip, std_out / std_in[:, None])
+        folded = folded - mean_in.double() @ skip.double()
+    return folded.to(bias.dtype), skip
 
 
 def unfold_statistics(
@@ -316,25 +326,37 @@ def read_slice(
         config: Its configuration.
         layer: The layer.
         rows: The features to read, `start` to `stop`.
-        dtype: Of the result; None: as in the files. Thresholds are float32.
+        dtype: Of the decoder; the rest is at least float32. None: as in the files, and where they can be mapped, still
+            in them. Thresholds are float32.
     """
     encoder, decoder = f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors"
-    with safe_open(folder / decoder, "pt") as tensors:
-        targets = ALL if config.decoder_tying == "none" else slice(0, 1)  # ties are written out in the file
-        w_dec = tensors.get_slice(f"W_dec_{layer}")[rows, targets]
+    if config.decoder_tying == "none":
+        w_dec = read_tensor(folder, decoder, f"W_dec_{layer}", rows)
+    else:  # ties are written out in the file
+        with safe_open(folder / decoder, "pt") as tensors:
+            w_dec = tensors.get_slice(f"W_dec_{layer}")[rows, :1]
     state = {
         f"encoders.{layer}.weight": read_tensor(folder, encoder, f"W_enc_{layer}", rows),
         f"encoders.{layer}.bias": read_tensor(folder, encoder, f"b_enc_{layer}", rows),
-        f"decoders.{layer}.weight": w_dec,
         f"decoders.{layer}.bias": read_tensor(folder, encoder, f"b_dec_{layer}"),
     }
     if config.skip_connection:
         state[f"skips.{layer}.weight"] = read_tensor(folder, encoder, f"W_skip_{layer}")
-    state = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in state.items()}
+    if dtype is not None:
+        w_dec = w_dec.to(dtype)
+        state = {name: tensor.to(torch.promote_types(dtype, torch.float32)) for name, tensor in state.items()}
+    state[f"decoders.{layer}.weight"] = w_dec
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     if config.activation_fn in ("jumprelu", "batchtopk"):
         theta = read_tensor(folder, encoder, f"threshold_{layer}", rows).float()
         state[f"thresholds.{layer}.value"] = theta.log() if config.activation_fn == "jumprelu" else theta[:1].clone()
     return state
+
+
+def wanted_dtype(config: CLTConfig, dtype: torch.dtype | str | None) -> torch.dtype:
+    """What `dtype` of `from_pretrained` means; None and "auto" are that of the configuration, by default float32."""
+    dtype = (config.dtype or torch.float32) if dtype in (None, "auto") else dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def read_config(folder: Path, overrides: dict) -> CLTConfig:
@@ -409,7 +431,7 @@ def config_from_headers(
     for hook in ("feature_input_hook", "feature_output_hook"):
         if hook in described:
             found[hook] = described[hook]
-    return CLTConfig(**{**found, "dtype": DTYPES.get(encoder["W_enc_0"][1], "float32"), **overrides})
+    return CLTConfig(**{**found, "dtype": DTYPES.get(decoder["W_dec_0"][1], "float32"), **overrides})
 
 
 @contextmanager
@@ -431,42 +453,21 @@ def as_transformers_folder(folder: Path, config: CLTConfig):
 # -- weights that stay in their files ---------------------------------------------------------------------------------
 
 
-def lazy_dtype(folder: Path, config: CLTConfig, arguments: dict) -> torch.dtype:
+def lazy_dtype(folder: Path, dtype: torch.dtype | str | None) -> None:
     """
-    The dtype of a CLT's encoders and decoders on disk, the only one in which they can stay there.
-
-    Args:
-        folder: The CLT's folder, already checked.
-        config: Its configuration.
-        arguments: What the caller gives to `from_pretrained` beside `lazy=True`; `dtype` is taken out.
+    The dtype in which [`read_slice`] leaves weights in their files, None.
 
     Raises:
-        ValueError: For an argument that would move or change the weights, or if the files hold several dtypes.
+        ValueError: If `dtype`, which a caller gives beside `lazy=True`, is not that of the decoders in the files.
     """
     if sys.platform != "linux":
         raise ValueError(f"lazy=True is for Linux, not {sys.platform}; leave out lazy")
-    for name in ("device_map", "quantization_config", "distributed_config", "tp_plan", "state_dict", "disable_mmap"):
-        if arguments.get(name) is not None:
-            raise ValueError(
-                f"{name} is given with lazy=True, but weights that stay in their files stay on the CPU, as they are; "
-                f"leave out {name} or lazy"
-            )
-    layers = range(config.num_layers)
-    names = [f"W_{kind}_{layer}" for layer in layers for kind in ("enc", "dec")]
-    found = {read_header(folder, f"{name}.safetensors")[name][1] for name in names}
-    if len(found) > 1 or not found <= set(DTYPES):
+    on_disk = DTYPES.get(read_header(folder, "W_dec_0.safetensors")["W_dec_0"][1])
+    if str(dtype or "auto").removeprefix("torch.") not in (on_disk, "auto"):
         raise ValueError(
-            f"lazy=True, but the weights in {folder} are {', '.join(sorted(found))}; weights can stay in their files "
-            f"if they all have the same dtype, one of {', '.join(DTYPES)}: leave out lazy"
-        )
-    on_disk = DTYPES[found.pop()]
-    wanted = arguments.pop("dtype", None) or arguments.pop("torch_dtype", None) or "auto"
-    if str(wanted).removeprefix("torch.") not in (on_disk, "auto"):
-        raise ValueError(
-            f"dtype={wanted} is given with lazy=True, but the weights in {folder} are {on_disk} and stay there; leave "
+            f"dtype={dtype} is given with lazy=True, but the weights in {folder} are {on_disk} and stay there; leave "
             "out dtype, or lazy to read and convert them"
         )
-    return getattr(torch, on_disk)
 
 
 def check_mapped(weights: dict[str, Tensor]) -> None:

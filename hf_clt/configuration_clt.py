@@ -2,12 +2,15 @@
 
 # No `from __future__ import annotations` here: string annotations silently switch off the `@strict` type checks.
 
+import logging
 from dataclasses import fields
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+
+logger = logging.getLogger(__name__)
 
 # Defaults that depend on the activation function; each applies where the field is left at None. docs/defaults.md says
 # how they were found. sparsity_lambda is per unit of d_model: lambda weighs one feature's activity against a squared
@@ -88,15 +91,10 @@ class CLTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         # PreTrainedConfig takes unknown keyword arguments without a word; a misspelt field would pass unnoticed.
-        # What transformers itself writes into or passes to a config is a public field or one of these.
-        known = {field.name for field in fields(self)} | set(self.attribute_map) | TRANSFORMERS_KEYS
-        for name in kwargs:
-            if name not in known and not name.startswith("_"):
-                raise TypeError(f"CLTConfig has no field {name!r}; did you mean one of {', '.join(_nearest(name))}?")
+        for name in self._unknown(kwargs):
+            raise TypeError(f"CLTConfig has no field {name!r}; did you mean one of {', '.join(_nearest(name))}?")
         super().__post_init__(**kwargs)  # which knows hidden_size for d_model
-        for name, value in ACTIVATION_DEFAULTS.get(self.activation_fn, {}).items():
-            if name == "sparsity_lambda":
-                value = None if self.d_model is None else value * self.d_model  # without a shape it stays open
+        for name, value in derived_defaults(self.activation_fn, self.d_model).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self._check_ranges()
@@ -129,9 +127,35 @@ class CLTConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is not a positive number; give one above 0")
 
     @classmethod
+    def _unknown(cls, names) -> list[str]:
+        """Those of `names` that are neither fields nor what transformers itself writes into or passes to a config."""
+        known = {field.name for field in fields(cls)} | set(cls.attribute_map) | TRANSFORMERS_KEYS
+        return [name for name in names if name not in known and not name.startswith("_")]
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        loaded = super().from_dict(config_dict, **kwargs)  # sets keyword overrides after the checks in __post_init__
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._check_ranges()
+        """
+        The configuration that a file holds, with fields overridden by `kwargs`. A value that is only the default of
+        the file's activation function gives way to that of the new one. A key that is no field, of a newer version
+        or of another tool, is kept and warned of.
+        """
+        from . import modeling_clt  # noqa: F401  AutoModel looks for the class of a configuration, and finds it then
+
+        values = {**config_dict}
+        saved = derived_defaults(values.get("activation_fn", cls.activation_fn), values.get("d_model"))
+        for name, default in saved.items():
+            if values.get(name) == default:
+                values.pop(name, None)
+        # Before construction: the base class would set them after it, past the defaults and the checks.
+        values |= {name: kwargs.pop(name) for name in CLT_CONFIG_HELP if name in kwargs}
+        foreign = {name: values.pop(name) for name in cls._unknown(values)}
+        if foreign:
+            logger.warning("config.json: %s unknown to this version of hf_clt, kept and not used", ", ".join(foreign))
+        loaded = super().from_dict(values, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in foreign.items():
+            if value is not None:  # transformers takes the mere presence of some for a setting
+                setattr(config, name, value)
         return loaded
 
     @property
@@ -142,6 +166,14 @@ class CLTConfig(PreTrainedConfig):
     def num_targets(self, source: int) -> int:
         """Number of target layers that source layer `source` writes to: min(L - source, R)."""
         return min(self.num_layers - source, self.reach)
+
+
+def derived_defaults(activation_fn: str, d_model: int | None) -> dict[str, int | float | None]:
+    """The defaults that depend on other fields: by activation function, and λ by width (None where that is open)."""
+    defaults = dict(ACTIVATION_DEFAULTS.get(activation_fn, {}))
+    if "sparsity_lambda" in defaults:
+        defaults["sparsity_lambda"] = None if d_model is None else defaults["sparsity_lambda"] * d_model
+    return defaults
 
 
 # Keys that transformers' own machinery puts into `config.json` or passes to a configuration.

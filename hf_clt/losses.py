@@ -1,7 +1,7 @@
 """
 The loss terms of a cross-layer transcoder, one pure function each. Every term is a mean over tokens, so doubling the
-batch changes nothing. Sources: Ameisen et al. 2025, "Circuit Tracing" (reconstruction, tanh sparsity, pre-activation
-loss); Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary loss).
+batch changes nothing; over no tokens it is 0. Sources: Ameisen et al. 2025, "Circuit Tracing" (reconstruction, tanh
+sparsity, pre-activation loss); Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary loss).
 """
 
 import torch
@@ -19,7 +19,7 @@ def safe_sqrt(squares: Tensor) -> Tensor:
 
 def reconstruction_loss(targets: Tensor, reconstruction: Tensor) -> Tensor:
     """Σ_t mean_N ‖ỹ_t - ỹ̂_t‖², from normalised (N, L, D) tensors; the norm sums over D."""
-    return (targets - reconstruction).square().sum() / targets.shape[0]
+    return (targets - reconstruction).square().sum() / max(1, targets.shape[0])
 
 
 def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c: float) -> Tensor:
@@ -54,7 +54,7 @@ def preactivation_loss(
         (torch.relu(threshold[f] - h) * norms[f]).sum()
         for h, threshold, norms, f in zip(pre_activations, thresholds, decoder_norms, dead, strict=True)
     ]
-    return torch.stack(terms).sum() / pre_activations[0].shape[0]
+    return torch.stack(terms).sum() / max(1, pre_activations[0].shape[0])
 
 
 def dead_features(

@@ -10,6 +10,7 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 
 import logging
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -46,7 +47,7 @@ from .sparsity import (
 logger = logging.getLogger(__name__)
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
-MIN_STD = 1e-6  # standard deviations of the normalisation are floored here
+MIN_STD = 1e-6  # a dimension with a smaller standard deviation, also of its mean, does not vary: it is rounding
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 
 
@@ -83,8 +84,8 @@ class Encoder(nn.Module):
 
     def __init__(self, num_features: int, d_model: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_features, d_model))
-        self.bias = nn.Parameter(torch.empty(num_features))
+        self.weight = nn.Parameter(wide_empty(num_features, d_model))
+        self.bias = nn.Parameter(wide_empty(num_features))
 
     def forward(
         self,
@@ -103,14 +104,22 @@ class Encoder(nn.Module):
         Returns:
             The entries and h of the dead features, (N, dead) or None; both differentiable.
         """
-        x = x.to(self.weight.dtype)
+        x, weight, bias = self._wide(x)
         if selected is None:
             with torch.no_grad():
                 with record_function("clt::encode"):
-                    h = encode_dense(x, self.weight, self.bias)
+                    h = encode_dense(x, weight, bias)
                 with record_function("clt::select"):
                     selected = select(h), None if dead is None else h[:, dead]
-        return pre_activations_at(x, self.weight, self.bias, *selected, dead)
+        return pre_activations_at(x, weight, bias, *selected, dead)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """h of all features, (N, D) to (N, F)."""
+        return encode_dense(*self._wide(x))
+
+    def _wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = promoted(self.weight.dtype)  # less than float32 only in mapped files, and after `clt.to(dtype)`
+        return x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
 
 
 class Threshold(nn.Module):
@@ -149,7 +158,7 @@ class Decoder(nn.Module):
     def __init__(self, num_features: int, num_targets: int, d_model: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, num_targets, d_model))
-        self.bias = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(wide_empty(d_model))
         self.in_file = False  # whether the weight is mapped from its file (`lazy=True`)
 
     def forward(
@@ -162,18 +171,22 @@ class Decoder(nn.Module):
         with record_function("clt::decode"):
             if self.in_file:
                 files.read_ahead(self.weight, features.indices)
-            return add_decoded(reconstruction, features, self.weight, target, num_targets, with_squares)
+            added, squares = add_decoded(reconstruction, features, self.weight, target, num_targets, with_squares)
+        if self.weight.dtype == torch.float16 and not added.isfinite().all():
+            raise ValueError("the reconstruction exceeds float16, which ends at 65,504; load the CLT in bfloat16")
+        return added, squares
 
 
 class Skip(nn.Module):
-    """x̃_t W_skip[t]: (N, D) to (N, D)."""
+    """x̃_t W_skip[t]: (N, D) to (N, D), in at least float32."""
 
     def __init__(self, d_model: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model, d_model))
+        self.weight = nn.Parameter(wide_empty(d_model, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.weight.dtype) @ self.weight
+        dtype = promoted(self.weight.dtype)
+        return x.to(dtype) @ self.weight.to(dtype)
 
 
 class CrossLayerTranscoder(PreTrainedModel):
@@ -195,7 +208,9 @@ class CrossLayerTranscoder(PreTrainedModel):
     config_class = CLTConfig
     base_model_prefix = ""
     main_input_name = "inputs"
-    _keep_in_fp32_modules_strict = ["thresholds"]
+    # A CLT's dtype is that of its decoders, nearly all of it. The mean of raw activations, which can be thousands of
+    # times their spread, cancels between W_enc x and b_enc, and W_skip x and b_dec: not so in half precision.
+    _keep_in_fp32_modules_strict = ["thresholds", "encoders", "skips", "decoders.*.bias"]
     lazy = False  # whether the weights stay in their files; see `from_pretrained`
     training_k: int | None = None  # k in train mode, where the trainer anneals it; None: that of the configuration
 
@@ -231,6 +246,11 @@ class CrossLayerTranscoder(PreTrainedModel):
             init.constant_(module.value, torch.tensor(config.jumprelu_threshold).log() if module.is_log else torch.inf)
         elif isinstance(module, Skip):
             init.zeros_(module.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the decoders; encoders, biases, skips and thresholds are at least float32."""
+        return self.decoders[0].weight.dtype
 
     # -- the equations ------------------------------------------------------------------------------------------------
 
@@ -521,7 +541,9 @@ class CrossLayerTranscoder(PreTrainedModel):
 
         Args:
             mean_in, std_in, mean_out, std_out (`Tensor` of shape `(L, D)`): Per layer and dimension, raw units.
-                Standard deviations are floored at 1e-6.
+                A dimension that does not vary, whose standard deviation is rounding (at most 1e-6, or 1e-6 of its
+                mean), is scaled as the median dimension of its layer is (by 1 where none varies): folded into the
+                weights, a scale of its own would only multiply rounding.
             reparametrize (`bool`): Changes the weights so that the function from raw inputs to raw reconstructions
                 stays what it is; for going on with a published CLT. Otherwise the same weights act on normalised
                 values from now on.
@@ -540,7 +562,10 @@ class CrossLayerTranscoder(PreTrainedModel):
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite; estimate it again from finite activations")
             if name.startswith("std"):
-                given[name] = value.clamp_min(MIN_STD)
+                size = given[name.replace("std", "mean")].abs().clamp_min(1)
+                value = torch.where(value > MIN_STD * size, value, torch.nan)
+                usual = value.nanmedian(dim=1, keepdim=True).values.nan_to_num(1.0)
+                given[name] = torch.where(value.isnan(), usual, value)
         if reparametrize:
             if any(std is not None and self._scales_untie(std) for std in (given["std_out"], self.std_out)):
                 raise ValueError(
@@ -569,6 +594,30 @@ class CrossLayerTranscoder(PreTrainedModel):
         for name in STATISTICS:
             setattr(self, name, None)
 
+    @contextmanager
+    def folded(self):
+        """
+        The CLT as its release has it, for measuring that: `fold_normalization()` while the block runs, then exactly
+        what it was. The weights wait in main memory.
+        """
+        if self.mean_in is None:
+            yield
+            return
+        statistics = [getattr(self, name) for name in STATISTICS]
+        tying = self.config.decoder_tying, self.config.trained_decoder_tying
+        modules = [*self.encoders, *self.decoders, *getattr(self, "skips", ())]
+        kept = [(m, name, p, p.detach().to("cpu", copy=True)) for m in modules for name, p in m.named_parameters()]
+        try:
+            self.fold_normalization()
+            yield
+        finally:
+            for module, name, parameter, values in kept:  # a decoder that was untied has another parameter now
+                parameter.data.copy_(values)
+                setattr(module, name, parameter)
+            for name, value in zip(STATISTICS, statistics, strict=True):
+                setattr(self, name, value)
+            self.config.decoder_tying, self.config.trained_decoder_tying = tying
+
     def _scales_untie(self, std_out: Tensor) -> bool:
         return self.config.decoder_tying == "per_source" and not (std_out == std_out[0]).all()
 
@@ -588,14 +637,14 @@ class CrossLayerTranscoder(PreTrainedModel):
                 self.skips[layer].weight.copy_(folded["W_skip"])
 
     def _folded_layer(self, layer: int, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one layer with the statistics folded in, computed in float64; W_dec with ties written out."""
+        """The tensors of one layer with the statistics folded in; W_dec with ties written out."""
         mean_in, std_in, mean_out, std_out = (statistics[name][layer] for name in STATISTICS)
         encoder = self.encoders[layer]
-        w_enc, b_enc = files.fold_encoder(encoder.weight.double(), encoder.bias.double(), mean_in, std_in)
-        skip = self.skips[layer].weight.double() if self.config.skip_connection else None
-        b_dec, w_skip = files.fold_output(self.decoders[layer].bias.double(), skip, mean_in, std_in, mean_out, std_out)
+        w_enc, b_enc = files.fold_encoder(encoder.weight, encoder.bias, mean_in, std_in)
+        skip = self.skips[layer].weight if self.config.skip_connection else None
+        b_dec, w_skip = files.fold_output(self.decoders[layer].bias, skip, mean_in, std_in, mean_out, std_out)
         std_targets = statistics["std_out"][layer : layer + self.config.num_targets(layer)]
-        w_dec = files.fold_decoder(self._written_out_decoder(layer).double(), std_targets)
+        w_dec = files.fold_decoder(self._written_out_decoder(layer), std_targets)
         return {"W_enc": w_enc, "b_enc": b_enc, "b_dec": b_dec, "W_dec": w_dec, "W_skip": w_skip}
 
     def _written_out_decoder(self, source: int) -> Tensor:
@@ -623,11 +672,7 @@ class CrossLayerTranscoder(PreTrainedModel):
                 "W_dec": self._written_out_decoder(layer),
                 "W_skip": self.skips[layer].weight if self.config.skip_connection else None,
             }
-        tensors = {
-            name: tensor.detach().to(self.encoders[layer].weight.dtype)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
+        tensors = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
         if hasattr(self, "thresholds"):
             tensors["threshold"] = self.thresholds[layer]().detach().expand(self.num_held).float()
         return {
@@ -676,7 +721,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
             if self.mean_in is not None and self._scales_untie(self.std_out):
                 config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
-            config.dtype = str(self.encoders[0].weight.dtype).removeprefix("torch.")
+            config.dtype = str(self.dtype).removeprefix("torch.")
             config.architectures = [type(self).__name__]
             files.write_release(folder, config, layers)
             save_model_card(folder, config)
@@ -731,46 +776,59 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise ValueError(f"{next(iter(overrides))} is given beside config=; set it in the configuration instead")
         if config is None:
             config = files.read_config(folder, overrides)
+        if lazy or layers is not None or shard is not None:
+            for argument in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # which AutoModel adds
+                kwargs.pop(argument, None)
         if layers is not None:
             from .partial_clt import load_layers
 
-            for argument in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # which AutoModel adds
-                kwargs.pop(argument, None)
             return load_layers(folder, config, layers, name, lazy=lazy, shard=shard, **kwargs)
-        if shard is not None:
-            return cls._from_slices(folder, config, shard, name, lazy=lazy, **kwargs)
+        if lazy or shard is not None:
+            return cls._from_slices(folder, config, shard, name, lazy, **kwargs)
         files.check_files(folder, config)
-        if lazy:
-            kwargs["dtype"] = files.lazy_dtype(folder, config, kwargs)
         with files.as_transformers_folder(folder, config) as source:
             loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = name
-        if lazy:
-            model._stay_in_files()
+        model._check_half_range()
         return loaded
 
     @classmethod
-    def _from_slices(cls, folder: Path, config: CLTConfig, shard: FeatureShard, name: str, dtype=None, **kwargs):
-        """A CLT of which only the rows of `shard` are read; see `from_pretrained`."""
-        given = [argument for argument, value in kwargs.items() if value]
+    def _from_slices(
+        cls, folder: Path, config: CLTConfig, shard: FeatureShard | None, name: str, lazy: bool, dtype=None, **kwargs
+    ):
+        """A CLT of which only the rows of `shard` are read, or, with `lazy`, none before they are used."""
+        with_info = kwargs.pop("output_loading_info", False)
+        given = [argument for argument, value in {**kwargs, "lazy": lazy and shard is not None}.items() if value]
         if given:
             raise ValueError(
-                f"{given[0]} is given with shard, which loads slices onto the CPU; leave out one of the two"
+                f"{given[0]} is given with {'shard' if shard is not None else 'lazy=True'}, which reads the files as "
+                f"they are, onto the CPU; leave out one of the two"
             )
-        rows = shard.rows(config.num_features)
+        rows = files.ALL if shard is None else shard.rows(config.num_features)
         files.check_files(folder, config, rows)
-        wanted = config.dtype if dtype in (None, "auto") else dtype
-        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+        dtype = files.lazy_dtype(folder, dtype) if lazy else files.wanted_dtype(config, dtype)
         with torch.device("meta"):
             model = cls(config, shard=shard)
         state = {}
         for layer in range(config.num_layers):
-            state |= files.read_slice(folder, config, layer, rows, wanted)
-        model.load_state_dict(state, assign=True)
+            state |= files.read_slice(folder, config, layer, rows, dtype)
+        model.load_state_dict(state, assign=True)  # strictly
         model.config.name_or_path = model.name_or_path = name
         model.config.dtype = model.dtype
-        return model.eval()
+        model.eval()
+        model._check_half_range()
+        if lazy:
+            model._stay_in_files()
+        info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+        return (model, info) if with_info else model
+
+    def _check_half_range(self) -> None:
+        for source, decoder in enumerate(self.decoders if self.dtype == torch.float16 else ()):
+            if not decoder.weight.isfinite().all():
+                raise ValueError(
+                    f"W_dec_{source} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32"
+                )
 
     def _stay_in_files(self) -> None:
         """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""
@@ -821,6 +879,12 @@ def promoted(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def wide_empty(*shape: int) -> Tensor:
+    """An uninitialised tensor for what stays at least float32 in a CLT of less; see `CrossLayerTranscoder`."""
+    return torch.empty(shape, dtype=promoted(torch.get_default_dtype()))
+
+
 files.register_weight_names()
+AutoModel.register(CLTConfig, CrossLayerTranscoder)
 
 __all__ = ["CLTOutput", "CrossLayerTranscoder"]

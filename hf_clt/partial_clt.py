@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_format import check_files, read_slice
+from .checkpoint_format import check_files, read_slice, wanted_dtype
 from .configuration_clt import CLTConfig
 from .modeling_clt import CrossLayerTranscoder
 from .sparsity import LayerFeatures
@@ -72,6 +72,10 @@ class PartialCLT(CrossLayerTranscoder):
             "decode; load it without layers for everything else"
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoders[self.layers[0]].weight.dtype
+
     forward = save_pretrained = push_to_hub = to_jumprelu = set_normalization = _refuse
 
     def train(self, mode: bool = True):
@@ -112,18 +116,17 @@ def load_layers(
     check_files(folder, config, layers=layers)
     # Ties are written out in the files, and a decoder that is tied to another layer's shall stand by itself.
     config = CLTConfig.from_dict({**config.to_dict(), "decoder_tying": "none"})
-    wanted = config.dtype if dtype in (None, "auto") else dtype
-    wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted
+    wanted = wanted_dtype(config, dtype)
     state = {}
     for layer in layers:
         state |= read_slice(folder, config, layer, slice(0, config.num_features), wanted)
-    found = state[f"encoders.{layers[0]}.weight"].dtype
+    wide = state[f"encoders.{layers[0]}.weight"].dtype
     with torch.device("meta"):
         model = PartialCLT(config)
     for layer in range(config.num_layers):
         if layer not in layers:
-            model.encoders[layer] = AbsentEncoder(config.num_features, found)
-            model.decoders[layer] = AbsentDecoder(layer, config.d_model, found)
+            model.encoders[layer] = AbsentEncoder(config.num_features, wide)
+            model.decoders[layer] = AbsentDecoder(layer, config.d_model, wide)
             if hasattr(model, "thresholds"):
                 model.thresholds[layer] = AbsentThreshold()
             if config.skip_connection:
@@ -132,7 +135,7 @@ def load_layers(
     model.requires_grad_(False)
     model.layers = layers
     model.config.name_or_path = model.name_or_path = name
-    model.config.dtype = found
+    model.config.dtype = model.dtype
     return model.eval()
 
 

@@ -257,27 +257,69 @@ def test_statistics_are_folded_into_the_files_and_stay_in_the_live_model(tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_folded_tensors_are_the_formulas_rounded_once(tmp_path, dtype):
+def test_the_folded_tensors_are_the_formulas_of_the_rounded_weights(tmp_path, dtype):
     clt = random_clt(double=False, activation_fn="jumprelu", decoder_reach=2, skip_connection=True)
-    clt.to(dtype)
+    for decoder in clt.decoders:
+        decoder.weight.data = decoder.weight.data.to(dtype)
     statistics = {name: value.float() for name, value in random_statistics(clt).items()}
     clt.set_normalization(**statistics)
     clt.save_pretrained(tmp_path)
     mean_in, std_in, mean_out, std_out = (statistics[n].double() for n in ("mean_in", "std_in", "mean_out", "std_out"))
     for s in range(L):
-        w_enc = clt.encoders[s].weight.double() / std_in[s]
-        w_skip = torch.diag(1 / std_in[s]) @ clt.skips[s].weight.double() @ torch.diag(std_out[s])
+        found = load_file(tmp_path / f"W_enc_{s}.safetensors") | load_file(tmp_path / f"W_dec_{s}.safetensors")
+        w_enc, w_skip = found[f"W_enc_{s}"].double(), found[f"W_skip_{s}"].double()
         expected = {
-            f"W_enc_{s}": w_enc,
+            f"W_enc_{s}": clt.encoders[s].weight.double() / std_in[s],
+            f"W_skip_{s}": torch.diag(1 / std_in[s]) @ clt.skips[s].weight.double() @ torch.diag(std_out[s]),
+            # The biases follow from the weights as they stand in the file, so that the means cancel.
             f"b_enc_{s}": clt.encoders[s].bias.double() - w_enc @ mean_in[s],
             f"b_dec_{s}": clt.decoders[s].bias.double() * std_out[s] + mean_out[s] - mean_in[s] @ w_skip,
-            f"W_skip_{s}": w_skip,
             f"W_dec_{s}": clt.decoders[s].weight.double() * std_out[s : s + 2],
         }
-        found = load_file(tmp_path / f"W_enc_{s}.safetensors") | load_file(tmp_path / f"W_dec_{s}.safetensors")
         for name, tensor in expected.items():
-            # One rounding: an intermediate result in the parameters' own dtype would be further off.
-            torch.testing.assert_close(found[name], tensor.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+            wanted = dtype if name.startswith("W_dec") else torch.float32
+            assert found[name].dtype == wanted
+            torch.testing.assert_close(found[name].double(), tensor, rtol=2 * torch.finfo(wanted).eps, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e4])
+def test_a_release_computes_what_was_trained_however_large_the_means(tmp_path, mean, dtype):
+    # float32 keeps 1e4 ± 1 to 1e-3, so that is what is left of the spread
+    clt = random_clt(double=False, activation_fn="relu", skip_connection=True)
+    for decoder in clt.decoders:
+        decoder.weight.data = decoder.weight.data.to(dtype)
+    spread = {name: torch.ones(L, D) for name in ("std_in", "std_out")}
+    clt.set_normalization(mean_in=torch.full((L, D), mean), mean_out=torch.full((L, D), -mean), **spread)
+    inputs = random_batch(clt, 64)[0] + mean
+    expected = clt(inputs).reconstruction
+    clt.save_pretrained(tmp_path)
+    for loading in ({}, {"dtype": torch.float32}, {"dtype": torch.bfloat16}, {"lazy": True}):
+        released = CrossLayerTranscoder.from_pretrained(tmp_path, **loading)
+        # sums of some tens are rounded to 1 in 256; their spread is 2.7
+        rounding = 0.25 if torch.bfloat16 in (dtype, loading.get("dtype")) else 1e-5
+        torch.testing.assert_close(
+            released(inputs).reconstruction,
+            expected,
+            rtol=0,
+            atol=rounding + 2e-6 * mean,
+        )
+
+
+@ALL_VARIANTS
+def test_the_folded_clt_is_the_release_and_ends_as_the_live_one(tmp_path, variant):
+    clt = trained(**VARIANTS[variant])
+    clt.set_normalization(**random_statistics(clt))
+    before, parameters = snapshot(clt), dict(clt.named_parameters())
+    clt.save_pretrained(tmp_path)
+    released = CrossLayerTranscoder.from_pretrained(tmp_path)
+    with pytest.raises(KeyboardInterrupt), clt.folded():  # whatever ends the block
+        assert clt.config.decoder_tying == released.config.decoder_tying
+        for name, tensor in released.state_dict().items():
+            torch.testing.assert_close(clt.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)  # log θ of θ
+        raise KeyboardInterrupt
+    assert_same(before, snapshot(clt))
+    assert all(clt.get_parameter(name) is parameter for name, parameter in parameters.items())
 
 
 @ALL_VARIANTS
@@ -290,7 +332,7 @@ def test_saving_without_statistics_leaves_the_live_model(tmp_path, variant):
 
 @pytest.mark.parametrize("activation_fn", ["jumprelu", "batchtopk", "relu"])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_bfloat16_weights_with_float32_thresholds(tmp_path, activation_fn, normalised):
+def test_bfloat16_decoders_with_all_else_in_float32(tmp_path, activation_fn, normalised):
     config = CLTConfig(num_layers=L, d_model=D, num_features=F, activation_fn=activation_fn, k=3, skip_connection=True)
     clt = CrossLayerTranscoder._from_config(config, dtype=torch.bfloat16)
     if normalised:
@@ -299,7 +341,7 @@ def test_bfloat16_weights_with_float32_thresholds(tmp_path, activation_fn, norma
     clt.save_pretrained(tmp_path)
     for path in tmp_path.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
-            assert tensor.dtype == (torch.float32 if name.startswith("threshold") else torch.bfloat16), name
+            assert tensor.dtype == (torch.bfloat16 if name.startswith("W_dec") else torch.float32), name
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     for loaded in (
         CrossLayerTranscoder.from_pretrained(tmp_path),
@@ -308,19 +350,22 @@ def test_bfloat16_weights_with_float32_thresholds(tmp_path, activation_fn, norma
     ):
         assert loaded.dtype == torch.bfloat16
         for name, tensor in loaded.state_dict().items():
-            assert tensor.dtype == (torch.float32 if name.startswith("threshold") else torch.bfloat16), name
+            is_decoder = name.startswith("decoders") and name.endswith("weight")
+            assert tensor.dtype == (torch.bfloat16 if is_decoder else torch.float32), name
         if not normalised:
             assert all(
                 torch.equal(new.weight, old.weight) for new, old in zip(loaded.decoders, clt.decoders, strict=True)
             )
 
 
-def test_float32_files_load_in_bfloat16_with_float32_thresholds(saved):
+def test_float32_files_load_in_bfloat16_where_nothing_cancels(saved):
     clt, folder = saved()
     loaded = CrossLayerTranscoder.from_pretrained(folder, dtype=torch.bfloat16)
-    assert loaded.encoders[0].weight.dtype == torch.bfloat16
-    assert loaded.thresholds[0].value.dtype == torch.float32
-    torch.testing.assert_close(loaded.thresholds[0].value, clt.thresholds[0].value, rtol=1e-6, atol=1e-6)
+    assert loaded.dtype == torch.bfloat16
+    state = loaded.state_dict()
+    for name, tensor in clt.state_dict().items():
+        wanted = torch.bfloat16 if name.startswith("decoders") and name.endswith("weight") else torch.float32
+        torch.testing.assert_close(state[name], tensor.to(wanted), rtol=1e-6, atol=1e-6)
 
 
 def test_thresholds_of_zero_are_saved_and_loaded_as_zero(tmp_path):

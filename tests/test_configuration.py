@@ -5,6 +5,7 @@ import math
 from dataclasses import fields
 
 import pytest
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_clt import CLTConfig
@@ -99,13 +100,29 @@ def test_a_misspelt_field_is_refused_with_what_was_meant(typo, meant):
     assert repr(typo) in message and meant in message
 
 
-def test_a_misspelt_field_in_a_file_is_refused(tmp_path):
-    CLTConfig(**SHAPE).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    written["sparsity_lamda"] = 0.5
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(TypeError, match="sparsity_lamda"):
-        CLTConfig.from_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "key, value", [("a_field_of_next_year", 1), ("transformers.js_config", {"dtype": "q8"}), ("pad_token_id", 0)]
+)
+def test_an_unknown_key_in_a_file_is_kept_and_warned_of(tmp_path, caplog, key, value):
+    CLTConfig(**SHAPE).save_pretrained(tmp_path / "one")
+    path = tmp_path / "one" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    loaded = CLTConfig.from_pretrained(tmp_path / "one")
+    assert key in caplog.text and loaded.num_features == SHAPE["num_features"]
+    loaded.save_pretrained(tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())[key] == value
+
+
+@pytest.mark.parametrize("new", ["relu", "jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("old", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_defaults_follow_the_activation_function_when_a_file_is_read_with_another(tmp_path, old, new):
+    CLTConfig(**SHAPE, activation_fn=old).save_pretrained(tmp_path)
+    assert CLTConfig.from_pretrained(tmp_path, activation_fn=new).to_dict() == CLTConfig(
+        **SHAPE, activation_fn=new, transformers_version=transformers.__version__
+    ).to_dict() | {"architectures": None}
+    assert CLTConfig.from_pretrained(tmp_path, activation_fn=new, aux_k=5).aux_k == 5
+    CLTConfig(**SHAPE, activation_fn=old, sparsity_lambda=0.7).save_pretrained(tmp_path)
+    assert CLTConfig.from_pretrained(tmp_path, activation_fn=new).sparsity_lambda == 0.7
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from hf_clt.losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
 from hf_clt.sparsity import features_at
+from tests.reference import random_clt
 
 
 def randn(*shape, seed=0):
@@ -100,3 +101,14 @@ def test_dead_features_are_rectified_after_the_selection():
     assert dead_features(h, dead, 2, 4).to_dense().tolist() == [[0, 0, 0, 0.5]]
     nothing = torch.zeros(0, dtype=torch.int64)
     assert (dead_features(h[:, :0], nothing, 2, 4).to_dense() == 0).all()
+
+
+@pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize("dead", [False, True])
+def test_the_losses_of_no_tokens_are_zero(activation_fn, dead):
+    clt = random_clt(activation_fn=activation_fn, sparsity_lambda=0.1, aux_coef=0.1, aux_k=2).train()
+    nothing = torch.zeros(0, clt.config.num_layers, clt.config.d_model, dtype=torch.float64)
+    mask = torch.ones(clt.config.num_layers, clt.config.num_features, dtype=torch.bool) if dead else None
+    output = clt(nothing, labels=nothing, dead=mask)
+    for name in ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss"):
+        assert float(getattr(output, name).detach()) == 0, name

@@ -116,13 +116,19 @@ def test_both_ways_to_decode_give_the_same_gradients(monkeypatch, activation, ty
         torch.testing.assert_close(found[name], grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_statistics_below_the_floor_act_as_the_floor():
+def test_dimensions_that_do_not_vary_are_scaled_as_the_others_of_their_layer_are():
     clt = random_clt(activation_fn="relu")
     statistics = random_statistics(clt)
-    statistics["std_in"][1, 2] = 0.0
+    statistics["mean_in"][1, 2], statistics["std_in"][1, 2] = 300.0, 2e-4  # rounding of such a mean
     statistics["std_out"][0, 1] = 1e-9
+    statistics["std_out"][2] = 0.0  # a layer without output
     inputs, labels = random_batch(clt)
     clt.set_normalization(**statistics)
+    for name, layer, dimension in (("std_in", 1, 2), ("std_out", 0, 1)):
+        others = statistics[name][layer][torch.arange(5) != dimension]
+        statistics[name][layer, dimension] = others.median()
+    statistics["std_out"][2] = 1.0
+    assert all(torch.equal(getattr(clt, name), value) for name, value in statistics.items())
     expected = reference(clt, parameters_of(clt), inputs, labels, statistics=statistics)
     out = clt(inputs, labels=labels)
     torch.testing.assert_close(out.reconstruction, expected["reconstruction"], rtol=1e-9, atol=1e-10)
@@ -567,12 +573,13 @@ def test_a_model_is_not_built_without_a_shape():
         CrossLayerTranscoder(CLTConfig())
 
 
-def test_half_precision_weights_keep_float32_thresholds_and_train():
+def test_half_precision_is_that_of_the_decoders_and_trains():
     clt = CrossLayerTranscoder._from_config(
         CLTConfig(num_layers=3, d_model=5, num_features=16, skip_connection=True, **LOSSES), dtype=torch.bfloat16
     )
-    assert {p.dtype for n, p in clt.named_parameters() if n.startswith("thresholds")} == {torch.float32}
-    assert {p.dtype for n, p in clt.named_parameters() if not n.startswith("thresholds")} == {torch.bfloat16}
+    assert {decoder.weight.dtype for decoder in clt.decoders} == {clt.dtype} == {torch.bfloat16}
+    others = [p for n, p in clt.named_parameters() if not (n.startswith("decoders") and n.endswith("weight"))]
+    assert {p.dtype for p in others} == {torch.float32}
     inputs, labels = random_batch(random_clt(double=False))
     out = clt.train()(inputs, labels=labels, dead=dead_mask(clt))
     assert out.loss.dtype == torch.float32 and out.loss.isfinite()
@@ -756,5 +763,6 @@ def test_statistics_of_a_half_precision_model_are_float32():
     )
     clt.set_normalization(**{name: value.float() for name, value in random_statistics(random_clt()).items()})
     assert {getattr(clt, name).dtype for name in STATISTICS} == {torch.float32}
+    before = [parameter.dtype for parameter in clt.parameters()]
     clt.fold_normalization()
-    assert {parameter.dtype for parameter in clt.parameters()} == {torch.bfloat16}
+    assert [parameter.dtype for parameter in clt.parameters()] == before

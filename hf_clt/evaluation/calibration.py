@@ -21,7 +21,6 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..configuration_clt import ACTIVATION_DEFAULTS, TOPK_FAMILY, CLTConfig
-from ..kernels.encode import encode_dense
 from ..modeling_clt import CrossLayerTranscoder, Threshold
 from .evaluate import eval_mode, measure
 from .metrics import MetricSums
@@ -153,7 +152,7 @@ def pre_activations(clt: CrossLayerTranscoder, inputs: Tensor) -> Iterator[Tenso
     """h (N, F) of one source layer after the other, computed as `forward` does, in float32."""
     x = clt._normalized_inputs(inputs)
     for s, encoder in enumerate(clt.encoders):
-        yield encode_dense(x[:, s].to(encoder.weight.dtype), encoder.weight, encoder.bias).float()
+        yield encoder.pre_activations(x[:, s]).float()
 
 
 # -- order statistics -------------------------------------------------------------------------------------------------
@@ -282,11 +281,10 @@ def place_between(below: Tensor, value: Tensor, count: Tensor, greater: Tensor, 
 
 def with_thresholds(clt: CrossLayerTranscoder, thresholds: list[Tensor]) -> CrossLayerTranscoder:
     """A jumprelu copy of `clt` with the given thresholds, (F,) per layer."""
-    values = clt.config.to_dict()
-    values.update(dict.fromkeys(ACTIVATION_DEFAULTS["jumprelu"]))  # None: the activation function's default
-    values["activation_fn"] = "jumprelu"
-    values["jumprelu_threshold"] = torch.stack(thresholds).double().mean().item()
-    config = CLTConfig.from_dict(values)
+    theta = torch.stack(thresholds).double().mean().item()
+    changes = dict.fromkeys(ACTIVATION_DEFAULTS["jumprelu"])  # None: the activation function's default
+    changes |= {"activation_fn": "jumprelu", "jumprelu_threshold": theta}
+    config = CLTConfig.from_dict(clt.config.to_dict(), **changes)
     result = copy.deepcopy(clt)
     result.config = config
     result.thresholds = nn.ModuleList(Threshold(config, config.num_features) for _ in thresholds).to(clt.device)

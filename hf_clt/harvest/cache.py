@@ -296,6 +296,11 @@ class ActivationCache:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format that holds the activations as they are stored; those of 8 bits have no other steps in it."""
+        return torch.bfloat16 if self.manifest["dtype"] == "bfloat16" else torch.float32
+
     def tokens(self, split: str, number: int) -> dict[str, Tensor]:
         """The tokens of a batch, as a [`TokenStream`] gives them, and `cached`, which says where it is."""
         tokens = self._stored(split, number, TOKENS)

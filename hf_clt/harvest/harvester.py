@@ -185,6 +185,11 @@ class Harvester:
     def device(self):
         return self.model.device
 
+    @property
+    def dtype(self):
+        """Number format in which the language model gives activations."""
+        return self.model.dtype
+
     def __call__(self, input_ids, attention_mask=None):
         """
         Activations at every position.

@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..kernels.encode import encode_dense
-
 
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 
@@ -139,7 +137,7 @@ def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
         encoder.bias.zero_()
     x = clt._normalized_inputs(inputs)
     for s, encoder in enumerate(clt.encoders):
-        h = encode_dense(x[:, s].to(encoder.weight.dtype), encoder.weight, encoder.bias)
+        h = encoder.pre_activations(x[:, s])
         # Midway between the last one above and the first one below, so that exactly `above` tokens fire.
         top = h.topk(min(above + 1, len(h)), dim=0).values
         quantile = (top[above - 1] + top[-1]) / 2

@@ -111,7 +111,10 @@ class CLTTrainingArguments:
         "--store-batch-size-prompts x (--context-size - 1).",
     )
     buffer_dtype: Literal["float32", "bfloat16"] | None = _arg(
-        "buffer", None, "Number format of buffered activations. None: that of the CLT. bfloat16 halves the memory."
+        "buffer",
+        None,
+        "Number format of buffered activations. None: that in which the language model gives them. bfloat16 halves "
+        "the memory of float32.",
     )
     buffer_device: str | None = _arg(
         "buffer", None, 'Where the buffer lives, for example "cpu" to spare GPU memory. None: with the CLT.'
@@ -156,8 +159,10 @@ class CLTTrainingArguments:
     )
 
     # Optimisation
-    clt_dtype: Literal["float32", "bfloat16", "float16"] | None = _arg(
-        "optimisation", None, "Number format of the CLT's weights; thresholds stay float32. None: float32."
+    clt_dtype: Literal["float32", "bfloat16"] | None = _arg(
+        "optimisation",
+        None,
+        "Number format of the CLT's decoders; encoders, biases and thresholds stay float32. None: float32.",
     )
     learning_rate: float = _arg("optimisation", 2e-3, "Highest learning rate, reached at the end of the warm-up.")
     training_steps: int = _arg(

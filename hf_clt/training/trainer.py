@@ -154,21 +154,19 @@ class CLTTrainer:
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 
-        clt_dtype = getattr(torch, args.clt_dtype or "float32")
         set_seed(args.seed)
         self.model = CrossLayerTranscoder(self.config, self.shard) if model is None else model
         self.model.shard = self.shard
         self.is_new = model is None
-        for part in (self.model.encoders, self.model.decoders, getattr(self.model, "skips", None)):
-            if part is not None:
-                part.to(clt_dtype)  # thresholds stay in float32
+        for decoder in self.model.decoders:
+            decoder.weight.data = decoder.weight.data.to(getattr(torch, args.clt_dtype or "float32"))
         self.model.to(self.accelerator.device)
         self.buffer = ActivationBuffer(
             self.tokens,
             self.harvester,
             n_batches=args.n_batches_in_buffer,
             batch_size=args.batch_size,
-            dtype=getattr(torch, args.buffer_dtype) if args.buffer_dtype else clt_dtype,
+            dtype=getattr(torch, args.buffer_dtype) if args.buffer_dtype else self.harvester.dtype,
             device=args.buffer_device or self.accelerator.device,
             seed=args.seed + self.accelerator.process_index,
             progress=self._progress,
@@ -509,7 +507,8 @@ class CLTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict:
         """
-        The metrics of DESIGN section 2 on the held-out text, in raw space, over all processes.
+        The metrics of the CLT as it would be released now, its statistics folded into its weights, on the held-out
+        text, in raw space, over all processes.
 
         Returns:
             `dict`: `nmse`, `explained_variance`, `l0`, `dead_fraction`, each also `<name>_per_layer`, `num_tokens` and
@@ -527,25 +526,27 @@ class CLTTrainer:
         bar = tqdm(
             total=self.args.eval_tokens, desc="Evaluating", unit="token", disable=not self._progress, leave=False
         )
+        dtype = torch.promote_types(self.buffer.dtype, torch.float32)
 
         def measure() -> None:
-            rows = activations(self.harvester, self.heldout, self.args.batch_size, self.buffer.dtype, self._skip_bad)
+            rows = activations(self.harvester, self.heldout, self.args.batch_size, dtype, self._skip_bad)
             if self.shard is not None:
                 rows = self._in_lockstep(rows)
             for batch in counting(rows, bar):
                 if self._interrupted and self.shard is None:
                     raise StopRequested
                 start = time.perf_counter()
-                with self.accelerator.autocast():
-                    output = self.model(batch["inputs"].to(self.accelerator.device))
+                # Not `self.model(...)`: with mixed precision accelerate made that round raw activations.
+                output = CrossLayerTranscoder.forward(self.model, batch["inputs"].to(self.accelerator.device))
                 self.seconds["clt"] += time.perf_counter() - start
-                sums.update(batch["labels"], output.reconstruction.float(), output.features)
+                sums.update(batch["labels"], output.reconstruction, output.features)
 
-        with bar:
-            together(self.accelerator, measure) if self.shard is None else measure()
-        metrics = self._gathered(sums).compute()
-        if self.args.eval_replacement and self.step == self.args.training_steps:
-            metrics |= self._measure_replacement()
+        with self.model.folded():
+            with bar:
+                together(self.accelerator, measure) if self.shard is None else measure()
+            metrics = self._gathered(sums).compute()
+            if self.args.eval_replacement and self.step == self.args.training_steps:
+                metrics |= self._measure_replacement()
         self.last_evaluation = (self.step, metrics)
         return metrics
 
@@ -579,7 +580,7 @@ class CLTTrainer:
     def _in_lockstep(self, rows):
         """The batches of the processes that share the features, together, until the last of all processes runs out."""
         rows = iter(rows)
-        nothing = torch.empty(0, self.config.num_layers, self.config.d_model, dtype=self.buffer.dtype)
+        nothing = torch.empty(0, self.config.num_layers, self.config.d_model)
 
         def read() -> dict:
             if self._interrupted:

@@ -9,8 +9,6 @@ import torch
 import yaml
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModel
-from transformers.initialization import no_init_weights
 
 from ... import checkpoint_format as files
 from ...configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS, CLTConfig
@@ -183,7 +181,7 @@ def make_layer(layer: int, dtype: str, statistics: tuple[Tensor, ...] | None = N
 
     Args:
         layer: Its number.
-        dtype: Of the weights; θ is float32.
+        dtype: Of the decoder; the rest is at least float32.
         statistics: mean_in, std_in, mean_out and std_out, (L, D) float64 each, to fold in; None for none.
         tensors: W_enc (F, D), b_enc (F,), b_dec (D,), W_dec (F, J, D), and θ (F,) and W_skip (D, D), or None.
     """
@@ -197,8 +195,11 @@ def make_layer(layer: int, dtype: str, statistics: tuple[Tensor, ...] | None = N
         std_targets = statistics[3][layer : layer + tensors["W_dec"].shape[1]]
         w_dec = files.fold_decoder(tensors["W_dec"].double(), std_targets)
         tensors |= {"W_enc": w_enc, "b_enc": b_enc, "b_dec": b_dec, "W_dec": w_dec, "W_skip": skip}
+    of_decoder = getattr(torch, dtype)
+    wide = torch.promote_types(of_decoder, torch.float32)
+    formats = {"W_dec": of_decoder, "threshold": torch.float32}
     return {
-        f"{name}_{layer}": tensor.to(torch.float32 if name == "threshold" else getattr(torch, dtype)).contiguous()
+        f"{name}_{layer}": tensor.to(formats.get(name, wide)).contiguous()
         for name, tensor in tensors.items()
         if tensor is not None
     }
@@ -207,18 +208,20 @@ def make_layer(layer: int, dtype: str, statistics: tuple[Tensor, ...] | None = N
 @torch.no_grad()
 def build_clt(config: CLTConfig, layers: Iterator[dict[str, Tensor]]) -> CrossLayerTranscoder:
     """A CLT of this configuration with these layers, relu or jumprelu or topk, in eval mode."""
-    with no_init_weights():  # every parameter is set below
-        clt = AutoModel.from_config(config, dtype=getattr(torch, str(config.dtype).removeprefix("torch.")))
+    with torch.device("meta"):
+        clt = CrossLayerTranscoder(config)
+    state = {}
     for layer, tensors in enumerate(layers):
-        clt.encoders[layer].weight.copy_(tensors[f"W_enc_{layer}"])
-        clt.encoders[layer].bias.copy_(tensors[f"b_enc_{layer}"])
-        clt.decoders[layer].bias.copy_(tensors[f"b_dec_{layer}"])
-        stored = clt.decoders[layer].weight  # a tied decoder is stored once
-        stored.copy_(tensors[f"W_dec_{layer}"][:, : stored.shape[1]])
+        stored = 1 if config.decoder_tying != "none" else config.num_targets(layer)  # a tied decoder is stored once
+        state[f"encoders.{layer}.weight"] = tensors[f"W_enc_{layer}"]
+        state[f"encoders.{layer}.bias"] = tensors[f"b_enc_{layer}"]
+        state[f"decoders.{layer}.weight"] = tensors[f"W_dec_{layer}"][:, :stored].contiguous()
+        state[f"decoders.{layer}.bias"] = tensors[f"b_dec_{layer}"]
         if config.activation_fn == "jumprelu":
-            clt.thresholds[layer].value.copy_(tensors[f"threshold_{layer}"].double().log())
+            state[f"thresholds.{layer}.value"] = tensors[f"threshold_{layer}"].double().log().float()
         if config.skip_connection:
-            clt.skips[layer].weight.copy_(tensors[f"W_skip_{layer}"])
+            state[f"skips.{layer}.weight"] = tensors[f"W_skip_{layer}"]
+    clt.load_state_dict(state, assign=True)
     return clt.eval()
 
 
