@@ -11,6 +11,7 @@ The files of a released CLT, which transformers and circuit-tracer both read:
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import re
@@ -119,6 +120,19 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file so that at no time a part of it stands under its name."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def as_json(record, indent: int | None = 1) -> str:
+    """A record as JSON that every reader takes, with a line end: what is not finite is null."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {name: finite(entry) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(entry) for entry in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=indent, allow_nan=False) + "\n"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -507,6 +521,7 @@ def read_ahead(weight: Tensor, rows: Tensor) -> None:
 
 
 __all__ = [
+    "as_json",
     "as_transformers_folder",
     "check_files",
     "check_mapped",

@@ -9,9 +9,9 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..checkpoint_format import write_text
+from ..checkpoint_format import as_json, write_text
 from ..command import OneLineParser, one_line_errors
-from ..evaluation.evaluate import as_json, evaluate_clt, format_replacement, read_history
+from ..evaluation.evaluate import evaluate_clt, format_replacement, read_history
 from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
 from ..evaluation.report import format_metrics_table, plot_metrics
 from ..hub.card_files import check_update, update_card

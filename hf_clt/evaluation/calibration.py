@@ -24,6 +24,7 @@ from ..configuration_clt import ACTIVATION_DEFAULTS, TOPK_FAMILY, CLTConfig
 from ..modeling_clt import CrossLayerTranscoder, Threshold
 from .evaluate import eval_mode, measure
 from .metrics import MetricSums
+from .report import shown
 
 
 logger = logging.getLogger(__name__)
@@ -330,7 +331,7 @@ def format_calibration(figures: dict) -> str:
         nmse = [part["nmse"] if is_total else part["nmse_per_layer"][layer] for part in (before, after)]
         l0 = [part["l0"] if is_total else part["l0_per_layer"][layer] for part in (before, after)]
         name = "all" if is_total else str(layer)
-        rows.append([name, *(f"{v:.4f}" for v in nmse), *(f"{v:,.2f}" for v in l0), percent(change)])
+        rows.append([name, *(shown(v, ".4f") for v in nmse), *(f"{v:,.2f}" for v in l0), percent(change)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rule = "-" * len(lines[0])

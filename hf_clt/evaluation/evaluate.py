@@ -1,7 +1,6 @@
 """Evaluation of a finished CLT on held-out text: all metrics, streamed, whatever the batch size."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from ..harvest.harvester import Harvester
 from ..modeling_clt import CrossLayerTranscoder
 from .metrics import MetricSums
+from .report import shown
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def format_replacement(metrics: dict) -> str:
     """The replacement metrics of [`evaluate_clt`] as two lines of text; losses and KL in nats."""
     return (
         f"next-token cross-entropy: model {metrics['ce_original']:.4f}, MLPs replaced {metrics['ce_replaced']:.4f}, "
-        f"ablated {metrics['ce_ablated']:.4f}; recovered {metrics['ce_recovered']:.1%}\n"
+        f"ablated {metrics['ce_ablated']:.4f}; recovered {shown(metrics['ce_recovered'], '.1%')}\n"
         f"KL {metrics['kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%} on {metrics['num_predictions']:,} "
         "predictions"
     )
@@ -206,21 +206,6 @@ def read_history(name: str | Path) -> list[dict]:
         raise ValueError(
             f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
         ) from None
-
-
-def as_json(record) -> str:
-    """
-    JSON text that every reader takes: what is not finite (the NMSE of a layer whose targets do not vary) is null.
-    """
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {name: finite(entry) for name, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(record), indent=1, allow_nan=False) + "\n"
 
 
 __all__ = ["evaluate_clt", "evaluation_sums"]

@@ -16,6 +16,7 @@ import torch
 # log10 of the share of tokens on which a feature is active: four bins per decade; -10 stands for never
 DENSITY_FLOOR = -10.0
 DENSITY_BINS = 40
+ROUNDING = 1e-6  # a spread below this share of the mean, or a difference below it of the value, is that of float32
 
 
 def density_histogram(active_counts: torch.Tensor, num_tokens: int) -> dict[str, list]:
@@ -204,14 +205,14 @@ class MetricSums:
     def compute(self) -> dict:
         """
         The metrics over all tokens seen. `nmse` of a layer is its squared error over its squared deviation from the
-        mean, both summed over tokens and dimensions; a layer whose targets do not vary at all has 0 when
-        reconstructed exactly, else inf.
+        mean, both summed over tokens and dimensions; a layer whose targets do not vary has none (None) and is left out
+        of the means.
 
         Returns:
             `dict`: `nmse` and `explained_variance` (means over layers), `l0` (active features per token, summed over
             layers) and `dead_fraction` (share of the features that are active on none of the tokens), each also as a
-            list `<name>_per_layer`; `num_tokens`; and `feature_density`, the histogram of [`density_histogram`] over
-            all layers.
+            list `<name>_per_layer`; `num_tokens`; `feature_density`, the histogram of [`density_histogram`] over
+            all layers; and, where there are some, `layers_without_nmse`.
 
         Raises:
             `ValueError`: No token was seen.
@@ -221,29 +222,39 @@ class MetricSums:
             raise ValueError(
                 "no tokens to evaluate on: the held-out text gave none; raise eval_tokens or give more text"
             )
-        deviation = self.squared_deviation.sum(1).tolist()
-        error = self.squared_error.tolist()
-        nmse = []
-        for layer_error, layer_deviation in zip(error, deviation, strict=True):
-            if layer_deviation == 0:
-                nmse.append(0.0 if layer_error == 0 else math.inf)
-            else:
-                nmse.append(layer_error / layer_deviation)
+        deviation = self.squared_deviation.sum(1)
+        varies = deviation > ROUNDING**2 * self.count * self.mean.square().sum(1)
+        nmse = torch.where(varies, self.squared_error / deviation, torch.nan).tolist()
+        nmse = [None if math.isnan(value) else value for value in nmse]
         l0 = (self.active_counts.sum(1).double() / num_tokens).tolist()
         dead = (self.active_counts == 0).double().mean(1).tolist()
-        mean_nmse = sum(nmse) / len(nmse)
+        explained = [None if value is None else 1 - value for value in nmse]
+        without = [layer for layer, value in enumerate(nmse) if value is None]
         return {
-            "nmse": mean_nmse,
-            "explained_variance": 1 - mean_nmse,
+            "nmse": mean_of_defined(nmse),
+            "explained_variance": mean_of_defined(explained),
             "l0": sum(l0),
             "dead_fraction": sum(dead) / len(dead),
             "num_tokens": num_tokens,
             "nmse_per_layer": nmse,
-            "explained_variance_per_layer": [1 - value for value in nmse],
+            "explained_variance_per_layer": explained,
             "l0_per_layer": l0,
             "dead_fraction_per_layer": dead,
             "feature_density": density_histogram(self.active_counts, num_tokens),
+            **({"layers_without_nmse": without} if without else {}),
         }
 
 
-__all__ = ["MetricSums", "density_histogram"]
+def mean_of_defined(values: list[float | None]) -> float | None:
+    """The mean of those that have a value; None where none has."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
+
+
+def ce_recovered(original: float, replaced: float, ablated: float) -> float | None:
+    """(ce_ablated - ce_replaced) / (ce_ablated - ce_original); None where the ablation does nothing but rounding."""
+    lost = ablated - original
+    return (ablated - replaced) / lost if abs(lost) > ROUNDING * original else None
+
+
+__all__ = ["MetricSums", "ce_recovered", "density_histogram", "mean_of_defined"]

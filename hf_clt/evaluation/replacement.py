@@ -21,6 +21,7 @@ from ..harvest.harvester import Harvester, check_context_size
 from ..harvest.sites import default_hooks
 from ..modeling_clt import CrossLayerTranscoder, promoted
 from ..sparsity import LayerFeatures, SparseFeatures, features_at
+from .metrics import ce_recovered
 
 
 PREDICTIONS_AT_A_TIME = 256  # float64 log-probabilities of a whole batch would be as large as the model
@@ -519,7 +520,7 @@ def replacement_metrics(
         `dict`:
         - `ce_original`, `ce_replaced`, `ce_ablated`: next-token cross-entropy in nats of the language model, of the
           replacement model, and with each MLP output set to its mean over the counted tokens;
-        - `ce_recovered`: (ce_ablated - ce_replaced) / (ce_ablated - ce_original); NaN where the ablation does nothing;
+        - `ce_recovered`: (ce_ablated - ce_replaced) / (ce_ablated - ce_original); None if the ablation does nothing;
         - `kl`: KL(original ‖ replaced) of the next-token distributions in nats, mean over the predictions;
         - `top1_agreement`: share of the predictions with the same most probable token;
         - `num_tokens`: number of predictions counted.
@@ -556,12 +557,11 @@ def replacement_metrics(
     if count == 0:
         raise ValueError("no prediction counts: the held-out text gave none; raise eval_tokens or give more text")
     ce_original, ce_replaced, ce_ablated, kl, agreement = (total / count for total in totals)
-    lost = ce_ablated - ce_original
     return {
         "ce_original": ce_original,
         "ce_replaced": ce_replaced,
         "ce_ablated": ce_ablated,
-        "ce_recovered": (ce_ablated - ce_replaced) / lost if lost != 0 else math.nan,
+        "ce_recovered": ce_recovered(ce_original, ce_replaced, ce_ablated),
         "kl": kl,
         "top1_agreement": agreement,
         "num_tokens": int(count),

@@ -55,8 +55,8 @@ def format_metrics_table(metrics: dict) -> str:
     num_layers = len(metrics[f"{columns[0][1]}_per_layer"])
     rows = [["layer"] + [title for title, _, _ in columns]]
     for layer in range(num_layers):
-        rows.append([str(layer)] + [format(metrics[f"{name}_per_layer"][layer], spec) for _, name, spec in columns])
-    rows.append(["all"] + [format(metrics[name], spec) for _, name, spec in columns])
+        rows.append([str(layer)] + [shown(metrics[f"{name}_per_layer"][layer], spec) for _, name, spec in columns])
+    rows.append(["all"] + [shown(metrics[name], spec) for _, name, spec in columns])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rule = "-" * len(lines[0])
@@ -67,7 +67,22 @@ def format_metrics_table(metrics: dict) -> str:
         note += "; L0 summed" if means else " L0 summed"
     if metrics.get("num_tokens") is not None:
         note += f"; {metrics['num_tokens']:,} held-out tokens"
-    return "\n".join([*lines, note])
+    return "\n".join([*lines, note, *without_nmse(metrics)])
+
+
+def shown(value: float | None, spec: str) -> str:
+    """A figure as text; a dash for one that has no value."""
+    return "-" if value is None else format(value, spec)
+
+
+def without_nmse(metrics: dict) -> list[str]:
+    """A sentence about the layers that have no NMSE, where there are some."""
+    layers = metrics.get("layers_without_nmse")
+    if not layers:
+        return []
+    which = f"layer {layers[0]}, whose targets do" if len(layers) == 1 else f"{len(layers)} layers, whose targets do"
+    names = "" if len(layers) == 1 else f" ({', '.join(map(str, layers))})"
+    return [f"The NMSE has no value in {which} not vary{names}; means leave them out."]
 
 
 def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) -> list[Path]:
@@ -206,11 +221,12 @@ def _metrics_per_layer(metrics):
         # what is not finite is None where it was read from JSON
         values = [math.nan if v is None or not math.isfinite(v) else v for v in metrics[f"{name}_per_layer"]]
         axis.bar(range(num_layers), values, color=colour, width=0.72)
-        average = sum(values) / num_layers
-        if math.isfinite(average):
+        defined = [value for value in values if not math.isnan(value)]
+        if defined:
+            average = sum(defined) / len(defined)
             axis.axhline(average, color=ORANGE, linewidth=1.2, linestyle="--")
-            shown = f"{average:.1%}" if name == "dead_fraction" else f"{average:.3g}"
-            axis.set_title(f"mean over layers {shown}", loc="right", color=ORANGE, fontsize=9, fontweight="normal")
+            text = f"{average:.1%}" if name == "dead_fraction" else f"{average:.3g}"
+            axis.set_title(f"mean over layers {text}", loc="right", color=ORANGE, fontsize=9, fontweight="normal")
         if name == "dead_fraction":
             axis.yaxis.set_major_formatter(_percent)
         axis.set_title(title)
@@ -249,4 +265,4 @@ def _feature_density(metrics):
     return figure
 
 
-__all__ = ["format_metrics_table", "plot_metrics"]
+__all__ = ["format_metrics_table", "plot_metrics", "shown", "without_nmse"]

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from ..checkpoint_format import write_text
+from ..checkpoint_format import as_json, write_text
 
 
 FACTS_FILE = "metrics.json"
@@ -140,7 +140,6 @@ def write_facts(folder: str | Path, facts: dict) -> None:
 
 def as_text(facts: dict) -> str:
     """JSON for readers: a list of numbers is one line."""
-    from ..evaluation.evaluate import as_json
 
     def on_one_line(found):
         return "[" + re.sub(r"\n\s*", " ", found[1]) + "]"

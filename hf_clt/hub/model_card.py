@@ -20,11 +20,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .card_facts import (
-    PLOTS,
-    PLOTS_FOLDER,
-    without_private,
-)
+from ..evaluation.report import shown, without_nmse
+from .card_facts import PLOTS, PLOTS_FOLDER, without_private
 
 
 logger = logging.getLogger(__name__)
@@ -425,7 +422,7 @@ def _snippet(config, hub_base, training, name):
     if config.base_model_name_or_path is None:
         lines += ["", load]
         lines += ["# in place of zeros: activations at clt.config.feature_input_hook, (tokens, layers, d_model)"]
-        lines += ["inputs = torch.zeros(1, clt.config.num_layers, clt.config.d_model, dtype=clt.dtype)"]
+        lines += ["inputs = torch.zeros(1, clt.config.num_layers, clt.config.d_model)"]
         lines += ["with torch.no_grad():"]
         lines += ["    features = clt.encode(inputs)  # (tokens, layers, features)"]
         lines += [f"    reconstruction = {decode}  # (tokens, layers, d_model)"]
@@ -443,7 +440,7 @@ def _snippet(config, hub_base, training, name):
     lines += [f'text = {bos}"The capital of France is"']
     lines += ['tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")']
     lines += ['inputs, targets = harvester(tokens["input_ids"])  # (1, tokens, layers, d_model) each']
-    lines += ["inputs = inputs.to(clt.dtype)"]
+    lines += ["inputs = inputs.float()"]
     lines += ["with torch.no_grad():"]
     lines += ["    features = clt.encode(inputs)  # (1, tokens, layers, features)"]
     lines += [f"    reconstruction = {decode}  # of targets"]
@@ -458,13 +455,8 @@ def _layer_table(metrics):
     if not columns:
         return {"layer_header": [], "layer_rows": []}
     num_layers = len(metrics[columns[0][1]])
-    rows = [[layer] + [_figure(metrics[key][layer], spec) for _, key, spec in columns] for layer in range(num_layers)]
+    rows = [[layer] + [shown(metrics[key][layer], spec) for _, key, spec in columns] for layer in range(num_layers)]
     return {"layer_header": ["layer"] + [title for title, _, _ in columns], "layer_rows": rows}
-
-
-def _figure(value, spec):
-    """A figure of a table; a dash for one that is not finite, which JSON does not hold."""
-    return "-" if value is None else format(value, spec)
 
 
 def _training_rows(config, training):
@@ -533,6 +525,7 @@ def _limitations(config, metrics, training):
             worst = max(range(len(per_layer)), key=lambda layer: per_layer[layer] or 0.0)
             where = f"; layer {worst} is the worst, with {per_layer[worst]:.1%}"
         found.append(f"It leaves {metrics['nmse']:.1%} of the targets' variance unexplained (layer mean){where}.")
+    found += without_nmse(metrics)
     dead = metrics.get("dead_fraction")
     if dead is not None and dead > 0:
         number = f"{metrics['num_tokens']:,} " if metrics.get("num_tokens") is not None else ""

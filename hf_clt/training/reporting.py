@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ..checkpoint_format import write_text
 from ..configuration_clt import CLTConfig
+from ..evaluation.report import shown
 from .energy import nvml_counters, rapl_counters
 
 
@@ -22,12 +23,11 @@ VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsig
 
 def progress_figures(row: dict) -> dict:
     """The figures of a log line that the progress bar shows."""
-    dead = "-" if row["dead_fraction"] is None else f"{row['dead_fraction']:.1%}"
     return {
         "loss": f"{row['loss']:.4g}",
-        "nmse": f"{row['nmse']:.3f}",
+        "nmse": shown(row["nmse"], ".3f"),
         "l0": f"{row['l0']:.0f}",
-        "dead": dead,
+        "dead": shown(row["dead_fraction"], ".1%"),
         "tok/s": f"{row['tokens_per_second']:.0f}",
     }
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..checkpoint_format import write_text
+from ..checkpoint_format import as_json, write_text
 from ..configuration_clt import CLT_CONFIG_HELP
-from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
+from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
 from ..harvest.harvester import Harvester, load_language_model
 from .arguments import CLTTrainingArguments
 from .command_line import SettingsLoader, build_config, parse_train_args
@@ -163,7 +163,7 @@ def read_records(path: str | Path) -> list[dict]:
 
 def append_record(path: Path, record: dict) -> None:
     """Adds a line, in place of a half-written last one; whatever happens meanwhile, the file is the old or the new."""
-    lines = [json.dumps(line) + "\n" for line in [*read_records(path), record]]
+    lines = [as_json(line, indent=None) for line in [*read_records(path), record]]
     write_text(path, "".join(lines))
 
 
@@ -184,7 +184,7 @@ def describe(varied: dict) -> str:
 
 def summary(record: dict) -> str:
     metrics = record["metrics"]
-    return f"NMSE {metrics['nmse']:.4f}, L0 {metrics['l0']:.0f}, dead {metrics['dead_fraction']:.1%}"
+    return f"NMSE {shown(metrics['nmse'], '.4f')}, L0 {metrics['l0']:.0f}, dead {metrics['dead_fraction']:.1%}"
 
 
 def format_sweep(records: list[dict]) -> str:
@@ -194,6 +194,7 @@ def format_sweep(records: list[dict]) -> str:
         members = list(members)
         names = list(members[0]["varied"])
         found = [record["metrics"]["nmse"] for record in members if "metrics" in record]
+        found = [nmse for nmse in found if nmse is not None]
         lines = [f"### {group}", "", "| " + " | ".join(name.replace("_", "-") for name in names)]
         lines[-1] += " | NMSE | L0 per layer | never fired, held out | dead, training |"
         lines.append("|" + "---|" * (len(names) + 4))
@@ -203,7 +204,7 @@ def format_sweep(records: list[dict]) -> str:
                 cells += ["not finite", "", "", ""]
             else:
                 metrics, dead = record["metrics"], record["train_dead_fraction"]
-                nmse = f"{metrics['nmse']:.4f}"
+                nmse = shown(metrics["nmse"], ".4f")
                 cells.append(f"**{nmse}**" if len(found) > 1 and metrics["nmse"] == min(found) else nmse)
                 cells.append(f"{metrics['l0'] / len(metrics['l0_per_layer']):.1f}")
                 cells.append(f"{metrics['dead_fraction']:.1%}")
@@ -226,7 +227,8 @@ def plot_frontier(records: list[dict], path: str | Path) -> None:
             points = sorted(
                 (record["metrics"]["l0"] / len(record["metrics"]["l0_per_layer"]), record["metrics"]["nmse"])
                 for record in records
-                if "metrics" in record and record["settings"].get("activation_fn", "jumprelu") == name
+                if record.get("metrics", {}).get("nmse") is not None
+                and record["settings"].get("activation_fn", "jumprelu") == name
             )
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, label=name)

@@ -1,6 +1,5 @@
 """The training loop: text in, a released cross-layer transcoder out."""
 
-import json
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
+from ..checkpoint_format import as_json
 from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from ..evaluation.evaluate import SeveralTimes, activations, counting, named_replacement, read_history, replacing_bar
 from ..evaluation.metrics import MetricSums
@@ -454,9 +454,10 @@ class CLTTrainer:
         accelerator = self.accelerator
         losses = accelerator.reduce(self._totals / self._updates_since_log, "mean").tolist()
         if not all(map(torch.isfinite, torch.tensor(losses))):
+            wider = "" if self.model.dtype == torch.float32 else ", or use clt_dtype='float32'"
             raise FloatingPointError(
                 f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower "
-                "learning_rate, or use clt_dtype=float32"
+                f"learning_rate={self.args.learning_rate:g}{wider}"
             )
         sums = MetricSums(self.config.num_layers, self.config.d_model, self.model.num_held)
         sums.update(batch["labels"], output.reconstruction.detach(), output.features)
@@ -476,6 +477,8 @@ class CLTTrainer:
         for name in ("nmse", "explained_variance", "l0"):
             row[name] = metrics[name]
             row[f"{name}_per_layer"] = metrics[f"{name}_per_layer"]
+        if "layers_without_nmse" in metrics:
+            row["layers_without_nmse"] = metrics["layers_without_nmse"]
         row["dead_fraction"] = None if dead is None else dead.mean().item()
         row["dead_fraction_per_layer"] = None if dead is None else dead.tolist()
         row["learning_rate"] = learning_rate
@@ -494,7 +497,7 @@ class CLTTrainer:
             return
         try:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(as_json(row, indent=None))
         except OSError as error:
             raise OSError(
                 f"metrics.jsonl cannot be written to {str(self.output_dir)!r} ({error.strerror}); "

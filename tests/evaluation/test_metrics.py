@@ -1,10 +1,13 @@
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from hf_clt.checkpoint_format import as_json
 from hf_clt.evaluation import MetricSums
+from hf_clt.evaluation.report import format_metrics_table
 
 
 def random_batch(num_tokens=240, num_layers=3, d_model=5, num_features=7, offset=1e4, seed=0):
@@ -134,13 +137,30 @@ def test_bfloat16_batches_are_summed_in_float64():
     assert metrics["nmse_per_layer"] == pytest.approx(reference(labels, reconstruction, acts)["nmse"], rel=1e-9)
 
 
-def test_layer_without_variance():
-    labels = torch.full((3, 1, 2), 0.1)
-    exact, wrong = MetricSums(1, 2, 1), MetricSums(1, 2, 1)
-    exact.update(labels, labels, torch.zeros(3, 1, 1))
-    wrong.update(labels, labels + 1, torch.zeros(3, 1, 1))
-    assert exact.compute()["nmse"] == 0
-    assert wrong.compute()["nmse"] == math.inf
+@pytest.mark.parametrize("constant", [0.0, 0.1, 300.0])
+@pytest.mark.parametrize("off", [0.0, 1.0])
+def test_a_layer_whose_targets_do_not_vary_has_no_nmse_and_is_left_out_of_the_means(constant, off):
+    labels = torch.randn(50, 3, 2, generator=torch.Generator().manual_seed(0))
+    labels[:, 1] = constant * (1 + 1e-7 * labels[:, 1])  # rounding
+    sums, others = MetricSums(3, 2, 1), MetricSums(2, 2, 1)
+    sums.update(labels, labels * 0.5 + off, torch.zeros(50, 3, 1))
+    others.update(labels[:, [0, 2]], labels[:, [0, 2]] * 0.5 + off, torch.zeros(50, 2, 1))
+    metrics, expected = sums.compute(), others.compute()
+    assert metrics["layers_without_nmse"] == [1] and "layers_without_nmse" not in expected
+    for name in ("nmse", "explained_variance"):
+        assert metrics[name] == expected[name]
+        assert metrics[f"{name}_per_layer"][1] is None
+        assert [metrics[f"{name}_per_layer"][layer] for layer in (0, 2)] == expected[f"{name}_per_layer"]
+    table = format_metrics_table(metrics).splitlines()
+    assert table[3].split()[1] == "-" and "no value in layer 1" in table[-1]
+
+
+def test_no_layer_has_an_nmse_where_no_target_varies():
+    sums = MetricSums(2, 2, 1)
+    sums.update(torch.zeros(5, 2, 2), torch.ones(5, 2, 2), torch.zeros(5, 2, 1))
+    metrics = sums.compute()
+    assert metrics["nmse"] is None and metrics["nmse_per_layer"] == [None, None]
+    assert "-" in format_metrics_table(metrics) and json.loads(as_json(metrics))["nmse"] is None
 
 
 def test_bad_input_is_refused():

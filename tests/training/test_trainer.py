@@ -614,17 +614,17 @@ def test_without_statistics_the_output_bias_starts_at_the_mean(make):
 # Number formats and optimizers
 
 
-def test_bfloat16_weights_keep_float32_thresholds(make, tmp_path):
+def test_bfloat16_is_the_format_of_the_decoders(make, tmp_path):
     trainer = make(clt_dtype="bfloat16", training_steps=6)
     clt = trainer.train()
+    decoders = {"decoders.0.weight", "decoders.1.weight"}
     for name, parameter in clt.named_parameters():
-        assert parameter.dtype == (torch.float32 if name.startswith("thresholds") else torch.bfloat16)
-    assert trainer.buffer.inputs.dtype == torch.bfloat16
+        assert parameter.dtype == (torch.bfloat16 if name in decoders else torch.float32)
+    assert trainer.buffer.inputs.dtype == torch.float32  # as the language model gives them
     files = released(tmp_path / "run")
-    assert {name for name, value in files.items() if value.dtype == torch.float32} == {"threshold_0", "threshold_1"}
+    assert {name for name, value in files.items() if value.dtype == torch.bfloat16} == {"W_dec_0", "W_dec_1"}
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "run")
-    assert loaded.encoders[0].weight.dtype == torch.bfloat16
-    assert loaded.thresholds[0].value.dtype == torch.float32
+    assert loaded.dtype == torch.bfloat16 and loaded.encoders[0].weight.dtype == torch.float32
     assert all(math.isfinite(row["loss"]) for row in rows_of(tmp_path / "run", "train"))
 
 

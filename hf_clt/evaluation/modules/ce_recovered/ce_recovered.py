@@ -1,17 +1,17 @@
 """Cross-entropy that is kept when a cross-layer transcoder replaces a model's MLPs, as an `evaluate` module."""
 
-import math
-
 import evaluate
 
+from hf_clt.evaluation.metrics import ce_recovered
 from hf_clt.evaluation.modules import means_of, module_info
 
 
 DESCRIPTION = """
 (ce_ablated - ce_replaced) / (ce_ablated - ce_original), from the next-token cross-entropies of the language model, of
-the model with its MLP outputs replaced by the reconstruction, and with them set to their means. NaN where the ablation
-changes nothing.
+the model with its MLP outputs replaced by the reconstruction, and with them set to their means. None where the
+ablation changes nothing.
 """
+NAMES = ("original", "replaced", "ablated")
 INPUTS = {
     "count": "number of predictions",
     "ce_original": "summed cross-entropy of the language model in nats",
@@ -28,6 +28,4 @@ class CERecovered(evaluate.Metric):
 
     def _compute(self, **rows):
         means = means_of(rows)
-        lost = means["ce_ablated"] - means["ce_original"]
-        kept = means["ce_ablated"] - means["ce_replaced"]
-        return {"ce_recovered": kept / lost if lost != 0 else math.nan, **means}
+        return {"ce_recovered": ce_recovered(*(means[f"ce_{name}"] for name in NAMES)), **means}

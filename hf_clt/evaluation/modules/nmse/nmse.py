@@ -12,7 +12,7 @@ tokens and dimensions, per target layer: Σ(y - ŷ)² / Σ(y - ȳ)². In total t
 
 
 class NMSE(evaluate.Metric):
-    """`nmse` and `nmse_per_layer`; inf for a layer whose targets do not vary and are not met."""
+    """`nmse` and `nmse_per_layer`; None for a layer whose targets do not vary."""
 
     def _info(self):
         return module_info(DESCRIPTION, tensor_inputs("count", "mean", "squared_deviation", "squared_error"))
