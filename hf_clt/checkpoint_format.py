@@ -34,6 +34,7 @@ from .configuration_clt import CLTConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 CIRCUIT_TRACER_FILE = "config.yaml"
+SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE)
 WEIGHT_FILE = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
 READ_PIECE = 1 << 17  # bytes; the kernel reads no more than its read-ahead window (128 KiB or larger) for one advice
@@ -97,6 +98,16 @@ def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
     return {f"W_enc_{layer}.safetensors": encoder, f"W_dec_{layer}.safetensors": [f"W_dec_{layer}"]}
 
 
+def local_or_hub(name: str) -> str:
+    """
+    A name that may be a folder's, a file's or a repository's, so that it stays what it is now wherever it is read
+    later: a path that exists begins with `./` or `/`, as no name of a repository does.
+    """
+    name = os.path.expanduser(name)
+    is_plain = not os.path.isabs(name) and not name.startswith(".")
+    return f"./{name}" if is_plain and os.path.exists(name) else name
+
+
 @contextmanager
 def replacing(path: Path):
     """
@@ -151,8 +162,13 @@ def write_release(folder: Path, config: CLTConfig, layers) -> None:
         folder: Where to; created if missing.
         config: The configuration to write.
         layers: Iterable of one dict per layer, from tensor name to tensor, in order. Consumed one at a time.
+
+    Raises:
+        ValueError: If a file of such a name is there that is not of a CLT: nothing is replaced that others wrote.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if foreign := foreign_files(folder):
+        raise ValueError(f"{foreign[0]} is there and is no file of a CLT; give another folder than {folder}")
     weight_map, total_size, total_parameters = {}, 0, 0
     for layer, tensors in enumerate(layers):
         for file, names in layer_files(config, layer).items():
@@ -180,15 +196,39 @@ def remove_weights(folder: Path, first_layer: int = 0) -> None:
     """Removes the weight files of layers from `first_layer` on; circuit-tracer counts layers by these files."""
     for path in list(folder.iterdir()):
         match = WEIGHT_FILE.fullmatch(path.name)
-        if match and int(match[2]) >= first_layer:
+        if match and int(match[2]) >= first_layer and is_release_file(path):
             path.unlink()
 
 
 def remove_release(folder: Path) -> None:
     """Removes the files that `write_release` writes."""
     remove_weights(folder)
-    for name in ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / name for name in SMALL_FILES):
+        if path.is_file() and is_release_file(path):
+            path.unlink()
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """Files of others with a name that `write_release` gives to its own."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if path.name in SMALL_FILES or WEIGHT_FILE.fullmatch(path.name)]
+    return sorted(path for path in named if not is_release_file(path))
+
+
+def is_release_file(path: Path) -> bool:
+    """Whether a file with the name of one of a release is one, by what is in it; one that cannot be read is not."""
+    try:
+        if WEIGHT_FILE.fullmatch(path.name):
+            return path.stem in read_header(path.parent, path.name)
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if path.name == INDEX_FILE:
+            files = set(found["weight_map"].values())
+            return bool(files) and all(map(WEIGHT_FILE.fullmatch, files))
+        return CLTConfig.model_type in (found.get("model_type"), found.get("model_kind"))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return False
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -525,11 +565,13 @@ __all__ = [
     "as_transformers_folder",
     "check_files",
     "check_mapped",
+    "foreign_files",
     "config_from_weights",
     "fold_decoder",
     "fold_encoder",
     "fold_output",
     "lazy_dtype",
+    "local_or_hub",
     "read_ahead",
     "read_config",
     "read_slice",

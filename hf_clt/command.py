@@ -15,10 +15,22 @@ USER_ERRORS = (ValueError, OSError, StrictDataclassError)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the options in a ValueError of one line; argparse would print a page and exit."""
+    """
+    Says what is wrong with the options in a ValueError of one line; argparse would print a page and exit. `~` is the
+    user's folder in `--output=~/clt` too, where no shell says so.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([expand_home(word) for word in args], namespace)
 
     def error(self, message):
         raise ValueError(message[0].lower() + message[1:] + "; see --help")
+
+
+def expand_home(word: str) -> str:
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + (os.path.expanduser(value) if value.startswith("~") else value)
 
 
 def one_line_errors(*others: type[Exception]):
@@ -34,7 +46,12 @@ def one_line_errors(*others: type[Exception]):
         @wraps(main)
         def decorated(argv: list[str] | None = None) -> int:
             try:
-                return main(argv) or 0
+                status = main(argv) or 0
+                sys.stdout.flush()  # here, where an error of it is caught
+                return status
+            except BrokenPipeError:  # `hf-clt ... | head` has read enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 141  # what a shell says of a program that SIGPIPE ended
             except (*USER_ERRORS, *others) as error:
                 if os.environ.get("HF_CLT_DEBUG") == "1":
                     raise

@@ -150,7 +150,7 @@ class CLTConfig(PreTrainedConfig):
         values |= {name: kwargs.pop(name) for name in CLT_CONFIG_HELP if name in kwargs}
         foreign = {name: values.pop(name) for name in cls._unknown(values)}
         if foreign:
-            logger.warning("config.json: %s unknown to this version of hf_clt, kept and not used", ", ".join(foreign))
+            logger.warning("a CLT's configuration has %s, unknown here: kept and not used", ", ".join(foreign))
         loaded = super().from_dict(values, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in foreign.items():
@@ -178,7 +178,13 @@ def derived_defaults(activation_fn: str, d_model: int | None) -> dict[str, int |
 
 # Keys that transformers' own machinery puts into `config.json` or passes to a configuration.
 TRANSFORMERS_KEYS = set(PreTrainedConfig().to_dict()) | {"torch_dtype", "auto_map", "name_or_path", "gguf_file"}
-TRANSFORMERS_KEYS |= {"attn_implementation", "experts_implementation", "distributed_config", "output_attentions"}
+TRANSFORMERS_KEYS |= {
+    "attn_implementation",
+    "experts_implementation",
+    "distributed_config",
+    "output_attentions",
+    "use_cache",
+}
 
 
 def _nearest(name: str) -> list[str]:

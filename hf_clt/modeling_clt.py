@@ -8,6 +8,7 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -687,7 +688,15 @@ class CrossLayerTranscoder(PreTrainedModel):
         return names | {name for name, _ in self.named_parameters() if name.startswith("thresholds.")}
 
     def save_pretrained(
-        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        distributed_checkpoint: bool = False,
+        **kwargs,
     ) -> None:
         """
         Writes the released CLT: the files of `hf_clt.checkpoint_format`, with statistics folded into the weights, and
@@ -697,12 +706,32 @@ class CrossLayerTranscoder(PreTrainedModel):
             save_directory (`str` or `Path`): Folder to write to; created if missing.
             is_main_process (`bool`): Whether this process writes. Where the features are spread over a group, all its
                 processes call this, and the first writes.
+            state_dict (`dict`, *optional*): The weights to save in the place of the CLT's own, as Accelerate and
+                transformers' Trainer gather them from all processes.
             push_to_hub (`bool`): Whether to push as well, to `kwargs["repo_id"]`, by default the folder's name.
+            safe_serialization, variant, distributed_checkpoint: Taken where they ask for nothing else than the files
+                of a CLT; so are `max_shard_size`, `save_function` and others of transformers in `kwargs`.
             kwargs: Passed to `push_to_hub`.
+
+        Raises:
+            ValueError: If files in another format are asked for, or a file of the folder is of another model.
         """
-        folder = Path(save_directory)
-        if kwargs and not push_to_hub:
-            raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
+        folder = Path(save_directory).expanduser()
+        if not safe_serialization or variant is not None or distributed_checkpoint:
+            raise ValueError(
+                f"safe_serialization={safe_serialization}, variant={variant!r}, distributed_checkpoint="
+                f"{distributed_checkpoint}: a CLT is saved in safetensors files with fixed names; leave these out"
+            )
+        for name in ("max_shard_size", "save_function", "save_peft_format", "save_original_format"):
+            kwargs.pop(name, None)  # a CLT has a file for each layer and half of it
+        if not push_to_hub:
+            kwargs.pop("token", None)
+            if kwargs:
+                raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
+        if state_dict is not None:
+            gathered = self._with_weights(state_dict)
+            gathered.save_pretrained(folder, is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
         if folder.is_file():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
         layers = (self.released_layer(s) for s in range(self.config.num_layers))
@@ -717,7 +746,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             from .hub.card_files import save_model_card
             from .hub.model_card import circuit_tracer_gaps
 
-            config = CLTConfig.from_dict(self.config.to_dict())
+            config = copy.deepcopy(self.config)
             vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
             if self.mean_in is not None and self._scales_untie(self.std_out):
                 config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
@@ -822,6 +851,15 @@ class CrossLayerTranscoder(PreTrainedModel):
             model._stay_in_files()
         info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
         return (model, info) if with_info else model
+
+    def _with_weights(self, state_dict: dict[str, Tensor]) -> "CrossLayerTranscoder":
+        """A CLT of this configuration that holds the given weights, and statistics where there are some."""
+        with torch.device("meta"):
+            clt = type(self)(copy.deepcopy(self.config), self.shard)
+        for name in STATISTICS:
+            setattr(clt, name, state_dict.get(name))
+        clt.load_state_dict(state_dict, assign=True)
+        return clt
 
     def _check_half_range(self) -> None:
         for source, decoder in enumerate(self.decoders if self.dtype == torch.float16 else ()):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from ..checkpoint_format import local_or_hub
 from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 from ..evaluation.heldout import add_text_options, chosen_device
@@ -60,6 +61,7 @@ def run(argv: list[str] | None) -> int:
     for name in ("model", "dataset"):
         if getattr(options, name) is None:
             raise ValueError(f"{name} is missing; give --{name}")
+        setattr(options, name, local_or_hub(getattr(options, name)))
     for name in ("max_tokens", "shard_megabytes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")

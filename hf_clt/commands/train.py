@@ -6,7 +6,7 @@ import sys
 from huggingface_hub.errors import StrictDataclassError
 
 from .. import CLTTrainer
-from ..command import sigterm_as_ctrl_c
+from ..command import one_line_errors, sigterm_as_ctrl_c
 from ..evaluation.evaluate import format_replacement
 from ..evaluation.report import format_metrics_table
 from ..training.command_line import build_config, parse_train_args
@@ -25,6 +25,7 @@ USER_ERRORS = (
 )
 
 
+@one_line_errors()
 def main(argv=None) -> int:
     # Each process may fail for a reason of its own (its text, its memory), so the others speak too, by rank.
     rank = os.environ.get("RANK", "0")
@@ -37,6 +38,8 @@ def main(argv=None) -> int:
         written = f" ({stop}); continue with --resume-from-checkpoint latest" if str(stop) else ""
         print(f"{who}interrupted{written}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except USER_ERRORS as error:
         if os.environ.get("HF_CLT_DEBUG") == "1":
             raise

@@ -417,11 +417,6 @@ class ReplacementModel:
                     f"{name} has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
                 )
         check_context_size(config, input_ids.shape[1])
-        if not 0 <= input_ids.min() <= input_ids.max() < config.vocab_size:
-            raise ValueError(
-                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} do not fit the language model's "
-                f"vocabulary of {config.vocab_size}: use the model's own tokenizer."
-            )
         if attention_mask is not None:
             attention_mask = attention_mask.long()
         arguments = self._harvester._arguments(input_ids, attention_mask)

@@ -107,7 +107,7 @@ def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) 
     except ImportError as error:
         raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`') from error
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     metrics = metrics or {}
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {

@@ -95,7 +95,7 @@ def write_cache(
         ValueError: If the folder holds something else, or a cache with other settings.
         [`ActivationError`]: If an activation is not finite.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     settings = {
         "format": FORMAT,
         "num_layers": harvester.num_layers,
@@ -295,6 +295,13 @@ class ActivationCache:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    def fingerprint(self) -> str:
+        """What tells the cache from another: the manifest, which has the checksums of all shards."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        return fingerprint == self.fingerprint()
 
     @property
     def dtype(self) -> torch.dtype:

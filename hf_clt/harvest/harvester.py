@@ -13,7 +13,7 @@ from .sites import resolve_sites
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALLEST_VOCABULARY = 8  # a tokenizer with fewer entries has only its class's special tokens
+FINGERPRINT_NUMBERS = 2**16  # of each weight
 
 
 class ActivationError(ValueError):
@@ -71,7 +71,7 @@ def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote
         tokenizer = AutoTokenizer.from_pretrained(name, **origin)
     except Exception as error:
         raise ValueError(_cannot_load("the tokenizer of model", name, folder, error)) from error
-    if len(tokenizer) < SMALLEST_VOCABULARY:
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files
         raise ValueError(
             f"model {name!r} has no tokenizer files: save them beside it with tokenizer.save_pretrained(folder)."
         )
@@ -185,6 +185,27 @@ class Harvester:
     def device(self):
         return self.model.device
 
+    @torch.no_grad()
+    def fingerprint(self):
+        """
+        What tells the language model from another of its shape, JSON-able: its `dtype`, and `numbers`, for each of its
+        weights the norm of the first 65,536 values, and their product with a wave, as a share of the norm.
+        """
+        found = []
+        for weight in self.model.parameters():
+            values = weight.detach().flatten()[:FINGERPRINT_NUMBERS].float()
+            norm = values.norm()
+            wave = torch.cos(torch.arange(len(values), device=values.device, dtype=torch.float32))
+            found += [norm.item(), (values @ wave / norm.clamp_min(1e-30)).item()]
+        return {"dtype": str(self.dtype), "numbers": found}
+
+    def has_fingerprint(self, fingerprint):
+        """Whether `fingerprint` is of this model, in the same number format or rounded to another."""
+        own, other = self.fingerprint(), torch.tensor(fingerprint["numbers"])
+        tolerance = 1e-4 if own["dtype"] == fingerprint["dtype"] else 1e-2
+        own = torch.tensor(own["numbers"])
+        return own.shape == other.shape and torch.allclose(own, other, rtol=tolerance, atol=tolerance)
+
     @property
     def dtype(self):
         """Number format in which the language model gives activations."""
@@ -265,11 +286,6 @@ class Harvester:
             )
         config = self.model.config.get_text_config()
         check_context_size(config, input_ids.shape[1])
-        if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < config.vocab_size:
-            raise ValueError(
-                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} do not fit the language model's "
-                f"vocabulary of {config.vocab_size}: use the model's own tokenizer."
-            )
         arguments = self._arguments(input_ids, attention_mask)
         count = input_ids.numel() if rows is None else len(rows)
         device = self.model.device
@@ -287,9 +303,18 @@ class Harvester:
         return inputs, outputs
 
     def _arguments(self, input_ids, attention_mask):
-        device = self.model.get_input_embeddings().weight.device
+        """What the model's forward takes; raises ValueError for tokens that are not in its vocabulary."""
+        embedding = self.model.get_input_embeddings().weight
+        device = embedding.device
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        # Nobody reads what stands at padding; a padding token that was added later has no embedding.
+        input_ids = input_ids.masked_fill(attention_mask == 0, 0)
+        if input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < len(embedding):
+            raise ValueError(
+                f"token ids from {int(input_ids.min())} to {int(input_ids.max())} do not fit the language model's "
+                f"vocabulary of {len(embedding)}: use the model's own tokenizer."
+            )
         arguments = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
         # A token's position is the number of tokens before it: on left-padded rows that is not its column.
         if "position_ids" in self._accepted:

@@ -6,13 +6,18 @@ the whole text, and every decision that must be the same in every process is mad
 is the first so many pieces, and process `rank` reads the pieces whose number is `rank` modulo `world_size`.
 """
 
+import atexit
 import copy
 import glob
 import hashlib
 import json
 import logging
+import os
+import shutil
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -136,14 +141,30 @@ def _open_local(path, split, config_name):
     try:
         return datasets.load_dataset(
             builder,
-            # datasets reads names as glob patterns
-            data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
+            data_files={"train": [_data_file(file.resolve()) for file in files]},
             split="train",
             streaming=True,
             **options,
         )
     except Exception as error:
         raise ValueError(f"dataset {str(path)!r} cannot be read: {_one_line(error)}") from error
+
+
+def _data_file(path):
+    """A path as datasets reads it: names are glob patterns, and `::` stands for a file within another."""
+    if "::" in str(path):
+        folder = _links()
+        path, target = Path(folder, f"{len(os.listdir(folder))}{path.suffix}"), path
+        path.symlink_to(target)
+    return glob.escape(str(path))
+
+
+@cache
+def _links():
+    """A folder for links to files, while the process lasts: datasets opens them as it reads on."""
+    folder = tempfile.mkdtemp(prefix="hf_clt-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _open_hub(name, split, config_name, streaming, trust_remote_code):
@@ -288,8 +309,7 @@ class TokenStream:
 
     Raises:
         `ValueError`: if an argument does not fit, if the text has too few tokens for the held-out text or nothing is
-            left for training in some process, or if a document cannot be read (its index is named).
-        `TypeError`: if a document is not text (its index is named).
+            left for training in some process, or if a document cannot be read or is not text (its index is named).
         [`StreamError`]: if the text cannot be read, after all retries. The next iteration goes on at the same batch.
     """
 
@@ -501,7 +521,7 @@ class TokenStream:
         if text is None:
             return ""
         if not isinstance(text, str):
-            raise TypeError(
+            raise ValueError(
                 f"document {document} of the dataset holds a {type(text).__name__} in column {self.text_column!r}: "
                 "text_column must name a column of strings."
             )
@@ -637,8 +657,6 @@ class TokenStream:
         """
         bos = int(self.prepend_bos)
         rows = -(-len(ids) // self._text_per_block)
-        padding = self.tokenizer.pad_token_id
-        padding = self.tokenizer.eos_token_id if padding is None else padding
 
         def blocks(values, filler, first):
             table = np.full(rows * self._text_per_block, filler, dtype=values.dtype)
@@ -646,7 +664,10 @@ class TokenStream:
             return np.pad(table.reshape(rows, -1), ((0, 0), (bos, 0)), constant_values=first)
 
         return {
-            "input_ids": torch.from_numpy(blocks(ids, padding, self.tokenizer.bos_token_id if bos else 0)),
+            # Padding is masked: EOS, which the text has too, and not a padding token that the model may not have.
+            "input_ids": torch.from_numpy(
+                blocks(ids, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id if bos else 0)
+            ),
             "attention_mask": torch.from_numpy(blocks(np.ones_like(ids), 0, 1)),
             "counted": torch.from_numpy(blocks(self._counted(ids, 0), False, False)),
             "documents": torch.from_numpy(blocks(documents, -1, -1)),

@@ -15,7 +15,19 @@ from ..checkpoint_format import as_json, write_text
 
 FACTS_FILE = "metrics.json"
 FORMAT = "hf_clt model card 1"
-KEYS = ("format", "name", "base_model", "note", "license", "command", "metrics", "evaluation", "training", "history")
+KEYS = (
+    "format",
+    "name",
+    "base_model",
+    "note",
+    "license",
+    "tags",
+    "command",
+    "metrics",
+    "evaluation",
+    "training",
+    "history",
+)
 
 PLOTS_FOLDER = "plots"
 # file in the folder of plots, title in the card, and what one sees, for those who do not see it

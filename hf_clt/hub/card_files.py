@@ -38,6 +38,7 @@ def save_model_card(
     license: str | None = None,
     evaluation: dict | None = None,
     note: str | None = None,
+    tags: list[str] | None = None,
     history: list[dict] | None = None,
 ) -> Path:
     """
@@ -47,7 +48,7 @@ def save_model_card(
 
     Args:
         folder (`str` or `Path`): Folder of the released CLT; if relative, the loading snippet names it by default.
-        config, metrics, training, command, name, license, evaluation, note: See [`build_model_card`].
+        config, metrics, training, command, name, license, evaluation, note, tags: See [`build_model_card`].
         history (`list[dict]`, *optional*): The lines of the run's `metrics.jsonl`, for the training curves.
 
     Returns:
@@ -56,6 +57,7 @@ def save_model_card(
     facts = make_facts(
         note=note,
         license=license,
+        tags=tags,
         command=command,
         metrics=metrics,
         evaluation=_told_where(evaluation),
@@ -66,7 +68,8 @@ def save_model_card(
         base = config.base_model_name_or_path
         named = None if name is None or os.path.isabs(name) else name
         facts |= make_facts(name=named, base_model=base if is_hub_name(base) else None)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
     return write_card(folder, config, facts, name=name)
 
 
@@ -103,7 +106,7 @@ def _card(folder: Path, config, facts: dict, name: str | None) -> str:
     name = name or facts.get("name")
     if name is None and not folder.is_absolute():  # an absolute path would publish the names of a user's folders
         name = folder.as_posix()
-    rest = {key: facts.get(key) for key in ("metrics", "training", "command", "license", "evaluation", "note")}
+    rest = {key: facts.get(key) for key in ("metrics", "training", "command", "license", "evaluation", "note", "tags")}
     # Without any fact, the base model of CLTs that were never trained here has to be judged by its name.
     base_model = facts.get("base_model", "" if set(facts) > {"format"} else None)
     plots = [file for file, _, _ in PLOTS if (folder / PLOTS_FOLDER / file).is_file()]

@@ -293,14 +293,17 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
     path = output / SETTINGS_FILE
     present = [path, output / INDEX_FILE, output / "index.html", output / ACTIVITY_FILE, output / LINKS_FILE]
     present += [*output.glob("layer_*.html"), *output.glob("features/layer_*.bin")]
-    if overwrite:
-        for file in present:
-            file.unlink(missing_ok=True)
-    elif path.exists():
+    old = None
+    if path.exists():
         try:
             old = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON ({error}); give another folder, or --overwrite") from None
+            raise ValueError(f"{path} is no JSON ({error}); give another folder") from None
+    is_ours = isinstance(old, dict) and "clt_digest" in old
+    if is_ours and overwrite:
+        for file in present:
+            file.unlink(missing_ok=True)
+    elif is_ours:
         for name in [*settings, *old]:
             if old.get(name) != settings.get(name):
                 raise ValueError(
@@ -310,8 +313,7 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
         return (output / INDEX_FILE).exists()
     elif found := [file for file in present if file.exists()]:
         raise ValueError(
-            f"output={str(output)!r} holds {found[0].name} already, which other pages may belong to; give another "
-            "folder, or --overwrite"
+            f"output={str(output)!r} holds {found[0].name}, which is not of feature pages; give another folder"
         )
     (output / "features").mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
@@ -367,7 +369,7 @@ def build_feature_pages(
     head = harvester.model.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError("the language model has no unembedding (output embeddings); load it as a causal LM")
-    output = Path(output)
+    output = Path(output).expanduser()
     title = shown_name(settings.get("clt") or clt.config.name_or_path or "a CLT")
     kept = {f"examples_{name}": value for name, value in vars(examples).items()}
     settings = {**settings, **kept, "logits": logits, "links": links, "clt_digest": settings_digest(clt)}

@@ -168,6 +168,7 @@ def build_model_card(
     evaluation: dict | None = None,
     base_model: str | None = None,
     note: str | None = None,
+    tags: list[str] | None = None,
     plots: Iterable[str] = (),
 ) -> str:
     """
@@ -187,6 +188,7 @@ def build_model_card(
         base_model (`str`, *optional*): Hub name of the language model; `""` for one that is not on the Hub. None: the
             one that `config` names, unless it is a folder here.
         note (`str`, *optional*): Markdown below the summary.
+        tags (`list[str]`, *optional*): For the Hub's search, besides those that every CLT has.
         plots (`Iterable[str]`): Those files of `PLOTS` that are in the folder `plots` beside the card.
 
     Returns:
@@ -221,7 +223,7 @@ def build_model_card(
         base_model_relation="adapter" if hub_base else None,
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
         pipeline_tag=TASK,
-        tags=TAGS,
+        tags=list(dict.fromkeys([*TAGS, *(tags or [])])),
         model_name=(f"clt-{named}" if named else "clt") if results else None,
         eval_results=results or None,
     )

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE
+from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
 from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, as_text, check_license, make_facts, read_facts
 from .card_files import card_from_folder, save_model_card
 from .flat_code import CODE_FILE, flat_code, set_auto_map
@@ -85,7 +85,7 @@ def release_files(folder: str | Path) -> list[Path]:
         `ValueError`: The folder is no release, a file that its index names is missing or no safetensors file, or its
             `metrics.json` is another than the one that is written with a card.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for required in ("config.json", INDEX_FILE):
         if not (folder / required).is_file():
             raise ValueError(
@@ -114,7 +114,7 @@ def feature_files(pages: str | Path) -> list[Path]:
     Raises:
         `ValueError`: They are not there, or not all of them.
     """
-    folder = Path(pages) / FEATURES_FOLDER
+    folder = Path(pages).expanduser() / FEATURES_FOLDER
     index = folder / "index.json.gz"
     if not index.is_file():
         raise ValueError(
@@ -135,6 +135,7 @@ def push_folder(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    commit_description: str | None = None,
     create_pr: bool = False,
     tag: str | None = None,
     with_code: bool = False,
@@ -156,7 +157,7 @@ def push_folder(
         token (`str`, *optional*): Defaults to the stored one.
         revision (`str`, *optional*): Branch to push to, made from `main` if absent; or a pull request that is open
             already, such as `"refs/pr/1"`.
-        commit_message (`str`, *optional*): Defaults to `"Upload CLT"`.
+        commit_message, commit_description (`str`, *optional*): Of the commit, `"Upload CLT"` by default.
         create_pr (`bool`, *optional*): Open a pull request against `main` instead of pushing to it.
         tag (`str`, *optional*): Name for the new commit, such as `"v1"`.
         with_code (`bool`, *optional*): Push the generated file [`CODE_FILE`] as well, with which
@@ -177,7 +178,7 @@ def push_folder(
         `ConnectionError`: The connection was cut, and some more attempts failed.
         [`~huggingface_hub.errors.HfHubHTTPError`]: The Hub refuses for another reason.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     release_files(folder)
     if features is not None:
         feature_files(features)
@@ -196,7 +197,8 @@ def push_folder(
         if tag is not None and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"tag={tag!r} is in {repo_id} already; give another name")
         uploads = partial(_uploads, folder, repo_id, with_code, license, features)
-        info = _commit(api, uploads, repo_id, revision, commit_message or "Upload CLT", create_pr)
+        message = {"commit_message": commit_message or "Upload CLT", "commit_description": commit_description}
+        info = _commit(api, uploads, repo_id, revision, message, create_pr)
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=info.oid)
     return info
@@ -225,7 +227,7 @@ def _check_card_takes_license(folder: Path, license: str) -> None:
         )
 
 
-def _commit(api, make_uploads, repo_id, revision, message, create_pr) -> CommitInfo:
+def _commit(api, make_uploads, repo_id, revision, message: dict, create_pr) -> CommitInfo:
     """The one commit, on top of the commit that was looked at; looks again where someone else was faster."""
     for attempt in range(ATTEMPTS):
         head = api.model_info(repo_id, revision=revision)
@@ -236,7 +238,7 @@ def _commit(api, make_uploads, repo_id, revision, message, create_pr) -> CommitI
             return api.create_commit(
                 repo_id,
                 _operations(api, repo_id, head, uploads, say_kept=attempt == 0),
-                commit_message=message,
+                **message,
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=head.sha,
@@ -280,6 +282,13 @@ def _uploads(
 def _operations(api, repo_id, head, uploads, say_kept) -> list:
     """What the commit does: adds `uploads`, but for a card that a human edited, and removes what they replace."""
     present = [sibling.rfilename for sibling in head.siblings]
+    if "config.json" in present:
+        with _downloaded(api, repo_id, "config.json", head.sha) as path:
+            if not is_release_file(path):
+                raise ValueError(
+                    f"repository {repo_id!r} holds another model than a CLT (config.json), which the push would "
+                    "replace; give another repository"
+                )
     uploaded = {operation.path_in_repo for operation in uploads}
     operations = list(uploads)
     if "README.md" in present and "README.md" in uploaded and _readme_is_edited(api, repo_id, head.sha):
@@ -307,9 +316,14 @@ def _operations(api, repo_id, head, uploads, say_kept) -> list:
 
 
 def _readme_is_edited(api, repo_id, sha):
+    with _downloaded(api, repo_id, "README.md", sha) as path:
+        return is_human_edited(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _downloaded(api, repo_id, name, sha):
     with tempfile.TemporaryDirectory() as folder:  # not the user's cache: this is no use of the model
-        path = api.hf_hub_download(repo_id, "README.md", revision=sha, local_dir=folder)
-        return is_human_edited(Path(path).read_text(encoding="utf-8"))
+        yield Path(api.hf_hub_download(repo_id, name, revision=sha, local_dir=folder))
 
 
 @contextmanager
@@ -350,6 +364,7 @@ def push_to_hub(
     training: dict | None = None,
     command: str | None = None,
     license: str | None = None,
+    tags: list[str] | None = None,
     **kwargs,
 ) -> CommitInfo:
     """
@@ -360,17 +375,20 @@ def push_to_hub(
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT; it is left as it is.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; created if absent.
-        metrics, training, command, license: See [`build_model_card`].
-        kwargs: `private`, `token`, `revision`, `commit_message`, `create_pr`, `tag`, `with_code`, `features`; see
-            [`push_folder`], also for what is returned and raised.
+        metrics, training, command, license, tags: See [`build_model_card`].
+        kwargs: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`, `tag`,
+            `with_code`, `features`; see [`push_folder`], also for what is returned and raised. Those of transformers
+            about the files (`max_shard_size`, `safe_serialization`, `variant`) as for `save_pretrained`.
     """
+    about_files = ("max_shard_size", "safe_serialization", "variant")
+    about_files = {name: kwargs.pop(name) for name in about_files if name in kwargs}
     if license is not None:
         check_license(license)
     with tempfile.TemporaryDirectory() as folder:
-        clt.save_pretrained(folder)
+        clt.save_pretrained(folder, **about_files)
         # the live config of a CLT with statistics may differ from that of its release: read the one that was written
         config = type(clt.config).from_pretrained(folder)
-        save_model_card(folder, config, metrics, training, command, name=repo_id, license=license)
+        save_model_card(folder, config, metrics, training, command, name=repo_id, license=license, tags=tags)
         return push_folder(folder, repo_id, **kwargs)
 
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from ..checkpoint_format import local_or_hub
 from ..hub.card_facts import check_license
 from .options import Option, as_text, check_value, make_option
 
@@ -318,6 +319,12 @@ class CLTTrainingArguments:
     def __post_init__(self):
         for option in training_options():
             setattr(self, option.name, check_value(option, getattr(self, option.name)))
+        for name in PATHS:
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for name in FOLDERS_OR_REPOSITORIES:
+            if getattr(self, name) is not None:
+                setattr(self, name, local_or_hub(getattr(self, name)))
         if self.activation_cache is not None:
             self._take_from_cache()
         self._check_ranges()
@@ -337,6 +344,7 @@ class CLTTrainingArguments:
                     f"activation_cache={self.activation_cache!r} does not say its {name}; write it with `hf-clt cache`"
                 )
             now, cached = getattr(self, name), manifest[name]
+            cached = local_or_hub(cached) if name in FOLDERS_OR_REPOSITORIES and cached else cached
             if now not in (defaults[name], cached) and not (name == "eval_tokens" and now == 0):
                 raise ValueError(
                     f"{name}={now!r}, but activation_cache={self.activation_cache!r} was written with {cached!r}; "
@@ -482,6 +490,12 @@ class CLTTrainingArguments:
         """All fields as JSON-able values. There is no field for a token or password, so no secret is in it."""
         return asdict(self)
 
+    def changed_since(self, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Old and new value of the fields that a result depends on, where they differ from those of `to_dict()`."""
+        now = self.to_dict()
+        names = [name for name in now if name in before and name not in WITHOUT_EFFECT]
+        return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
+
     def non_default(self) -> dict[str, Any]:
         """The fields that differ from their defaults, in the order of the class."""
         defaults = CLTTrainingArguments().to_dict()
@@ -501,6 +515,18 @@ NOT_NEGATIVE = (
 CACHED = (
     "model", "model_revision", "model_dtype", "dataset", "dataset_config", "dataset_split", "dataset_text_column",
     "max_samples", "context_size", "prepend_bos", "exclude_special_tokens", "eval_tokens", "store_batch_size_prompts",
+)  # fmt: skip
+PATHS = ("output_dir", "resume_from_checkpoint", "normalization_file", "activation_cache")
+FOLDERS_OR_REPOSITORIES = ("model", "dataset", "init_from")
+# What a resumed run cannot have otherwise, besides the CLT and what gives activations.
+FIXED = ("clt_dtype", "normalization_method")
+# Where and how a run is told of, watched and kept, which changes nothing in its result.
+WITHOUT_EFFECT = (
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "log_interval", "eval_interval",
+    "eval_replacement", "checkpoint_interval", "checkpoint_activations", "save_total_limit", "disable_progress_bar",
+    "report_to", "enable_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "push_to_hub", "hub_model_id",
+    "hub_private", "hub_branch", "license", "hub_push_interval", "stream_retries", "streaming", "trust_remote_code",
+    "device", "buffer_device", "overlap_harvest", "feature_parallel_size",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 DEVICES = ("cpu", "cuda", "mps", "xpu", "npu")

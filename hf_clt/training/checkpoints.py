@@ -46,9 +46,26 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, one for each step."""
     found = {}
     for path in sorted(Path(output_dir).glob("checkpoint-*")):  # checkpoint-5 comes before checkpoint-5.old
-        if CHECKPOINT.fullmatch(path.name):
+        if CHECKPOINT.fullmatch(path.name) and is_checkpoint(path):
             found.setdefault(step_of(path), path)
     return [found[step] for step in sorted(found)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, damaged perhaps; transformers' Trainer gives its own the same name."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except OSError:
+        return any(path.glob("rank-*.json"))
+    except ValueError:
+        return True
+    return isinstance(state, dict) and "tokens_seen" in state
+
+
+def foreign_checkpoints(output_dir: Path) -> list[Path]:
+    """Folders of others that are named as checkpoints are."""
+    named = Path(output_dir).glob("checkpoint-*")
+    return sorted(path for path in named if CHECKPOINT.fullmatch(path.name) and not is_checkpoint(path))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -407,6 +424,7 @@ __all__ = [
     "CheckpointError",
     "deal_own",
     "find_checkpoint",
+    "foreign_checkpoints",
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_tensors",

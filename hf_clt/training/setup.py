@@ -1,6 +1,7 @@
 """What a run is made of before it starts: processes, output folder, optimizer, and the checks on them."""
 
 import ctypes
+import json
 import os
 import platform
 from dataclasses import dataclass
@@ -10,17 +11,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from ..checkpoint_format import remove_release
+from .. import checkpoint_format as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..harvest.harvester import Harvester
-from ..hub.card_facts import write_facts
+from ..hub.card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts, write_facts
 from ..hub.card_files import draw_plots
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments
-from .checkpoints import list_checkpoints, remove_checkpoint, remove_leftovers
+from .checkpoints import foreign_checkpoints, list_checkpoints, remove_checkpoint, remove_leftovers
 from .optimizers import CompactAdam
-from .trackers import remove_tracked
+from .trackers import foreign_tracked, remove_tracked
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")
@@ -199,7 +200,7 @@ def keep_freed_memory() -> bool:
 def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
     """
     Refuses a folder that cannot be written to, or that holds another run, unless this one goes on with it or was told
-    to overwrite.
+    to overwrite; and one with files of others that the run would replace.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
@@ -208,15 +209,42 @@ def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
         raise ValueError(
             f"output_dir={str(output_dir)!r} cannot be written to ({str(nearest)!r} is read-only); give another folder"
         )
-    if overwrite or goes_on:
+    if goes_on:
         return
+    if foreign := foreign_files(output_dir):
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds {foreign[0].relative_to(output_dir)}, which is not of a run and "
+            "which this one would replace; give another folder"
+        )
     found = [name for name in RUN_FILES if (output_dir / name).exists()]
     found += [path.name for path in list_checkpoints(output_dir)]
-    if found:
+    if found and not overwrite:
         raise ValueError(
             f"output_dir={str(output_dir)!r} already holds a run ({found[0]}); give another folder, or "
             "--resume-from-checkpoint latest, or --overwrite-output-dir"
         )
+
+
+def foreign_files(output_dir: Path) -> list[Path]:
+    """What is there by the names that a run and its release use, and that others wrote, told by what is in it."""
+    found = [*files.foreign_files(output_dir), *foreign_checkpoints(output_dir), *foreign_tracked(output_dir)]
+    facts = False
+    try:
+        facts = read_facts(output_dir) is not None
+    except ValueError:
+        found.append(output_dir / FACTS_FILE)
+    plots = [output_dir / PLOTS_FOLDER / file for file, _, _ in PLOTS]
+    found += [] if facts else [path for path in plots if path.exists()]
+    log = output_dir / "metrics.jsonl"
+    if log.exists():
+        try:
+            with open(log, encoding="utf-8") as lines:
+                first = next(lines, "")
+            is_log = not first.strip() or {"step", "split"} <= json.loads(first).keys()
+        except (OSError, ValueError, AttributeError):
+            is_log = False
+        found += [] if is_log else [log]
+    return found
 
 
 def lock_folder(folder: Path) -> int | None:
@@ -260,7 +288,7 @@ def remove_run(output_dir: Path) -> None:
         remove_checkpoint(path)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
     remove_tracked(output_dir)
-    remove_release(output_dir)
+    files.remove_release(output_dir)
     write_facts(output_dir, {})
     draw_plots(output_dir, {})
 

@@ -62,8 +62,30 @@ def check_trackers(args: CLTTrainingArguments) -> None:
 
 def remove_tracked(output_dir: Path) -> None:
     """Removes what an overwritten run left; runs of wandb stay in `wandb/`, where they may wait to be sent."""
-    shutil.rmtree(output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
-    (output_dir / IDS_FILE).unlink(missing_ok=True)
+    if "tensorboard" in known_runs(output_dir):
+        shutil.rmtree(output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
+    if known_runs(output_dir):
+        (output_dir / IDS_FILE).unlink()
+
+
+def known_runs(output_dir: Path) -> dict[str, dict]:
+    """The trackers of the run in a folder, and the names under which they know it; none where no run of ours is."""
+    try:
+        found = json.loads((output_dir / IDS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    is_ours = isinstance(found, dict) and all(
+        isinstance(known, dict) and "project" in known for known in found.values()
+    )
+    return found if is_ours else {}
+
+
+def foreign_tracked(output_dir: Path) -> list[Path]:
+    """What is there by the names that [`Trackers`] use, and is not of a run of ours."""
+    known = known_runs(output_dir)
+    paths = [] if known else [output_dir / IDS_FILE]
+    paths += [] if "tensorboard" in known else [output_dir / TENSORBOARD_FOLDER]
+    return [path for path in paths if path.exists()]
 
 
 def tracked_values(row: dict) -> tuple[dict[str, int | float], dict[str, dict]]:
@@ -85,9 +107,10 @@ def tracked_values(row: dict) -> tuple[dict[str, int | float], dict[str, dict]]:
             continue
         if isinstance(value, int | float):
             scalars[prefix + name] = value
-        elif isinstance(value, list):
+        elif name.endswith("_per_layer") and value is not None:
             width = len(str(len(value) - 1))
-            scalars |= {f"{prefix}{name}/{layer:0{width}}": of_layer for layer, of_layer in enumerate(value)}
+            found = [(layer, of_layer) for layer, of_layer in enumerate(value) if of_layer is not None]
+            scalars |= {f"{prefix}{name}/{layer:0{width}}": of_layer for layer, of_layer in found}
         elif isinstance(value, dict):
             histograms[prefix + name] = value
     return scalars, histograms
@@ -283,7 +306,7 @@ class Trackers:
         if not self.args.report_to or not self.accelerator.is_main_process:
             return
         path = self.output_dir / IDS_FILE
-        known = json.loads(path.read_text(encoding="utf-8")) if goes_on and path.is_file() else {}
+        known = known_runs(self.output_dir) if goes_on else {}
         settings = {**self.args.to_dict(), **{name: getattr(self.config, name) for name in CLT_CONFIG_HELP}}
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         for name in self.args.report_to:

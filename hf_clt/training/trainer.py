@@ -13,8 +13,8 @@ import torch.distributed as dist
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ..checkpoint_format import as_json
-from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
+from ..checkpoint_format import as_json, local_or_hub
+from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from ..evaluation.evaluate import SeveralTimes, activations, counting, named_replacement, read_history, replacing_bar
 from ..evaluation.metrics import MetricSums
 from ..evaluation.replacement import replacement_metrics
@@ -30,7 +30,7 @@ from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import CLTOutput, CrossLayerTranscoder
 from ..sharding import gather_tokens, sum_over
 from ..sparsity import SparseFeatures
-from .arguments import CLTTrainingArguments
+from .arguments import FIXED, CLTTrainingArguments
 from .checkpoints import (
     CheckpointError,
     find_checkpoint,
@@ -73,7 +73,7 @@ from .trackers import Trackers, check_trackers
 logger = logging.getLogger(__name__)
 
 LOSSES = ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
-MEANWHILE = "pushing"  # folder in output_dir with what is pushed while training goes on
+MEANWHILE = ".pushing.tmp"  # folder in output_dir with what is pushed while training goes on
 WIDE_WINDOW = 0.2  # share of features whose computation costs as much as that of all
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
 
@@ -152,6 +152,8 @@ class CLTTrainer:
                 "layers; leave it out, or train with k_scope='layer'"
             )
         self.config.base_model_name_or_path = self.config.base_model_name_or_path or name
+        if self.config.base_model_name_or_path is not None:
+            self.config.base_model_name_or_path = local_or_hub(self.config.base_model_name_or_path)
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 
         set_seed(args.seed)
@@ -173,6 +175,7 @@ class CLTTrainer:
             overlap=args.overlap_harvest,
             skip_bad=self._skip_bad,
         )
+        self._fingerprint = self.harvester.fingerprint()
         self.step = 0
         self.tokens_seen = 0
         # Since the last line of metrics.jsonl: sums of the losses, tokens of this process, updates.
@@ -665,6 +668,7 @@ class CLTTrainer:
                 "feature_parallel_size": self.args.feature_parallel_size,
                 "config": self.config.to_dict(),
                 "args": self.args.to_dict(),
+                "activations": self._fingerprint,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             },
         }
@@ -677,8 +681,12 @@ class CLTTrainer:
         return folder
 
     def _restore_model(self, shared: dict) -> None:
-        """Weights and statistics of a checkpoint; the configuration must be the one it was written with."""
-        saved = shared["state"]["config"]
+        """
+        Weights and statistics of a checkpoint. The configuration, the language model and what cannot change within a
+        run must be those it was written with; other settings that differ are said.
+        """
+        state = shared["state"]
+        saved = state["config"]
         for name in CLT_CONFIG_HELP:
             now = getattr(self.config, name)
             if saved[name] != now and not name.startswith("base_model"):
@@ -686,6 +694,23 @@ class CLTTrainer:
                     f"{name}={now!r}, but {self.resume_from.name} was trained with {name}={saved[name]!r}; resume "
                     "with the same configuration"
                 )
+        before = state.get("activations", self._fingerprint)  # of a version that did not keep it
+        if type(before) is not type(self._fingerprint) or not self.harvester.has_fingerprint(before):
+            what = "activation_cache" if self.args.activation_cache is not None else "model"
+            raise ValueError(
+                f"{what}={getattr(self.args, what)!r} gives other activations than those that {self.resume_from.name} "
+                f"was trained on, of {state['args'].get(what)!r}; resume with these, or begin a run with init_from"
+            )
+        changed = self.args.changed_since(state["args"])
+        for name in FIXED:
+            if name in changed:
+                raise ValueError(
+                    f"{name}={changed[name][1]!r}, but {self.resume_from.name} was trained with "
+                    f"{name}={changed[name][0]!r}; resume with the same"
+                )
+        if changed and self.accelerator.is_main_process:
+            told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
+            logger.warning("%s was trained with other settings, and goes on with: %s", self.resume_from.name, told)
         tensors = shared["model"]
         if "mean_in" in tensors:
             self.model.set_normalization(*(tensors[n] for n in ("mean_in", "std_in", "mean_out", "std_out")))
@@ -947,10 +972,11 @@ def warn_if_dense(row: dict, config: CLTConfig) -> bool:
         return False
     logger.warning(
         "step %d: %.0f of %d features per layer are active on a token, more than a tenth; such a CLT is neither "
-        "sparse nor fast: raise sparsity_lambda, or use batchtopk",
+        "sparse nor fast: %s",
         row["step"],
         per_layer,
         config.num_features,
+        "lower k" if config.activation_fn in TOPK_FAMILY else "raise sparsity_lambda, or use batchtopk",
     )
     return True
 

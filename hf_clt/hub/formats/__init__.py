@@ -25,6 +25,7 @@ format has no relu, tied decoders are written out, and a decoder that a reach be
 What a format cannot express raises before anything is written.
 """
 
+import copy
 import logging
 import os
 import tempfile
@@ -154,15 +155,16 @@ def import_clt(path: str | Path, format: str | None = None, **options) -> CrossL
 
 def export_clt(clt: CrossLayerTranscoder, folder: str | Path, format: str) -> None:
     """Writes a model in any of `FORMATS`, with its statistics folded in; the live model is left as it is."""
+    folder = Path(folder).expanduser()
     whole = clt.config.reach == clt.config.num_layers
     if format == "hf_clt" or (format == "circuit-tracer" and whole):
         clt.save_pretrained(folder)
         return
-    config = CLTConfig.from_dict(clt.config.to_dict())
+    config = copy.deepcopy(clt.config)
     config.dtype = str(clt.dtype).removeprefix("torch.")
     layers = (clt.released_layer(layer) for layer in range(config.num_layers))
     write_clt(folder, config, layers, format)
-    _remove_other_layers(Path(folder), format, config.num_layers)
+    _remove_other_layers(folder, format, config.num_layers)
 
 
 def convert(
@@ -205,6 +207,8 @@ def convert(
             raise ValueError(f"output={str(output)!r} is where the source lies; give another folder")
         if not overwrite:
             raise ValueError(f"output={str(output)!r} is not empty; give another folder, or overwrite")
+        if foreign := files.foreign_files(output) if FORMATS[to_format] is own else []:
+            raise ValueError(f"{foreign[0]} is no file of a CLT; give another folder than output={str(output)!r}")
     config, layers = read_clt(source, from_format, **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:

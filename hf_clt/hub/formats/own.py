@@ -11,6 +11,7 @@ is zeros.
 As a model, they are read by [`CrossLayerTranscoder.from_pretrained`] and written by `save_pretrained`.
 """
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def with_full_reach(config: CLTConfig, layers: Iterator[dict[str, Tensor]]) -> C
 
 def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tensor]]) -> None:
     """The files of a released CLT, which circuit-tracer reads too, without the model card."""
-    config = CLTConfig.from_dict(config.to_dict())
+    config = copy.deepcopy(config)
     config.dtype = str(config.dtype).removeprefix("torch.")
     config.architectures = [CrossLayerTranscoder.__name__]
     files.write_release(Path(folder), config, layers)
