@@ -11,7 +11,6 @@ The files of a released CLT, which transformers and circuit-tracer both read:
 
 import ctypes
 import json
-import math
 import mmap
 import os
 import re
@@ -30,6 +29,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from .configuration_clt import CLTConfig
+from .files import replacing, write_text
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -96,54 +96,6 @@ def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
     if config.skip_connection:
         encoder.append(f"W_skip_{layer}")
     return {f"W_enc_{layer}.safetensors": encoder, f"W_dec_{layer}.safetensors": [f"W_dec_{layer}"]}
-
-
-def local_or_hub(name: str) -> str:
-    """
-    A name that may be a folder's, a file's or a repository's, so that it stays what it is now wherever it is read
-    later: a path that exists begins with `./` or `/`, as no name of a repository does.
-    """
-    name = os.path.expanduser(name)
-    is_plain = not os.path.isabs(name) and not name.startswith(".")
-    return f"./{name}" if is_plain and os.path.exists(name) else name
-
-
-@contextmanager
-def replacing(path: Path):
-    """
-    Yields a temporary name that takes the place of `path` when the block ends well and its content is on the disk, and
-    is removed otherwise.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that at no time a part of it stands under its name."""
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def as_json(record, indent: int | None = 1) -> str:
-    """A record as JSON that every reader takes, with a line end: what is not finite is null."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {name: finite(entry) for name, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return [finite(entry) for entry in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(record), indent=indent, allow_nan=False) + "\n"
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -561,7 +513,6 @@ def read_ahead(weight: Tensor, rows: Tensor) -> None:
 
 
 __all__ = [
-    "as_json",
     "as_transformers_folder",
     "check_files",
     "check_mapped",
@@ -571,7 +522,6 @@ __all__ = [
     "fold_encoder",
     "fold_output",
     "lazy_dtype",
-    "local_or_hub",
     "read_ahead",
     "read_config",
     "read_slice",
@@ -580,5 +530,4 @@ __all__ = [
     "unfold_statistics",
     "write_release",
     "write_tensors",
-    "write_text",
 ]

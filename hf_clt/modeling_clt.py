@@ -253,6 +253,11 @@ class CrossLayerTranscoder(PreTrainedModel):
         """Number format of the decoders; encoders, biases, skips and thresholds are at least float32."""
         return self.decoders[0].weight.dtype
 
+    def cast_decoders(self, dtype: torch.dtype) -> None:
+        """Makes `dtype` that of the CLT."""
+        for decoder in self.decoders:
+            decoder.weight.data = decoder.weight.data.to(dtype)
+
     # -- the equations ------------------------------------------------------------------------------------------------
 
     def forward(

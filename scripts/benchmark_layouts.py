@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hf_clt.benchmark.layouts import LAYOUTS, format_layouts, run_layout
 from hf_clt.benchmark.machine import device_name, versions
-from hf_clt.checkpoint_format import write_text
 from hf_clt.command import OneLineParser, one_line_errors
+from hf_clt.files import write_text
 from hf_clt.harvest.cache import read_manifest
 
 

@@ -29,7 +29,7 @@ class Case:
         l0: Active features per layer and token: k of topk and batchtopk; the rate that the biases are set to for relu
             and jumprelu.
         activation_fn, k_scope, jumprelu_bandwidth, decoder_reach: As in [`CLTConfig`].
-        dtype: Format of the weights of encoders and decoders.
+        dtype: Format of the decoders' weights.
         autocast: Format of the matrix products under `torch.autocast`; None: that of the weights. A CPU without
             instructions for it multiplies in float32, see [`multiplies_bfloat16`].
         device: "cpu", "cuda" or "cuda:n".
@@ -76,8 +76,6 @@ class Case:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
         if self.autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast={self.autocast!r} is unknown; give bfloat16, or leave it out")
-        if self.autocast is not None and self.dtype != "float32":
-            raise ValueError(f"autocast={self.autocast!r} needs float32 weights, not dtype={self.dtype!r}; give one")
         if self.l0 > self.num_features or (self.l0 == self.num_features and self.activation_fn not in TOPK_FAMILY):
             raise ValueError(
                 f"l0={self.l0} does not fit num_features={self.num_features} ({self.activation_fn}); lower l0 or "
@@ -115,8 +113,8 @@ class Case:
 
     @property
     def product_dtype(self) -> str:
-        """Format in which the matrix products are done."""
-        return self.autocast if self.follows_autocast else self.dtype
+        """Format in which the encoders' matrix products are done."""
+        return self.autocast if self.follows_autocast else "float32"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -135,7 +133,7 @@ def check_device(name: str) -> None:
 
 SMALL = {"num_layers": 6, "d_model": 256, "num_features": 8192, "tokens": 512, "l0": 32, "activation_fn": "topk"}
 GPT2 = {"num_layers": 12, "d_model": 768, "num_features": 6144, "tokens": 512, "l0": 32, "activation_fn": "jumprelu"}
-LARGE = {**GPT2, "num_features": 24576, "tokens": 4096, "dtype": "bfloat16", "steps": 10}
+LARGE = {**GPT2, "num_features": 24576, "tokens": 4096, "steps": 10, "dtype": "bfloat16", "autocast": "bfloat16"}
 PRESETS = {
     "issue": [
         {**SMALL, "steps": 10},

@@ -123,7 +123,7 @@ class Plan:
         l0: Active features per layer and token. For topk and batchtopk it is k.
         listed: Features per layer and token that are computed; None: `l0`, and [`WINDOW`] times as many for jumprelu.
         clt_dtype, model_dtype, buffer_dtype: Number formats.
-        product_dtype: That of the CLT's matrix products (mixed precision); None: `clt_dtype`.
+        product_dtype: That of the encoders' matrix products (mixed precision).
         optimizer: "adam", "adamw" or "adam_compact".
         context_size, prompts, buffer_batches: As `--context-size`, `--store-batch-size-prompts` and
             `--n-batches-in-buffer`.
@@ -140,7 +140,7 @@ class Plan:
     clt_dtype: str = "float32"
     model_dtype: str = "bfloat16"
     buffer_dtype: str | None = None
-    product_dtype: str | None = None
+    product_dtype: str = "float32"
     optimizer: str = "adam"
     context_size: int = 128
     prompts: int = 8
@@ -178,9 +178,7 @@ class Plan:
         n = self.feature_parallel_size
         with torch.device("meta"):
             clt = CrossLayerTranscoder(self.config, FeatureShard(0, n) if n > 1 else None)
-        for part in (clt.encoders, clt.decoders, getattr(clt, "skips", None)):
-            if part is not None:
-                part.to(getattr(torch, self.clt_dtype))
+        clt.cast_decoders(getattr(torch, self.clt_dtype))
         return list(clt.parameters())
 
 
@@ -216,7 +214,7 @@ def memory(plan: Plan) -> dict[str, int]:
     listed = plan.tokens_at_once * layers * plan.listed_per_layer / n
     pre_activations = 4 * plan.tokens_at_once * config.num_features // n
     in_buffer = plan.buffer_batches * plan.prompts * (plan.context_size - 1)
-    buffer_bytes = BYTES[plan.buffer_dtype or plan.clt_dtype]
+    buffer_bytes = BYTES[plan.buffer_dtype or plan.model_dtype]
     parts = state_bytes(plan.parameters(), plan.optimizer)
     parts["step"] = round(4 * 4 * plan.tokens_at_once * layers * width + 3 * pre_activations + 40 * listed)
     parts["buffer"] = in_buffer * row * buffer_bytes if plan.buffer_on_device else 0
@@ -261,14 +259,14 @@ def work(plan: Plan) -> dict[str, float]:
     replicas = plan.processes // n
     has_norms = config.activation_fn not in TOPK_FAMILY and config.sparsity_lambda > 0
     batch = tokens * config.num_layers * config.d_model
-    batch_bytes = 2 * BYTES[plan.buffer_dtype or plan.clt_dtype] + 2 * 4  # gathered; reduced and gathered
+    batch_bytes = 2 * BYTES[plan.buffer_dtype or plan.model_dtype] + 2 * 4  # gathered; reduced and gathered
     entries = tokens * plan.listed_per_layer / n
     model = plan.language_model
     return {
         "products": 2 * tokens * config.num_features / n * config.d_model * config.num_layers,
         "select": 4 * tokens * config.num_features / n * config.num_layers,
         "gather": entries * targets * config.d_model * weight,
-        "gather_back": entries * (2 * targets + config.num_layers) * config.d_model * weight,
+        "gather_back": entries * (2 * targets * weight + config.num_layers * 4) * config.d_model,
         "norms": config.num_features / n * targets * config.d_model * weight if has_norms else 0,
         "gradients": state["gradients"],
         "update": 3 * state["parameters"] + 2 * state["optimizer"],
@@ -318,7 +316,7 @@ def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
         return ASSUMED["streams"] * (sheet["link"] if processes <= GPUS_PER_NODE else sheet["network"])
 
     return {
-        "products": ASSUMED["products"] * sheet[plan.product_dtype or plan.clt_dtype],
+        "products": ASSUMED["products"] * sheet[plan.product_dtype],
         "select": stream / 2,  # written and read
         "gather_forward": stream,  # as if no cache kept a row
         "gather_backward": stream,

@@ -109,8 +109,7 @@ def make_clt(case: Case, pool: dict[str, Tensor] | None) -> CrossLayerTranscoder
     torch.manual_seed(case.seed)
     with torch.device(case.device):
         clt = CrossLayerTranscoder(case.config())
-    for part in (clt.encoders, clt.decoders):
-        part.to(getattr(torch, case.dtype))  # thresholds stay in float32
+    clt.cast_decoders(getattr(torch, case.dtype))
     if pool is not None:
         clt.set_normalization(*(pool[name].to(case.device) for name in ("mean_in", "std_in", "mean_out", "std_out")))
     if case.activation_fn not in TOPK_FAMILY:

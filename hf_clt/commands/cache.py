@@ -13,19 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
-from ..checkpoint_format import local_or_hub
 from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
-from ..evaluation.heldout import add_text_options, chosen_device
-from ..harvest.cache import DTYPES, ActivationCache, write_cache
-from ..harvest.harvester import Harvester, check_context_size, load_language_model
-from ..harvest.sites import default_hooks
-from ..harvest.tokens import open_text
+from ..files import local_or_hub
 from ..training.arguments import CACHED
-from ..training.setup import check_gpus, check_launch, check_num_processes, lock_folder
+from .heldout import add_text_options, chosen_device
 
 
 HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATURE_OUTPUT_HOOKS}
@@ -41,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     written.add_argument(
         "--dtype",
-        choices=list(DTYPES),
+        choices=("bfloat16", "float32", "int8"),
         default="bfloat16",
         help="number format on disk; int8 has 255 levels per layer and dimension (default: bfloat16)",
     )
@@ -54,6 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> int:
     options = make_parser().parse_args(argv)
+    import torch  # --help answers without these
+    from accelerate import PartialState
+
+    from ..harvest.cache import ActivationCache, write_cache
+    from ..harvest.harvester import Harvester, check_context_size, load_language_model
+    from ..harvest.sites import default_hooks
+    from ..harvest.tokens import open_text
+    from ..training.setup import check_gpus, check_launch, check_num_processes, lock_folder
+
     if options.verify:
         ActivationCache(options.cache).verify(progress=not options.disable_progress_bar)
         print(f"{options.cache}: all shards are as they were written")

@@ -31,11 +31,8 @@ from ..benchmark.estimate import (
     read_language_model,
     smallest_that_fits,
 )
-from ..benchmark.machine import device_name, versions
-from ..benchmark.measure import Source
-from ..benchmark.rates import check_run, format_checks, measure_rates
-from ..checkpoint_format import write_text
 from ..command import OneLineParser, one_line_errors
+from ..files import write_text
 
 
 SCALE_GPUS = (1, 8, 64)
@@ -62,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, default in (("clt", "float32"), ("model", "bfloat16"), ("buffer", None)):
         choices = ["float32", "bfloat16"]
         run.add_argument(
-            f"--{name}-dtype", choices=choices, default=default, help=f"default: {default or 'as the CLT'}"
+            f"--{name}-dtype", choices=choices, default=default, help=f"default: {default or 'as the model'}"
         )
     run.add_argument(
         "--mixed-precision", choices=["no", "bf16"], default="no", help="of the CLT's products (default no)"
@@ -114,7 +111,7 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
         clt_dtype=options.clt_dtype,
         model_dtype=options.model_dtype,
         buffer_dtype=options.buffer_dtype,
-        product_dtype="bfloat16" if options.mixed_precision == "bf16" else None,
+        product_dtype="bfloat16" if options.mixed_precision == "bf16" else "float32",
         optimizer=options.optimizer,
         context_size=options.context_size,
         prompts=options.store_batch_size_prompts,
@@ -138,6 +135,10 @@ def print_scale(options: argparse.Namespace) -> None:
 
 
 def calibrate(options: argparse.Namespace) -> None:
+    from ..benchmark.machine import device_name, versions
+    from ..benchmark.measure import Source
+    from ..benchmark.rates import check_run, format_checks, measure_rates
+
     def say(text):
         print(text, file=sys.stderr)
 

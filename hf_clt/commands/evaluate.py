@@ -9,12 +9,9 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..checkpoint_format import as_json, write_text
 from ..command import OneLineParser, one_line_errors
-from ..evaluation.evaluate import evaluate_clt, format_replacement, read_history
-from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
-from ..evaluation.report import format_metrics_table, plot_metrics
-from ..hub.card_files import check_update, update_card
+from ..files import as_json, write_text
+from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,6 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> None:
     options = make_parser().parse_args(argv)
+    from ..evaluation.evaluate import evaluate_clt, format_replacement, read_history
+    from ..evaluation.report import format_metrics_table, plot_metrics
+    from ..hub.card_files import check_update, update_card
+
     # What would fail at the end is found before any long work.
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"json={str(options.json)!r}: there is no folder {options.json.parent}; make it first")

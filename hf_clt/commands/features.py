@@ -12,8 +12,7 @@ from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
 from ..evaluation.feature_examples import ExampleSettings
-from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
-from ..hub.feature_pages import build_feature_pages
+from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
 INTERRUPTED = 130  # exit status, as of a shell command that Ctrl-C ended
@@ -49,6 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> None:
     options = make_parser().parse_args(argv)
+    from ..hub.feature_pages import build_feature_pages
+
     names = ("top", "quantiles", "per_quantile", "before", "after", "seed")
     examples = ExampleSettings(**{name: getattr(options, name) for name in names})
     clt = load_clt(options)

@@ -8,7 +8,6 @@ Prints what a CLT is: shape, size, metrics and files, from its small files alone
 import argparse
 
 from ..command import OneLineParser, one_line_errors
-from ..hub.info import describe_clt, format_info
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,6 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
+    from ..hub.info import describe_clt, format_info
+
     print(format_info(describe_clt(options.clt, options.revision, options.subfolder)))
 
 

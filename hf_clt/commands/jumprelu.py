@@ -11,10 +11,7 @@ import sys
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors
-from ..evaluation.calibration import format_calibration, to_jumprelu
-from ..evaluation.evaluate import activations
-from ..evaluation.heldout import add_heldout_options, load_clt, open_heldout, settings_of
-from ..hub.card_files import save_model_card
+from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +30,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> int:
     options = make_parser().parse_args(argv)
+    from ..evaluation.calibration import format_calibration, to_jumprelu
+    from ..evaluation.evaluate import activations
+    from ..hub.card_files import save_model_card
+
     if (options.output / "config.json").exists() and not options.overwrite:
         raise ValueError(f"output={str(options.output)!r} holds a model already; give another folder, or --overwrite")
     clt = load_clt(options)

@@ -9,7 +9,6 @@ import argparse
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors
-from ..hub import push_folder
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,6 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
+    from ..hub import push_folder
+
     info = push_folder(
         options.folder,
         options.repo,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors
-from ..training.sweep import format_sweep, plot_frontier, read_sweep, run_sweep
+from ..files import write_text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,6 +26,8 @@ def make_parser() -> argparse.ArgumentParser:
 @one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
+    from ..training.sweep import format_sweep, plot_frontier, read_sweep, run_sweep
+
     trials = read_sweep(options.sweep)
     if options.groups:
         known = {trial["group"] for trial in trials}
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.table is None:
         print(format_sweep(records))
     else:
-        options.table.write_text(format_sweep(records), encoding="utf-8")
+        write_text(options.table, format_sweep(records))
         print(f"the table of {len(records)} trials is in {options.table}")
     return 0
 

@@ -5,12 +5,8 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from .. import CLTTrainer
 from ..command import one_line_errors, sigterm_as_ctrl_c
-from ..evaluation.evaluate import format_replacement
-from ..evaluation.report import format_metrics_table
 from ..training.command_line import build_config, parse_train_args
-from ..training.setup import load_initial_clt
 from ..training.together import OtherProcessFailed, OtherProcessGone
 
 
@@ -50,6 +46,11 @@ def main(argv=None) -> int:
 
 def train(argv=None) -> int:
     args, config_kwargs = parse_train_args(argv)
+    from ..evaluation.evaluate import format_replacement  # --help answers without these
+    from ..evaluation.report import format_metrics_table
+    from ..training.setup import load_initial_clt
+    from ..training.trainer import CLTTrainer
+
     if args.init_from is not None:
         trainer = CLTTrainer(args, model=load_initial_clt(args, config_kwargs))
     else:

@@ -1,12 +1,28 @@
 """How good a cross-layer transcoder is: metrics on held-out tokens, tables and plots, and the model it replaces."""
 
-from .calibration import format_calibration, to_jumprelu
-from .evaluate import evaluate_clt, evaluation_sums
-from .metrics import MetricSums, density_histogram
-from .prompt import active_per_token, plot_prompt_features, prompt_features, top_features
-from .replacement import ReplacementModel, ReplacementOutput, replacement_metrics
-from .report import format_metrics_table, plot_metrics
+from ..lazy import lazy_names
 
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "MetricSums": "metrics",
+        "ReplacementModel": "replacement",
+        "ReplacementOutput": "replacement",
+        "active_per_token": "prompt",
+        "density_histogram": "metrics",
+        "evaluate_clt": "evaluate",
+        "evaluation_sums": "evaluate",
+        "format_calibration": "calibration",
+        "format_metrics_table": "report",
+        "plot_metrics": "report",
+        "plot_prompt_features": "prompt",
+        "prompt_features": "prompt",
+        "replacement_metrics": "replacement",
+        "to_jumprelu": "calibration",
+        "top_features": "prompt",
+    },
+)
 
 __all__ = [
     "MetricSums",

@@ -4,7 +4,7 @@ import io
 import math
 from pathlib import Path
 
-from ..checkpoint_format import replacing
+from ..files import replacing
 
 
 # column title, metric name, format; the name plus "_per_layer" gives the rows

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checkpoint_format import replacing, write_text
+from ..files import replacing, write_text
 from .harvester import ActivationError, Harvester
 from .tokens import TokenStream
 

@@ -1,10 +1,22 @@
 """Publishing a CLT on the Hugging Face Hub: the generated model card, the push, and code for the repository."""
 
-from .background import BackgroundPush
-from .card_files import card_from_folder, save_model_card, update_card
-from .model_card import build_model_card, is_human_edited
-from .push import check_push_access, push_folder, push_to_hub
+from ..lazy import lazy_names
 
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BackgroundPush": "background",
+        "build_model_card": "model_card",
+        "card_from_folder": "card_files",
+        "check_push_access": "push",
+        "is_human_edited": "model_card",
+        "push_folder": "push",
+        "push_to_hub": "push",
+        "save_model_card": "card_files",
+        "update_card": "card_files",
+    },
+)
 
 __all__ = [
     "BackgroundPush",

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from ..checkpoint_format import as_json, write_text
+from ..files import as_json, write_text
 
 
 FACTS_FILE = "metrics.json"

@@ -9,8 +9,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..checkpoint_format import write_text
 from ..configuration_clt import CLTConfig
+from ..files import write_text
 from .card_facts import (
     FACTS_FILE,
     PLOTS,

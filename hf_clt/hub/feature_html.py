@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoint_format import replacing, write_text
 from ..evaluation.feature_examples import FeatureActivity
+from ..files import replacing, write_text
 
 
 def write_layer_page(path: Path, records: Iterable[bytes], activity: FeatureActivity, layer: int, title: str) -> None:

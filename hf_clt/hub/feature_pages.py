@@ -27,7 +27,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..checkpoint_format import replacing, write_text
 from ..evaluation.feature_examples import (
     Examples,
     ExampleSettings,
@@ -35,6 +34,7 @@ from ..evaluation.feature_examples import (
     collect_activity,
 )
 from ..evaluation.feature_links import Links, logit_extremes, strongest_links
+from ..files import replacing, write_text
 from ..harvest.harvester import Harvester
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder

@@ -8,7 +8,7 @@ import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ..checkpoint_format import local_or_hub
+from ..files import local_or_hub
 from ..hub.card_facts import check_license
 from .options import Option, as_text, check_value, make_option
 

@@ -31,7 +31,7 @@ from .together import OtherProcessFailed, together
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.old)?")
-# Of checkpoints that were being written or deleted, of files of a release (checkpoint_format.replacing), and of
+# Of checkpoints that were being written or deleted, of files of a release (files.replacing), and of
 # safetensors, which itself writes under a temporary name.
 LEFTOVER = re.compile(r"\.checkpoint-\d+(\.old)?\.tmp|\..+\.\d+\.tmp|\.tmp\w{6}")
 ALL = slice(None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..checkpoint_format import write_text
 from ..configuration_clt import CLTConfig
 from ..evaluation.report import shown
+from ..files import write_text
 from .energy import nvml_counters, rapl_counters
 
 

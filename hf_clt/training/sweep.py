@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..checkpoint_format import as_json, write_text
 from ..configuration_clt import CLT_CONFIG_HELP
 from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
+from ..files import as_json, write_text
 from ..harvest.harvester import Harvester, load_language_model
 from .arguments import CLTTrainingArguments
 from .command_line import SettingsLoader, build_config, parse_train_args

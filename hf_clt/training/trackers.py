@@ -21,8 +21,8 @@ import huggingface_hub.constants
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from ..checkpoint_format import write_text
 from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
+from ..files import write_text
 from .arguments import CLTTrainingArguments
 
 

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ..checkpoint_format import as_json, local_or_hub
 from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from ..evaluation.evaluate import SeveralTimes, activations, counting, named_replacement, read_history, replacing_bar
 from ..evaluation.metrics import MetricSums
 from ..evaluation.replacement import replacement_metrics
+from ..files import as_json, local_or_hub
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.cache import ActivationCache, CachedTokens
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
@@ -160,8 +160,7 @@ class CLTTrainer:
         self.model = CrossLayerTranscoder(self.config, self.shard) if model is None else model
         self.model.shard = self.shard
         self.is_new = model is None
-        for decoder in self.model.decoders:
-            decoder.weight.data = decoder.weight.data.to(getattr(torch, args.clt_dtype or "float32"))
+        self.model.cast_decoders(getattr(torch, args.clt_dtype or "float32"))
         self.model.to(self.accelerator.device)
         self.buffer = ActivationBuffer(
             self.tokens,

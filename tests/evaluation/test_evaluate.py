@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.checkpoint_format import as_json
 from hf_clt.evaluation import MetricSums, evaluate_clt, evaluation_sums
 from hf_clt.evaluation.evaluate import format_replacement, read_history
+from hf_clt.files import as_json
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
 from tests.reference import parameters_of, random_clt, reference

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_clt.checkpoint_format import as_json
 from hf_clt.evaluation import MetricSums
 from hf_clt.evaluation.report import format_metrics_table
+from hf_clt.files import as_json
 
 
 def random_batch(num_tokens=240, num_layers=3, d_model=5, num_features=7, offset=1e4, seed=0):

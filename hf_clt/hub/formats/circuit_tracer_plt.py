@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ... import checkpoint_format as files
 from ...configuration_clt import CLTConfig
+from ...files import write_text
 from . import shared
 from .shared import Checkpoint
 
@@ -175,7 +176,7 @@ def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tens
     }
     if config.base_model_name_or_path is None:
         del described["model_name"]
-    files.write_text(folder / CONFIG, yaml.safe_dump(described, sort_keys=False))
+    write_text(folder / CONFIG, yaml.safe_dump(described, sort_keys=False))
 
 
 __all__ = ["LAYER_FILE", "read", "write"]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ... import checkpoint_format as files
 from ...configuration_clt import CLTConfig
+from ...files import write_text
 from . import shared
 from .shared import Checkpoint
 
@@ -218,7 +219,7 @@ def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tens
         "context_size": 0,
         "l0_coefficient": 0.0,
     }
-    files.write_text(folder / CONFIG, json.dumps(cfg, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(cfg, indent=2) + "\n")
 
 
 __all__ = ["SHARD", "WEIGHTS", "is_checkpoint", "read", "write"]

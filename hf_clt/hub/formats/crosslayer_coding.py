@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ... import checkpoint_format as files
 from ...configuration_clt import CLTConfig
+from ...files import write_text
 from . import shared
 from .shared import Checkpoint
 
@@ -292,7 +293,7 @@ def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tens
         "decoder_tying": "none",
         "skip_connection": config.skip_connection,
     }
-    files.write_text(folder / CONFIG, json.dumps(cfg, indent=4) + "\n")
+    write_text(folder / CONFIG, json.dumps(cfg, indent=4) + "\n")
 
 
 __all__ = ["find_checkpoints", "is_checkpoint", "read", "write"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ... import checkpoint_format as files
 from ...configuration_clt import CLTConfig
+from ...files import write_text
 from . import shared
 from .shared import Checkpoint
 
@@ -150,7 +151,7 @@ def write(folder: str | Path, config: CLTConfig, layers: Iterator[dict[str, Tens
         "affine_connection": config.skip_connection,
         "type": "clt",
     }
-    files.write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
 
 
 __all__ = ["LAYER_FILE", "read", "write"]

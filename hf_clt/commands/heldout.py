@@ -7,10 +7,10 @@ import argparse
 
 import torch
 
-from ..harvest.harvester import DTYPES, Harvester, check_context_size, load_language_model
-from ..harvest.tokens import RETRIES, TokenStream, open_text
-from ..modeling_clt import CrossLayerTranscoder
-from .evaluate import check_harvester
+from ..training.arguments import CLTTrainingArguments
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192) -> None:
@@ -25,7 +25,7 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
     clt = parser.add_argument_group("the CLT")
     clt.add_argument("clt", metavar="MODEL_OR_REPO", help="folder of a CLT, or its name on the Hub")
     clt.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of the CLT on the Hub")
-    clt.add_argument("--clt-dtype", choices=list(DTYPES), help="number format of its weights (default: its files')")
+    clt.add_argument("--clt-dtype", choices=DTYPES, help="number format of its decoders (default: its files')")
 
     add_text_options(parser, "the one that the CLT names", eval_tokens)
     parser.add_argument(
@@ -64,17 +64,19 @@ def add_text_options(parser: argparse.ArgumentParser, default_model: str, eval_t
     text.add_argument(
         "--store-batch-size-prompts", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)"
     )
-    parser.set_defaults(streaming=True, stream_retries=RETRIES)
+    parser.set_defaults(streaming=True, stream_retries=CLTTrainingArguments.stream_retries)
     text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
 
 
-def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
+def load_clt(options: argparse.Namespace):
     """
     The CLT that the options name, on their device, in eval mode.
 
     Raises:
         ValueError: For options that could not be met later on, and if the CLT cannot be loaded.
     """
+    from ..modeling_clt import CrossLayerTranscoder
+
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} is below 1; give the number of tokens that fit in memory")
     if options.dataset is None:
@@ -83,7 +85,7 @@ def load_clt(options: argparse.Namespace) -> CrossLayerTranscoder:
         raise ValueError(f"eval_tokens={options.eval_tokens} is below 1; give some thousand tokens")
     kwargs = {"revision": options.revision} if options.revision is not None else {}
     if options.clt_dtype is not None:
-        kwargs["dtype"] = DTYPES[options.clt_dtype]
+        kwargs["dtype"] = options.clt_dtype
     device = chosen_device(options.device)
     try:
         return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
@@ -106,18 +108,22 @@ def chosen_device(name: str | None) -> torch.device:
     return device
 
 
-def open_heldout(clt: CrossLayerTranscoder, options: argparse.Namespace) -> tuple[Harvester, TokenStream]:
+def open_heldout(clt, options: argparse.Namespace):
     """
     The language model of a CLT and the held-out text that the options name.
 
     Returns:
-        `tuple[Harvester, TokenStream]`: At the CLT's hooks, and on its device; and the first `eval_tokens` counted
+        A [`Harvester`] at the CLT's hooks and on its device, and a [`TokenStream`] of the first `eval_tokens` counted
         tokens of the text.
 
     Raises:
         ValueError: If no language model is named, if one of the two cannot be loaded, or if they do not fit the CLT or
             the options.
     """
+    from ..evaluation.evaluate import check_harvester
+    from ..harvest.harvester import Harvester, check_context_size, load_language_model
+    from ..harvest.tokens import open_text
+
     name, revision = options.model, options.model_revision
     if name is None:
         name = clt.config.base_model_name_or_path
@@ -137,7 +143,7 @@ def open_heldout(clt: CrossLayerTranscoder, options: argparse.Namespace) -> tupl
     return harvester, open_text(options, tokenizer, heldout=True)
 
 
-def settings_of(options: argparse.Namespace, clt: CrossLayerTranscoder) -> dict:
+def settings_of(options: argparse.Namespace, clt) -> dict:
     """What a figure depends on, for the record: the CLT, its language model, the text, and how it was cut."""
     names = ("clt", "revision", "dataset", "dataset_config", "dataset_split", "dataset_text_column", "max_samples")
     names += ("eval_tokens", "context_size", "prepend_bos", "exclude_special_tokens", "model_dtype", "clt_dtype")

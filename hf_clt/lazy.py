@@ -1,0 +1,28 @@
+"""Names of a package that are imported when they are first asked for (PEP 562), so that a command answers at once."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+
+def lazy_names(package: str, origins: dict[str, str]) -> tuple[Callable, Callable]:
+    """
+    `__getattr__` and `__dir__` of a package.
+
+    Args:
+        package: Its `__name__`.
+        origins: Each public name, and the module of the package where it is.
+    """
+
+    def getattr_(name: str):
+        if name not in origins:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{origins[name]}"), name)
+
+    def dir_() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *origins})
+
+    return getattr_, dir_
+
+
+__all__ = ["lazy_names"]
