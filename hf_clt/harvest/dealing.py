@@ -174,8 +174,8 @@ class DealtTokens:
 
 
 def tensors_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    """Copies of those whose names begin with `prefix`, without it; `tensors` may be mapped from a large file."""
+    return {name.removeprefix(prefix): tensors[name].clone() for name in tensors if name.startswith(prefix)}
 
 
 __all__ = ["DealtTokens", "at_position", "deal_buffers"]

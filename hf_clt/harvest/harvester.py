@@ -193,7 +193,7 @@ class Harvester:
         """
         found = []
         for weight in self.model.parameters():
-            values = weight.detach().flatten()[:FINGERPRINT_NUMBERS].float()
+            values = weight.detach().flatten()[:FINGERPRINT_NUMBERS].float().nan_to_num(0, 0, 0)
             norm = values.norm()
             wave = torch.cos(torch.arange(len(values), device=values.device, dtype=torch.float32))
             found += [norm.item(), (values @ wave / norm.clamp_min(1e-30)).item()]

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from ..files import as_json
 from ..harvest.dealing import deal_buffers
 from ..sharding import FeatureShard, rows_of
 from .optimizers import state_entries
@@ -59,7 +60,7 @@ def is_checkpoint(path: Path) -> bool:
         return any(path.glob("rank-*.json"))
     except ValueError:
         return True
-    return isinstance(state, dict) and "tokens_seen" in state
+    return isinstance(state, dict) and {"step", "num_processes"} <= state.keys()
 
 
 def foreign_checkpoints(output_dir: Path) -> list[Path]:
@@ -387,7 +388,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(values), encoding="utf-8")
     _sync_file(path)
 
 

@@ -288,21 +288,7 @@ class CLTTrainer:
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
         self.energy.start()
-        shared = own = None
-        if self.resume_from is None:
-            self._prepare_model()
-        else:
-            shared, own = load_checkpoint(
-                self.resume_from,
-                accelerator.process_index,
-                accelerator.num_processes,
-                self.shard,
-                self.model.per_feature(),
-            )
-            self._restore_model(shared)
-        optimizer = make_optimizer(self.model, args)
-        if shared is not None:
-            self._restore_run(shared, own, optimizer)
+        optimizer = self._resume() if self.resume_from is not None else self._begin()
         together(accelerator, self._prepare_output_dir)
         self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
         if self.shard is None:
@@ -679,12 +665,33 @@ class CLTTrainer:
             tqdm.write(f"checkpoint written: {folder}")
         return folder
 
-    def _restore_model(self, shared: dict) -> None:
+    def _begin(self) -> torch.optim.Optimizer:
+        self._prepare_model()
+        return make_optimizer(self.model, self.args)
+
+    def _resume(self) -> torch.optim.Optimizer:
+        """
+        Goes where the checkpoint stands. Its tensors are mapped from their files and count as memory of the process
+        where they were read, so each part is let go of when it is copied, and nothing keeps a view.
+        """
+        shared, own = load_checkpoint(
+            self.resume_from,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.shard,
+            self.model.per_feature(),
+        )
+        self._restore_model(shared["state"], shared.pop("model"))
+        optimizer = make_optimizer(self.model, self.args)
+        load_optimizer_tensors(self.model, optimizer, shared.pop("optimizer"))
+        self._restore_run(shared, own)
+        return optimizer
+
+    def _restore_model(self, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         """
         Weights and statistics of a checkpoint. The configuration, the language model and what cannot change within a
         run must be those it was written with; other settings that differ are said.
         """
-        state = shared["state"]
         saved = state["config"]
         for name in CLT_CONFIG_HELP:
             now = getattr(self.config, name)
@@ -710,15 +717,13 @@ class CLTTrainer:
         if changed and self.accelerator.is_main_process:
             told = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
             logger.warning("%s was trained with other settings, and goes on with: %s", self.resume_from.name, told)
-        tensors = shared["model"]
         if "mean_in" in tensors:
             self.model.set_normalization(*(tensors[n] for n in ("mean_in", "std_in", "mean_out", "std_out")))
         self.model.load_state_dict(tensors)
 
-    def _restore_run(self, shared: dict, own: dict, optimizer) -> None:
+    def _restore_run(self, shared: dict, own: dict) -> None:
         state = shared["state"]
-        load_optimizer_tensors(self.model, optimizer, shared["optimizer"])
-        self.steps_since_fired = shared["trainer"]["steps_since_fired"].to(self.accelerator.device)
+        self.steps_since_fired.copy_(shared["trainer"]["steps_since_fired"])
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         self.energy.start(state.get("energy_joules"), resumed=True)
         self._saved_step = self.step if self._goes_on else None
@@ -726,7 +731,7 @@ class CLTTrainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._tokens_since_log = own["values"]["tokens_since_log"]
         self._updates_since_log = own["values"]["updates_since_log"]
-        self._totals = own["tensors"]["totals"].to(self.accelerator.device)
+        self._totals.copy_(own["tensors"]["totals"])
         self.buffer.load_state_dict(own["values"]["buffer"], own["tensors"])
         torch.set_rng_state(own["tensors"]["torch_rng"])
         self._tell_what_changed(state)

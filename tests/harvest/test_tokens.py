@@ -129,7 +129,7 @@ def test_dtypes_bos_padding_and_what_counts(bos):
     width = 23
     texts = odd_texts()
     batches = list(TokenStream(as_dataset(texts), NO_BOS if not bos else TOKENIZER, context_size=width))
-    padding = EOS if bos else NO_BOS.pad_token_id  # no pad token: EOS
+    padding = EOS if bos else NO_BOS.eos_token_id  # whether there is a padding token or not
     seen_padding = False
     for batch in batches:
         assert {key: value.dtype for key, value in batch.items()} == {
@@ -698,8 +698,13 @@ def test_too_little_text_is_refused():
 
 def test_documents_that_are_not_text_are_named(tmp_path):
     rows = datasets.Dataset.from_dict({"text": [1, 2]})
-    with pytest.raises(TypeError, match=r"document 0 .* holds a int"):
+    with pytest.raises(ValueError, match=r"document 0 .* holds a int"):
         TokenStream(rows, TOKENIZER)
+    for value, kind in (([1, 2], "list"), ({"role": "user"}, "dict"), (1.5, "float"), (True, "bool")):
+        (tmp_path / "other.jsonl").write_text(json.dumps({"text": value}) + "\n")
+        with pytest.raises(ValueError, match=f"document 0 .* holds a {kind}"):
+            TokenStream(load_text_dataset(tmp_path / "other.jsonl"), TOKENIZER)
+    (tmp_path / "other.jsonl").unlink()
     with pytest.raises(TypeError, match="DatasetDict"):
         TokenStream(datasets.DatasetDict({"train": rows}), TOKENIZER)
     write(tmp_path / "a.jsonl", TEXTS)

@@ -784,7 +784,7 @@ def check_training_pushes(work):
     alone = CLTTrainingArguments(**options, output_dir=str(work / "alone"))  # pushing changes nothing of the training
     same = CLTTrainer(alone, CLTConfig.from_dict({**config.to_dict(), "base_model_name_or_path": None})).train()
     assert all(torch.equal(value, clt.state_dict()[name]) for name, value in same.state_dict().items())
-    assert not (work / "trained" / "pushing").exists()
+    assert not (work / "trained" / ".pushing.tmp").exists()
     assert {path.name for path in (work / "trained").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 

@@ -522,7 +522,8 @@ def test_a_folder_of_something_else_is_left_alone(clt_folder, clt, options, tmp_
     assert "is a file; give a folder" in fails(tmp_path / "file")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "index.html").write_text("mine")
-    assert "holds index.html already" in fails(tmp_path / "site")
+    for more in ((), ("--overwrite",)):
+        assert "holds index.html, which is not of feature pages" in fails(tmp_path / "site", *more)
     assert (tmp_path / "site" / "index.html").read_text() == "mine"
 
     pages = tmp_path / "pages"

@@ -307,10 +307,10 @@ def test_a_tracker_that_is_not_installed_is_refused(tiny_gpt2, small_text_file, 
 
 def test_a_tracker_that_fails_does_not_lose_the_run(tiny_gpt2, small_text_file, tmp_path, caplog):
     """TensorBoard cannot make its folder; wandb is closed by somebody after step 2."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "tensorboard").write_text("in the way")
     settings = settings_of(tiny_gpt2, small_text_file, tmp_path / "run", report_to=["tensorboard", "wandb"])
     trainer = make_trainer(settings)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
     endless = trainer.buffer.endless
 
     def batches():

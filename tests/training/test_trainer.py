@@ -761,11 +761,11 @@ def test_what_a_stopped_push_left_is_removed(make, tmp_path):
     recorded(stopped, stop_at=2)
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
-    (tmp_path / "run" / "pushing").mkdir()
-    (tmp_path / "run" / "pushing" / "W_enc_0.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / ".pushing.tmp").mkdir()
+    (tmp_path / "run" / ".pushing.tmp" / "W_enc_0.safetensors").write_bytes(b"half")
     (tmp_path / "run" / "notes").mkdir()
     make(training_steps=4, resume_from_checkpoint="latest").train()
-    assert not (tmp_path / "run" / "pushing").exists() and (tmp_path / "run" / "notes").exists()
+    assert not (tmp_path / "run" / ".pushing.tmp").exists() and (tmp_path / "run" / "notes").exists()
 
 
 def test_a_line_of_metrics_that_spans_a_resume(make, tmp_path):
