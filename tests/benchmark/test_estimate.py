@@ -69,7 +69,7 @@ def test_counts_by_hand():
     assert counts["gradients"] == 4 * parameters
     assert counts["update"] == 7 * 4 * parameters
     assert counts["language_model"] == 5000  # its own tokens only
-    assert counts["shared"] == 20 * 3 * 8 * (2 * 4 + 8) / 2
+    assert counts["shared"] == 20 * 3 * 8 * (2 * 2 + 8) / 2  # from a buffer in bfloat16, as the model
     assert counts["averaged"] == 4 * parameters  # ring over 2 replicas
     one = work(replace(plan, processes=1, feature_parallel_size=1))
     assert one["shared"] == one["averaged"] == 0

@@ -10,6 +10,7 @@ import torch
 
 from hf_clt import CLTTrainer, CLTTrainingArguments
 from hf_clt.commands import cache as cache_activations
+from hf_clt.harvest import cache
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, packed, unpacked, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import open_text
@@ -40,12 +41,9 @@ def cached(tiny_gpt2, text_file, tmp_path_factory):
 
 def run(*arguments, shard_bytes=60_000):
     """The script with shards so small that there are several."""
-    original = cache_activations.write_cache
-    cache_activations.write_cache = lambda *a, **k: original(*a, **{**k, "shard_bytes": shard_bytes})
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "write_cache", lambda *a, **k: write_cache(*a, **{**k, "shard_bytes": shard_bytes}))
         return cache_activations.main([str(argument) for argument in arguments])
-    finally:
-        cache_activations.write_cache = original
 
 
 def train(tmp_path, name, *options):
