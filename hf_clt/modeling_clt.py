@@ -867,11 +867,10 @@ class CrossLayerTranscoder(PreTrainedModel):
         return clt
 
     def _check_half_range(self) -> None:
-        for source, decoder in enumerate(self.decoders if self.dtype == torch.float16 else ()):
-            if not decoder.weight.isfinite().all():
-                raise ValueError(
-                    f"W_dec_{source} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32"
-                )
+        for name, weight in self.named_parameters():
+            if weight.dtype == torch.float16 and not weight.isfinite().all():
+                name = name.replace("decoders.", "W_dec_").removesuffix(".weight")
+                raise ValueError(f"{name} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32")
 
     def _stay_in_files(self) -> None:
         """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""

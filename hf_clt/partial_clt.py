@@ -132,6 +132,7 @@ def load_layers(
             if config.skip_connection:
                 model.skips[layer] = AbsentSkip()
     model.load_state_dict(state, assign=True)
+    model._check_half_range()
     model.requires_grad_(False)
     model.layers = layers
     model.config.name_or_path = model.name_or_path = name

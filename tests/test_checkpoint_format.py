@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from hf_clt import CLTConfig, CrossLayerTranscoder, checkpoint_format
+from hf_clt.sharding import FeatureShard
 from tests.reference import random_batch, random_clt, random_statistics
 
 
@@ -739,3 +740,42 @@ def test_the_folder_can_be_moved(saved, tmp_path):
     shutil.move(folder, tmp_path / "moved")
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "moved")
     assert torch.equal(loaded.encoders[0].weight, clt.encoders[0].weight)
+
+
+# -- float16 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(tmp_path):
+    """A relu CLT whose only decoder row that matters is `scale`; returns what it is in float16."""
+
+    def load(scale, **kwargs):
+        clt = random_clt(double=False, activation_fn="relu")
+        with torch.no_grad():
+            clt.decoders[1].weight[0, 0, 0] = scale
+            clt.encoders[1].bias[0] = 100.0  # its activation
+        clt.save_pretrained(tmp_path)
+        return clt, CrossLayerTranscoder.from_pretrained(tmp_path, dtype=torch.float16, **kwargs)
+
+    return load
+
+
+def test_float16_keeps_what_large_inputs_need_in_float32(narrow):
+    clt, half = narrow(1.0)
+    inputs, _ = random_batch(clt)
+    inputs[:, :, 3] = 80_000.0  # beyond float16, as in the stream of Gemma 3
+    assert torch.equal(half.encode(inputs), clt.encode(inputs))
+
+
+@pytest.mark.parametrize("loading", [{}, {"layers": [1]}, {"shard": FeatureShard(0, 2)}], ids=str)
+def test_weights_beyond_float16_are_refused(narrow, loading):
+    with pytest.raises(ValueError, match=r"W_dec_1 exceeds float16.*bfloat16"):
+        narrow(1e5, **loading)
+
+
+def test_a_reconstruction_beyond_float16_is_refused(narrow):
+    clt, half = narrow(6e4)  # times 100
+    inputs = torch.zeros(3, L, D)
+    assert clt(inputs).reconstruction.isfinite().all()
+    with pytest.raises(ValueError, match=r"reconstruction exceeds float16.*bfloat16"):
+        half(inputs)

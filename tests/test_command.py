@@ -1,5 +1,9 @@
 """One line for what a user can mend, a traceback for the rest."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from hf_clt.command import OneLineParser, one_line_errors
@@ -42,3 +46,28 @@ def test_wrong_options_are_such_an_error(capsys):
 
     assert main(["--nothing"]) == 2
     assert capsys.readouterr().err == "error: unrecognized arguments: --nothing; see --help\n"
+
+
+def test_home_is_expanded_where_no_shell_does_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = OneLineParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--note")
+    options = parser.parse_args(["~/clt", "--output=~/pages", "--note", "about ~/x"])
+    assert (options.folder, options.output, options.note) == (tmp_path / "clt", tmp_path / "pages", "about ~/x")
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    code = (
+        "from hf_clt.command import one_line_errors\n"
+        "@one_line_errors()\n"
+        "def main(argv=None):\n"
+        "    print('x' * 10**6)\n"
+        "raise SystemExit(main([]))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141

@@ -29,7 +29,7 @@ SCRIPTS = {
 
 def test_every_module_is_a_command():
     modules = {path.stem for path in (ROOT / "hf_clt" / "commands").glob("*.py")}
-    assert modules - {"__init__"} == set(COMMANDS)
+    assert modules - {"__init__", "heldout"} == set(COMMANDS)  # heldout: options that several share
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,8 @@
 """Reading activations: padding, what is run, selection, errors; and loading the language model."""
 
+import copy
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -95,10 +98,11 @@ def batch(input_ids, **changes):
 
 @pytest.mark.parametrize("build", [gpt2, llama, gpt_neox])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_change_activations(build, side):
+@pytest.mark.parametrize("pad", [0, VOCABULARY])  # the latter is one that was added later, without an embedding
+def test_padding_does_not_change_activations(build, side, pad):
     harvester = Harvester(build())
     prompts = [tokens(1, length)[0] for length in (9, 5, 1)]
-    padded, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    padded, mask = torch.full((3, 9), pad), torch.zeros(3, 9, dtype=torch.long)
     places = [slice(9 - len(prompt), 9) if side == "left" else slice(0, len(prompt)) for prompt in prompts]
     for row, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         padded[row, place], mask[row, place] = prompt, 1
@@ -361,6 +365,36 @@ def test_load_refuses_a_model_without_tokenizer(tmp_path, build):
     with pytest.raises(ValueError, match="tokenizer") as error:
         load_language_model(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", ["", "01="])
+def test_a_tokenizer_of_a_few_tokens_is_one(tmp_path, words):
+    llama().save_pretrained(tmp_path)
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="</s>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    if words:
+        assert len(load_language_model(tmp_path)[1]) == 5
+    else:
+        with pytest.raises(ValueError, match="has no tokenizer files"):
+            load_language_model(tmp_path)
+
+
+def test_a_fingerprint_tells_models_apart_and_not_their_formats():
+    model = gpt2()
+    own = Harvester(model).fingerprint()
+    assert json.loads(json.dumps(own, allow_nan=False)) == own
+    assert Harvester(copy.deepcopy(model)).has_fingerprint(own)
+    assert Harvester(copy.deepcopy(model).to(torch.bfloat16)).has_fingerprint(own)
+    assert not Harvester(llama()).has_fingerprint(own)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            other = copy.deepcopy(model)
+            other.get_parameter(name).add_(0.003 * torch.randn_like(parameter))
+            assert not Harvester(other).has_fingerprint(own), name
+            other.get_parameter(name).fill_(torch.nan)
+            assert Harvester(other).has_fingerprint(Harvester(other).fingerprint())
 
 
 def test_load_refuses_missing_weights(folder):

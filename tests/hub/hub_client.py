@@ -201,6 +201,28 @@ def check_no_stale_weights(work):
     assert pull("tester/shrinking", work).config.num_layers == 2
 
 
+def check_another_model_is_not_replaced(work):
+    """push to the repository of a language model: refused, and nothing of it is removed"""
+    API.create_repo("tester/lm")
+    for name, content in (("config.json", b'{"model_type": "gpt2"}'), ("model.safetensors", b"x")):
+        API.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="tester/lm")
+    with pytest.raises(ValueError, match="'tester/lm' holds another model than a CLT"):
+        push_to_hub(make_clt(), "tester/lm", token=TOKEN)
+    assert {"config.json", "model.safetensors"} <= set(API.list_repo_files("tester/lm"))
+
+
+def check_arguments_of_transformers(work):
+    """push_to_hub with transformers' arguments: tags are in the card, those about the files change nothing"""
+    clt = make_clt()
+    clt.push_to_hub(
+        "tester/arguments", token=TOKEN, tags=["mine"], commit_description="why", max_shard_size="1GB",
+        safe_serialization=True,
+    )  # fmt: skip
+    assert "mine" in ModelCard.load("tester/arguments").data.tags
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        clt.push_to_hub("tester/arguments", token=TOKEN, safe_serialization=False)
+
+
 def check_plots_and_what_the_card_is_made_from(work):
     """card: its plots show, with metrics.json; those that the next release has not are removed, others' files stay"""
     clt = make_clt()
