@@ -4,10 +4,11 @@ import importlib.metadata
 import os
 
 
-# On a busy machine OpenMP's threads would spin at each barrier for one that is not running, and a step take seven
-# times as long. libgomp reads these when torch loads it; what the environment already says stays.
+# On a busy machine OpenMP's threads spin at each barrier for one that is not running, and a step takes three to seven
+# times as long. A short spin costs little there, and hardly anything elsewhere (benchmarks/contention.py). libgomp
+# reads these when torch loads it; what the environment already says stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "6000")
 
 from transformers import AutoConfig
 

@@ -851,9 +851,10 @@ class CrossLayerTranscoder(PreTrainedModel):
         model.config.name_or_path = model.name_or_path = name
         model.config.dtype = model.dtype
         model.eval()
-        model._check_half_range()
         if lazy:
             model._stay_in_files()
+        else:
+            model._check_half_range()
         info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
         return (model, info) if with_info else model
 

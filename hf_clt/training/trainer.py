@@ -498,8 +498,8 @@ class CLTTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict:
         """
-        The metrics of the CLT as it would be released now, its statistics folded into its weights, on the held-out
-        text, in raw space, over all processes.
+        The metrics of the CLT on the held-out text, in raw space, over all processes; where it is released, of what is
+        in its files, statistics folded into the weights.
 
         Returns:
             `dict`: `nmse`, `explained_variance`, `l0`, `dead_fraction`, each also `<name>_per_layer`, `num_tokens` and
@@ -532,7 +532,9 @@ class CLTTrainer:
                 self.seconds["clt"] += time.perf_counter() - start
                 sums.update(batch["labels"], output.reconstruction, output.features)
 
-        with self.model.folded():
+        # What is released now is measured as its files have it; else the live CLT, which is the same but for rounding.
+        is_released = self.step == self.args.training_steps or is_due(self.step, self.args.hub_push_interval)
+        with self.model.folded() if is_released else nullcontext():
             with bar:
                 together(self.accelerator, measure) if self.shard is None else measure()
             metrics = self._gathered(sums).compute()

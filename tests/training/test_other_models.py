@@ -358,7 +358,7 @@ def in_a_process(code, **environment):
 
 def test_waiting_threads_do_not_spin_unless_the_user_says_so():
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        assert name not in os.environ or os.environ[name] in ("PASSIVE", "0")  # set by this process's own import
+        assert name not in os.environ or os.environ[name] in ("PASSIVE", "6000")  # set by this process's own import
     code = (
         "import os, sys\n"
         "class Look:\n"
@@ -369,7 +369,7 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_so():
     )
     environment = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
     code_without = "import os\nfor n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'): os.environ.pop(n)\n" + code
-    assert in_a_process(code_without, **environment)[:2] == ["PASSIVE", "0"]
+    assert in_a_process(code_without, **environment)[:2] == ["PASSIVE", "6000"]
     environment = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "77"}
     assert in_a_process(code, **environment)[:2] == ["ACTIVE", "77"]
 
