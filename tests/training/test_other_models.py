@@ -76,11 +76,17 @@ def shifted(mean):
     return change
 
 
-@pytest.mark.parametrize("clt_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "change", [constant(0.0), constant(10.0), constant(300.0), shifted(100.0), shifted(1000.0)],
+    "change, clt_dtype",
+    [
+        (constant(0.0), "float32"),
+        (constant(10.0), "bfloat16"),
+        (constant(300.0), "float32"),
+        (shifted(100.0), "float32"),
+        (shifted(1000.0), "bfloat16"),
+    ],
     ids=["constant 0", "constant 10", "constant 300", "mean 100", "mean 1000"],
-)  # fmt: skip
+)
 def test_the_card_has_the_metrics_of_the_files(make, changed, tmp_path, change, clt_dtype):
     config = {"activation_fn": "batchtopk"}
     arguments = {"clt_dtype": clt_dtype, "training_steps": 30, "warmup_steps": 0, "learning_rate": 1e-2}
