@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..files import replacing, write_text
 from .harvester import ActivationError, Harvester
+from .normalization import warn_if_lost
 from .tokens import TokenStream
 
 
@@ -171,6 +172,9 @@ def _write_split(folder, own_path, own, split, state, harvester, stream, dtype, 
     with tqdm(total=total, initial=written, desc=title, unit="token", unit_scale=True, disable=not progress) as bar:
         for batch in stream if limit is None or written < limit else ():
             inputs, labels = harvester.harvest(batch)
+            if dtype == "bfloat16" != str(harvester.dtype).removeprefix("torch.") and written + tokens == 0:
+                for rows in (inputs, labels) if len(inputs) > 1 else ():
+                    warn_if_lost(rows.mean(dim=0), rows.std(dim=0), DTYPES[dtype], "--dtype")
             stored = {**packed(inputs.cpu(), "inputs", dtype), **packed(labels.cpu(), "labels", dtype)}
             stored |= {name: batch[name] for name in TOKENS}
             tensors |= {f"{batches}.{name}": tensor.contiguous() for name, tensor in stored.items()}

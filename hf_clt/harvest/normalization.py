@@ -1,5 +1,6 @@
 """Per-layer, per-dimension mean and standard deviation of activations, and the initial values set from data."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 
@@ -91,6 +94,17 @@ def estimate_statistics(
     return {"mean_in": mean_in, "std_in": std_in, "mean_out": mean_out, "std_out": std_out}
 
 
+def warn_if_lost(mean: Tensor, std: Tensor, dtype: torch.dtype, option: str) -> None:
+    """Warns of dimensions whose spread `std` is less than a step of `dtype` at their `mean`, (L, D) each."""
+    lost = int(((std > 0) & (std < torch.finfo(dtype).eps * mean.abs())).sum())
+    if lost:
+        logger.warning(
+            "%d dimensions of the activations vary by less than %s can tell apart at their mean; keep them in float32 "
+            "(%s)",
+            *(lost, str(dtype).removeprefix("torch."), option),
+        )
+
+
 def _merged_over_processes(moment: Moments, accelerator) -> Moments:
     parts = [
         accelerator.gather(part.to(accelerator.device)[None]).cpu()
@@ -151,4 +165,4 @@ def set_output_bias(clt, labels: Tensor) -> None:
         decoder.bias.copy_(mean)
 
 
-__all__ = ["Moments", "estimate_statistics", "load_statistics", "set_firing_rate", "set_output_bias"]
+__all__ = ["Moments", "estimate_statistics", "load_statistics", "set_firing_rate", "set_output_bias", "warn_if_lost"]

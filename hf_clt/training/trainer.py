@@ -21,7 +21,13 @@ from ..files import as_json, local_or_hub
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.cache import ActivationCache, CachedTokens
 from ..harvest.harvester import Harvester, check_context_size, load_language_model
-from ..harvest.normalization import estimate_statistics, load_statistics, set_firing_rate, set_output_bias
+from ..harvest.normalization import (
+    estimate_statistics,
+    load_statistics,
+    set_firing_rate,
+    set_output_bias,
+    warn_if_lost,
+)
 from ..harvest.tokens import open_text
 from ..hub.background import BackgroundPush
 from ..hub.card_files import save_model_card
@@ -242,6 +248,11 @@ class CLTTrainer:
             )
         if statistics is not None:
             self.model.set_normalization(**statistics, reparametrize=not self.is_new)
+            if self.buffer.dtype != self.harvester.dtype and self.accelerator.is_main_process:
+                for side in ("in", "out"):
+                    warn_if_lost(
+                        statistics[f"mean_{side}"], statistics[f"std_{side}"], self.buffer.dtype, "--buffer-dtype"
+                    )
         if not self.is_new:
             return
         self.buffer.fill()

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.commands import info
+from hf_clt.commands import cache, info
 from hf_clt.evaluation import evaluate_clt
 from hf_clt.files import local_or_hub
 from hf_clt.hub.card_facts import read_facts
@@ -99,6 +99,28 @@ def test_the_card_has_the_metrics_of_the_files(make, changed, tmp_path, change, 
         found = evaluate_clt(clt, trainer.harvester, trainer.heldout)["nmse"]
         # The same files to the bit but for rounding; another format of the decoders moves it by less than 1 %.
         assert found == pytest.approx(told, rel=1e-4 if dtype in (None, clt_dtype) else 0.01), dtype
+
+
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_a_format_that_cannot_tell_activations_apart_is_said(make, changed, text_file, tmp_path, caplog, mean):
+    model = changed(shifted(mean))
+    arguments = ["--model", model, "--dataset", text_file, "--max-tokens", "200", "--context-size", "32"]
+
+    def said():
+        found = [record.getMessage() for record in caplog.records if "tell apart" in record.getMessage()]
+        caplog.clear()
+        return found
+
+    make(model).train()
+    for dtype in ("float32", "int8"):
+        assert cache.main([str(tmp_path / dtype), *arguments, "--dtype", dtype, "--disable-progress-bar"]) == 0
+    assert not said()
+    make(model, folder="other", buffer_dtype="bfloat16").train()
+    told = said()
+    assert bool(told) == (mean > 0) and all("--buffer-dtype" in text for text in told)
+    assert cache.main([str(tmp_path / "bfloat16"), *arguments, "--disable-progress-bar"]) == 0
+    told = said()
+    assert bool(told) == (mean > 0) and all("--dtype" in text for text in told)
 
 
 def test_a_block_whose_mlp_gives_nothing(make, changed, tmp_path, capsys):
