@@ -5,10 +5,10 @@ import json
 import sys
 from pathlib import Path
 
-from hf_clt.benchmark.cases import check_device
 from hf_clt.benchmark.crossover import measure_crossover
 from hf_clt.benchmark.machine import device_name
 from hf_clt.command import one_line_errors
+from hf_clt.device import chosen_device
 from hf_clt.training.setup import prepare_cpu
 
 
@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> None:
     options = make_parser().parse_args(argv)
-    check_device(options.device)
+    chosen_device(options.device)
     for name in ("tokens", "num_features", "targets", "d_model"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} is not positive; give at least 1")

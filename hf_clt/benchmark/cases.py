@@ -3,9 +3,8 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
-import torch
-
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
+from ..device import chosen_device
 from ..kernels.encode import multiplies_bfloat16
 from ..training.arguments import CLTTrainingArguments
 
@@ -83,7 +82,7 @@ class Case:
             )
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate={self.learning_rate} is negative; give 0 or more")
-        check_device(self.device)
+        chosen_device(self.device)
         self.config()  # checks the bandwidth and the reach
         CLTTrainingArguments(optimizer=self.optimizer)  # checks that there is such an optimizer
 
@@ -118,17 +117,6 @@ class Case:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def check_device(name: str) -> None:
-    """Refuses a device that is unknown or not there."""
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise ValueError(f"device={name!r} is unknown; choose from cpu, cuda, cuda:0, ...")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}, but no GPU is available; give cpu")
-    if index and int(index) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs; give a lower number")
 
 
 SMALL = {"num_layers": 6, "d_model": 256, "num_features": 8192, "tokens": 512, "l0": 32, "activation_fn": "topk"}
@@ -186,4 +174,4 @@ def grown_cases(base: Case, axis: str) -> list[Case]:
 
 CASE_FIELDS = tuple(field.name for field in fields(Case))
 
-__all__ = ["CASE_FIELDS", "GROWTH", "PRESETS", "Case", "check_device", "grown_cases", "preset_cases"]
+__all__ = ["CASE_FIELDS", "GROWTH", "PRESETS", "Case", "grown_cases", "preset_cases"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..configuration_clt import TOPK_FAMILY
+from ..device import chosen_device
 from ..harvest.harvester import Harvester, load_language_model
 from ..harvest.normalization import set_firing_rate
 from ..harvest.tokens import TokenStream, load_text_dataset
@@ -164,8 +165,8 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         `listed_rows` of the last step, the number of different features in each layer, and `ranges`, seconds per
         step of each profiled range.
     """
-    device = torch.device(case.device)
-    if device.index is not None:
+    device = chosen_device(case.device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)  # events are recorded on the current one
     if device.type == "cpu":
         prepare_cpu()  # as the trainer does; both sides gain

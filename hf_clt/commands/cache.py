@@ -17,7 +17,7 @@ from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 from ..files import local_or_hub
 from ..training.arguments import CACHED
-from .heldout import add_text_options, chosen_device
+from .heldout import add_text_options
 
 
 HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATURE_OUTPUT_HOOKS}
@@ -46,14 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> int:
     options = make_parser().parse_args(argv)
-    import torch  # --help answers without these
-    from accelerate import PartialState
+    from accelerate import PartialState  # --help answers without these
 
     from ..harvest.cache import ActivationCache, write_cache
     from ..harvest.harvester import Harvester, check_context_size, load_language_model
     from ..harvest.sites import default_hooks
     from ..harvest.tokens import open_text
-    from ..training.setup import check_gpus, check_launch, check_num_processes, lock_folder
+    from ..training.setup import check_num_processes, lock_folder, take_device
 
     if options.verify:
         ActivationCache(options.cache).verify(progress=not options.disable_progress_bar)
@@ -66,11 +65,7 @@ def run(argv: list[str] | None) -> int:
     for name in ("max_tokens", "shard_megabytes"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")
-    check_launch()
-    use_cpu = chosen_device(options.device).type == "cpu"
-    if not use_cpu:
-        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
-    state = PartialState(cpu=use_cpu)
+    state = PartialState(cpu=take_device(options.device).type == "cpu")
     check_num_processes(state.num_processes)
     model, tokenizer = load_language_model(
         options.model,

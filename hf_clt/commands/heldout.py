@@ -5,8 +5,7 @@ text, and what these options mean.
 
 import argparse
 
-import torch
-
+from ..device import chosen_device
 from ..training.arguments import CLTTrainingArguments
 
 
@@ -94,18 +93,6 @@ def load_clt(options: argparse.Namespace):
         raise ValueError(
             f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({reason})"
         ) from error
-
-
-def chosen_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is unknown; give cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}, but no GPU is available; leave device out or give cpu")
-    return device
 
 
 def open_heldout(clt, options: argparse.Namespace):

@@ -4,10 +4,10 @@ transcoder itself; `command_line.py` reads them from flags and a YAML file.
 """
 
 import os
-import re
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from ..device import check_kind
 from ..files import local_or_hub
 from ..hub.card_facts import check_license
 from .options import Option, as_text, check_value, make_option
@@ -377,9 +377,8 @@ class CLTTrainingArguments:
             if tracker not in TRACKERS:
                 raise ValueError(f"report_to={tracker!r} is unknown; choose from {', '.join(TRACKERS)}")
         for name in ("device", "buffer_device"):
-            value = getattr(self, name)
-            if value is not None and not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", value):
-                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(DEVICES)}, or give cuda:0")
+            if getattr(self, name) is not None:
+                check_kind(getattr(self, name), name)
 
     def _check_combinations(self):
         if self.batch_size > self.tokens_in_buffer:
@@ -529,7 +528,6 @@ WITHOUT_EFFECT = (
     "device", "buffer_device", "overlap_harvest", "feature_parallel_size",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
-DEVICES = ("cpu", "cuda", "mps", "xpu", "npu")
 
 
 def training_options() -> list[Option]:

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from .. import checkpoint_format as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
+from ..device import chosen_device
 from ..harvest.harvester import Harvester
 from ..hub.card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts, write_facts
 from ..hub.card_files import draw_plots
@@ -40,23 +41,33 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     Raises:
         ValueError: If the processes that were launched do not know of each other, see [`check_launch`].
     """
-    check_launch()
-    wanted = torch.device(args.device) if args.device is not None else None
-    if wanted is not None and wanted.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device={args.device!r}, but no GPU is available; leave device out or give 'cpu'")
-        torch.cuda.set_device(wanted)
-    use_cpu = wanted.type == "cpu" if wanted is not None else not torch.cuda.is_available()
-    if not use_cpu:
-        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = Accelerator(
-        cpu=use_cpu,
+        cpu=take_device(args.device).type == "cpu",
         mixed_precision=args.mixed_precision,
         # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_num_processes(accelerator.num_processes)
     return accelerator
+
+
+def take_device(name: str | None) -> torch.device:
+    """
+    The device of this process, see [`chosen_device`]; a GPU becomes torch's current one, which Accelerate takes.
+
+    Raises:
+        ValueError: If it is not there, as [`check_launch`], and for more processes on a machine than it has GPUs.
+    """
+    check_launch()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name != "cpu" and torch.cuda.is_available():
+        check_gpus(local_processes, torch.cuda.device_count())
+    if local_processes > 1 and name is not None and ":" in name:
+        raise ValueError(f"device={name!r} is one GPU for {local_processes} processes; give cuda, one for each")
+    device = chosen_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def launched_processes() -> int:
@@ -349,4 +360,5 @@ __all__ = [
     "make_optimizer",
     "prepare_cpu",
     "remove_run",
+    "take_device",
 ]

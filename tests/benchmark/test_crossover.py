@@ -50,7 +50,7 @@ def test_the_script_prints_and_writes_the_table(script, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--device", "tpu"], "error: device='tpu' is unknown; choose from cpu, cuda"),
+        (["--device", "tpu"], "error: device='tpu': hf_clt runs on CPUs and NVIDIA GPUs"),
         (["--tokens", "0"], "error: tokens=0 is not positive; give at least 1"),
         (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder; make it first"),
     ],
