@@ -134,7 +134,7 @@ def test_real_activations(script, tiny_gpt2, text_file, tmp_path, fresh_accelera
     ("flags", "message"),
     [
         (["--num-features", "16", "--l0", "17"], "error: l0=17 does not fit num_features=16"),
-        (["--device", "tpu"], "error: device='tpu' is unknown; choose from cpu, cuda"),
+        (["--device", "tpu"], "error: device='tpu': hf_clt runs on CPUs and NVIDIA GPUs"),
         (["--preset", "x"], "error: preset='x' is unknown; choose from issue"),
         (["--grow", "x"], "error: grow='x' is unknown; choose from L, F, N, k"),
         (["--preset", "issue", "--grow", "F"], "error: --preset and --grow are two sets of shapes"),
