@@ -64,7 +64,9 @@ if triton is not None:
                 listed = first + i < end
                 index = tl.load(indices + first + i, mask=listed, other=0)  # int64, as is every offset made of it
                 weight = tl.load(weights + first + i, mask=listed, other=0.0).to(tl.float32)
-                row = tl.load(rows + index * row_stride + columns, mask=inside & listed, other=0.0)
+                # jumprelu lists inactive features, whose rows are not read. (Bits: floats do not compare interpreted.)
+                used = inside & (weight.to(tl.int32, bitcast=True) != 0)
+                row = tl.load(rows + index * row_stride + columns, mask=used, other=0.0)
                 total += weight * row.to(tl.float32)
         tl.store(out + bag * out_stride + columns, total.to(out.dtype.element_ty), mask=inside)
 

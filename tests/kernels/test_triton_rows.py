@@ -243,6 +243,20 @@ def test_shapes_do_not_depend_on_values(interpreted, monkeypatch):
         assert interpreted.transposed_row_sums(torch.empty(12, 7), fake, fake.values).shape == (70, 7)
 
 
+@DTYPES
+def test_rows_whose_weight_is_zero_are_not_read(interpreted, dtype):
+    """jumprelu lists the features of its window, most of which are inactive. NaN in a row shows that it was read."""
+    rows = random_rows(9, 300, dtype, 1)
+    rows[[2, 7]] = torch.nan
+    indices, offsets = torch.tensor([0, 2, 4, 7, 2, 1, 8]), torch.tensor([0, 4, 5, 7])
+    weights = torch.tensor([0.5, 0.0, -1.0, 0.0, 0.0, 2.0, 1.0])
+    out = interpreted.row_sums(rows, indices, offsets, weights)
+    expected = torch.stack(
+        [0.5 * rows[0].double() - rows[4].double(), torch.zeros(300), 2.0 * rows[1] + rows[8].double()]
+    )
+    torch.testing.assert_close(out.double(), expected.double(), rtol=4 * RESULT_ROUNDING[dtype], atol=2e-2)
+
+
 def test_what_the_kernels_do_not_take_is_refused(interpreted):
     rows = torch.randn(4, 7)
     indices, offsets, weights = torch.tensor([0, 3]), torch.tensor([0, 1, 2]), torch.ones(2)
