@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .sharding import FeatureShard
-from .sparsity import AtEntries, LayerFeatures, among_largest, true_positions
+from .sparsity import (
+    AtEntries,
+    LayerFeatures,
+    among_largest,
+    columns_of,
+    entries_at,
+    features_at,
+    positions_topk,
+    true_positions,
+)
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
@@ -39,52 +48,76 @@ def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c:
 
 
 def preactivation_loss(
-    pre_activations: list[Tensor], thresholds: list[Tensor], decoder_norms: list[Tensor], dead: list[Tensor]
+    sums: list[Tensor],
+    above: list[LayerFeatures],
+    thresholds: list[Tensor],
+    decoder_norms: list[Tensor],
+    dead: list[Tensor],
 ) -> Tensor:
     """
     mean_N Σ over dead (s, f) of max(θ - h, 0) · ‖W_dec[s][f]‖: pulls dead features up to their threshold.
 
+    Nearly all of these h are below θ, where the maximum is linear: Σ_n max(θ - h, 0) = N θ - Σ_n h, and θ - h too much
+    for each h above θ. So no other h has to be kept, and no gradient is a product over all tokens.
+
     Args:
-        pre_activations: One (N, dead) tensor per source layer: h of its dead features.
+        sums: Σ_n h of the dead features, one (dead,) tensor per source layer.
+        above: The entries of dead features above their thresholds; values h.
         thresholds: One (F,) tensor of θ per source layer (0 for relu).
         decoder_norms: One (F,) tensor per source layer.
         dead: The dead features of each source layer, int64 vectors.
     """
-    terms = [
-        (torch.relu(threshold[f] - h) * norms[f]).sum()
-        for h, threshold, norms, f in zip(pre_activations, thresholds, decoder_norms, dead, strict=True)
-    ]
-    return torch.stack(terms).sum() / max(1, pre_activations[0].shape[0])
+    num_tokens = above[0].num_tokens
+    terms = []
+    for sum_h, entries, threshold, norms, f in zip(sums, above, thresholds, decoder_norms, dead, strict=True):
+        terms.append((norms[f] * (num_tokens * threshold[f] - sum_h)).sum())
+        missing = entries.values - AtEntries.apply(threshold, entries)
+        terms.append((AtEntries.apply(norms, entries) * missing).sum())
+    return torch.stack(terms).sum() / max(1, num_tokens)
 
 
-def dead_features(
-    pre_activations: Tensor, dead: Tensor, aux_k: int, num_features: int, shard: FeatureShard | None = None
-) -> LayerFeatures:
+@torch.no_grad()
+def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None = None) -> LayerFeatures:
     """
-    The `aux_k` largest pre-activations among the dead features of one layer (all of them when fewer), then ReLU.
+    The `aux_k` largest pre-activations of each token among the dead features of one layer, all of them when fewer.
 
     Args:
-        pre_activations: (N, dead), h of the dead features.
-        dead: (dead,) int64, which these are.
+        h: (N, F).
+        dead: (dead,) int64, which features these are.
         aux_k: Features per token.
-        num_features: F, or as many as this process holds.
         shard: Where features are spread over a group of processes, all of whose dead features compete.
     """
+    num_tokens, num_features = h.shape
     per_token = min(aux_k, dead.numel())
-    top = pre_activations.topk(per_token, dim=1)
-    features = LayerFeatures(
-        values=torch.relu(top.values).flatten(),
-        indices=dead[top.indices].flatten(),
-        offsets=torch.arange(len(pre_activations) + 1, device=dead.device) * per_token,
-        num_features=num_features,
-    )
+    if per_token == 0:
+        nothing = torch.zeros(0, dtype=torch.int64, device=h.device)
+        found = LayerFeatures(h.new_zeros(0), nothing, nothing.new_zeros(num_tokens + 1), num_features)
+    else:
+        columns = columns_of(h, dead)
+        entries = entries_at(columns, positions_topk(columns, per_token))
+        found = LayerFeatures(entries.values, dead[entries.indices], entries.offsets, num_features)
     if shard is None:
-        return features
+        return found
     # Processes with fewer dead features than others fill their candidates up with -inf.
-    candidates = top.values.detach().new_full((len(pre_activations), min(aux_k, num_features)), -torch.inf)
-    candidates[:, :per_token] = top.values.detach()
+    candidates = h.new_full((num_tokens, min(aux_k, num_features)), -torch.inf)
+    candidates[:, :per_token] = found.values.view(num_tokens, per_token)
     kept = among_largest(candidates, min(aux_k, shard.size * candidates.shape[1]), shard)
-    return features.take(true_positions(kept[:, :per_token]))
+    return found.take(true_positions(kept[:, :per_token]))
 
 
-__all__ = ["dead_features", "preactivation_loss", "reconstruction_loss", "safe_sqrt", "sparsity_loss"]
+@torch.no_grad()
+def dead_above(h: Tensor, dead: Tensor, threshold: Tensor) -> LayerFeatures:
+    """The entries of dead features of one layer, (dead,) int64, above their thresholds; h (N, F), θ (F,)."""
+    columns = columns_of(h, dead)
+    entries = features_at(columns, columns > threshold[dead])
+    return LayerFeatures(entries.values, dead[entries.indices], entries.offsets, h.shape[1])
+
+
+__all__ = [
+    "dead_above",
+    "largest_dead",
+    "preactivation_loss",
+    "reconstruction_loss",
+    "safe_sqrt",
+    "sparsity_loss",
+]

@@ -28,7 +28,7 @@ from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from .download import HUB_ARGUMENTS, find_folder
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
-from .losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
+from .losses import dead_above, largest_dead, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
 from .sharding import FeatureShard, any_over, collect_rows, min_over, rows_of, sum_over, uniform_
 from .sparsity import (
     AtEntries,
@@ -91,19 +91,21 @@ class Encoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        select: Callable[[Tensor], LayerFeatures] | None = None,
+        select: list[Callable[[Tensor], LayerFeatures]] | None = None,
+        selected: list[LayerFeatures] | None = None,
         dead: Tensor | None = None,
-        selected: tuple[LayerFeatures, Tensor | None] | None = None,
-    ) -> tuple[LayerFeatures, Tensor | None]:
+    ) -> tuple[LayerFeatures, int, Tensor | None]:
         """
         Args:
             x: (N, D).
-            select: From all pre-activations, (N, F), to the entries that matter.
-            dead: Features whose pre-activations are wanted on every token, (dead,) int64.
-            selected: What an earlier call returned, perhaps with fewer entries, instead of `select`.
+            select: From all pre-activations, (N, F), to the entries that matter; and perhaps, in a second function, to
+                those of dead features, which stand in the result as if N more tokens had them.
+            selected: Such entries, instead of `select`.
+            dead: Features of which Σ_n h is wanted, (dead,) int64.
 
         Returns:
-            The entries and h of the dead features, (N, dead) or None; both differentiable.
+            The entries with their h, how many of them are of the first function, and Σ_n h of the dead features,
+            (dead,) or None; all differentiable.
         """
         x, weight, bias = self._wide(x)
         if selected is None:
@@ -111,8 +113,11 @@ class Encoder(nn.Module):
                 with record_function("clt::encode"):
                     h = encode_dense(x, weight, bias)
                 with record_function("clt::select"):
-                    selected = select(h), None if dead is None else h[:, dead]
-        return pre_activations_at(x, weight, bias, *selected, dead)
+                    selected = [choose(h) for choose in select]
+        sums = None if dead is None else weight[dead] @ x.sum(dim=0) + len(x) * bias[dead]
+        listed = selected[0] if len(selected) == 1 else selected[0].followed_by(selected[1])
+        features = pre_activations_at(x if len(selected) == 1 else x.repeat(2, 1), weight, bias, listed)
+        return features, selected[0].indices.numel(), sums
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """h of all features, (N, D) to (N, F)."""
@@ -289,11 +294,12 @@ class CrossLayerTranscoder(PreTrainedModel):
             )
         x = self._normalized_inputs(inputs)
         dead_lists = None if dead is None or labels is None else self._dead_lists(dead)
-        features, dead_pre_activations = self._features(x, self.training, self.training, dead_lists)
+        features, written, above, sums = self._features(x, self.training, self.training, dead_lists)
         penalises = config.sparsity_lambda > 0
         revives = dead_lists is not None and config.activation_fn not in TOPK_FAMILY
         wants_norms = labels is not None and (penalises or revives)
-        normalized, norms = self._decode(features, x, with_norms=wants_norms)
+        normalized, norms = self._decode(written, x, with_norms=wants_norms)
+        normalized, *explained = normalized.split(max(1, len(x)))  # the second half is of dead features
         reconstruction = self._denormalize(normalized, inputs.shape[:-2])
         sparse = SparseFeatures(features, inputs.shape[:-2])
         if labels is None:
@@ -309,16 +315,10 @@ class CrossLayerTranscoder(PreTrainedModel):
             penalty = config.sparsity_lambda * sparsity_scale * penalty
         if revives:
             thetas = self._thresholds_or_zero()
-            preactivation = sum_over(self.shard, preactivation_loss(dead_pre_activations, thetas, norms, dead_lists))
+            preactivation = sum_over(self.shard, preactivation_loss(sums, above, thetas, norms, dead_lists))
             preactivation = config.preactivation_coef * preactivation
-        elif dead_lists is not None:
-            residual = (targets - normalized).detach()
-            revived = [
-                dead_features(h, f, config.aux_k, self.num_held, self.shard)
-                for h, f in zip(dead_pre_activations, dead_lists, strict=True)
-            ]
-            explained, _ = self._add_features(torch.zeros_like(residual), revived)
-            auxiliary = config.aux_coef * reconstruction_loss(residual, sum_over(self.shard, explained))
+        elif explained:
+            auxiliary = config.aux_coef * reconstruction_loss((targets - normalized).detach(), explained[0])
         return CLTOutput(
             loss=error + penalty + preactivation + auxiliary,
             reconstruction_loss=error,
@@ -331,7 +331,7 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
         """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
-        features, _ = self._features(self._normalized_inputs(inputs), training=self.training)
+        features, *_ = self._features(self._normalized_inputs(inputs), training=self.training)
         return SparseFeatures(features, inputs.shape[:-2])
 
     def encode(self, inputs: Tensor) -> Tensor:
@@ -389,10 +389,15 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def _features(
         self, x: Tensor, training: bool, update: bool = False, dead: list[Tensor] | None = None
-    ) -> tuple[list[LayerFeatures], list[Tensor | None]]:
+    ) -> tuple[list[LayerFeatures], list[LayerFeatures], list[LayerFeatures | None], list[Tensor | None]]:
         """
         The features of normalised inputs (N, L, D), source layer by source layer, so that the pre-activations of only
-        one layer exist at a time; and h of the features in `dead`, (N, dead) per layer.
+        one layer exist at a time.
+
+        With `dead`, one (dead,) vector of features per layer, also what revives them. For the top-k family, second:
+        the same features followed, as if N more tokens had them, by the largest of the dead ones, so that both are
+        decoded and differentiated in one pass (otherwise the features again). For the others, third and fourth: the
+        entries of dead features above their thresholds with their h, and Σ_n h of each dead feature.
         """
         config = self.config
         layers = range(config.num_layers)
@@ -403,24 +408,38 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise ValueError(
                 "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first"
             )
+        is_topk = config.activation_fn in TOPK_FAMILY
         select = [
-            partial(self._select, theta=theta, training=training, grad=torch.is_grad_enabled()) for theta in thetas
+            [partial(self._select, theta=theta, training=training, grad=torch.is_grad_enabled())] for theta in thetas
         ]
-        dead = [None for _ in layers] if dead is None else dead
+        for s in layers if dead is not None else ():
+            if is_topk:
+                select[s].append(partial(largest_dead, dead=dead[s], aux_k=config.aux_k, shard=self.shard))
+            else:
+                theta = thetas[s] if thetas[s] is not None else torch.zeros_like(self.encoders[s].bias)
+                select[s].append(partial(dead_above, dead=dead[s], threshold=theta))
+        summed = [None for _ in layers] if dead is None or is_topk else dead
         if self._shares_budget(training):
             # The budget is cut from each layer's candidates, and only what is kept is differentiated.
             with torch.no_grad():
-                found = [encoder(x[:, s], select[s], dead[s]) for s, encoder in enumerate(self.encoders)]
-            candidates, columns = zip(*found, strict=True)
-            kept = self._within_budget(candidates, self._k(training), len(x))
-            selected = list(zip(kept, columns, strict=True))
-            found = [encoder(x[:, s], None, dead[s], selected[s]) for s, encoder in enumerate(self.encoders)]
+                found = [encoder(x[:, s], select[s]) for s, encoder in enumerate(self.encoders)]
+            parts = [entries.parted(len(x), count) for entries, count, _ in found]
+            kept = self._within_budget([part for part, _ in parts], self._k(training), len(x))
+            selected = [[k] if d is None else [k, d] for k, (_, d) in zip(kept, parts, strict=True)]
+            found = [encoder(x[:, s], None, selected[s]) for s, encoder in enumerate(self.encoders)]
         else:
-            found = [encoder(x[:, s], select[s], dead[s]) for s, encoder in enumerate(self.encoders)]
-        features = [self._activate(f, theta) for (f, _), theta in zip(found, thetas, strict=True)]
+            found = [encoder(x[:, s], select[s], None, summed[s]) for s, encoder in enumerate(self.encoders)]
+        features, written, above = [], [], []
+        for (entries, count, _), theta in zip(found, thetas, strict=True):
+            if is_topk:
+                entries = self._activate(entries, theta)
+            listed, others = entries.parted(len(x), count)
+            features.append(listed if is_topk else self._activate(listed, theta))
+            written.append(entries if is_topk else features[-1])
+            above.append(listed if others is None and dead is not None else others)  # the same where N = 0
         if update and config.activation_fn == "batchtopk":
             self._update_running_thresholds(features)
-        return features, [columns for _, columns in found]
+        return features, written, above, [sums for *_, sums in found]
 
     def _k(self, training: bool) -> int:
         return self.training_k if training and self.training_k is not None else self.config.k
@@ -494,13 +513,17 @@ class CrossLayerTranscoder(PreTrainedModel):
         self, features: list[LayerFeatures], x: Tensor | None, with_norms: bool = False
     ) -> tuple[Tensor, list[Tensor] | None]:
         """
-        ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D); and on demand
+        ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D), for further tokens of
+        `features` without b_dec and skip, (2 N, L, D); and on demand
         ‖W_dec[s][f]‖ over all targets and dimensions, one (F,) tensor per source layer, with a finite gradient at 0.
         """
         bias = torch.stack([decoder.bias for decoder in self.decoders])
-        start = bias.to(promoted(bias.dtype)).expand(features[0].num_tokens, -1, -1)
+        num_tokens = features[0].num_tokens if x is None else len(x)
+        start = bias.to(promoted(bias.dtype)).expand(num_tokens, -1, -1)
         if self.config.skip_connection:
             start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
+        if features[0].num_tokens > num_tokens:  # of dead features, which explain what the others leave
+            start = torch.cat([start, torch.zeros_like(start)])
         if self.shard is None:
             normalized, squares = self._add_features(start.clone(), features, with_norms)
         else:

@@ -19,10 +19,10 @@ class AbsentEncoder(nn.Module):
         super().__init__()
         self.num_features, self.dtype = num_features, dtype
 
-    def forward(self, x: Tensor, select=None, dead=None, selected=None) -> tuple[LayerFeatures, None]:
+    def forward(self, x: Tensor, select=None, selected=None, dead=None) -> tuple[LayerFeatures, int, None]:
         nothing = torch.empty(0, dtype=torch.int64, device=x.device)
         offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
-        return LayerFeatures(nothing.to(self.dtype), nothing, offsets, self.num_features), None
+        return LayerFeatures(nothing.to(self.dtype), nothing, offsets, self.num_features), 0, None
 
 
 class AbsentThreshold(nn.Module):

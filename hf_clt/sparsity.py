@@ -78,6 +78,24 @@ class LayerFeatures:
         """Activations of shape (N, F)."""
         return self.dense(self.values)
 
+    def followed_by(self, other: "LayerFeatures") -> "LayerFeatures":
+        """The features of these N tokens, and then `other`'s as those of further tokens."""
+        return LayerFeatures(
+            values=torch.cat([self.values, other.values]),
+            indices=torch.cat([self.indices, other.indices]),
+            offsets=torch.cat([self.offsets, other.offsets[1:] + self.indices.numel()]),
+            num_features=self.num_features,
+        )
+
+    def parted(self, num_tokens: int, num_entries: int) -> tuple["LayerFeatures", "LayerFeatures | None"]:
+        """The first tokens, with the first so many entries, and the others; None where there are no others."""
+        if num_tokens == self.num_tokens:
+            return self, None
+        sizes = [num_entries, self.indices.numel() - num_entries]
+        values, indices = self.values.split(sizes), self.indices.split(sizes)
+        offsets = self.offsets[: num_tokens + 1], self.offsets[num_tokens:] - num_entries
+        return tuple(LayerFeatures(*part, self.num_features) for part in zip(values, indices, offsets, strict=True))
+
     def take(self, entries: Tensor) -> "LayerFeatures":
         """Only the given entries, a vector of ascending numbers below nnz."""
         offsets = torch.searchsorted(entries, self.offsets)
@@ -167,6 +185,11 @@ def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:
 def features_at(values: Tensor, support: Tensor) -> LayerFeatures:
     """The entries of `values` (N, F) at the true entries of `support` (N, F); differentiable in `values`."""
     return entries_at(values, true_positions(support.T if is_stored_by_feature(values) else support))
+
+
+def columns_of(values: Tensor, features: Tensor) -> Tensor:
+    """`values[:, features]` of (N, F), stored as `values` is."""
+    return values.T[features].T if is_stored_by_feature(values) else values[:, features]
 
 
 def sparse_from_dense(acts: Tensor) -> SparseFeatures:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_clt.losses import dead_features, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
+from hf_clt.losses import dead_above, largest_dead, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
 from hf_clt.sparsity import features_at
 from tests.reference import random_clt
 
@@ -55,27 +55,34 @@ def test_sparsity_loss_gradients():
     assert torch.autograd.gradcheck(function, (values, norms))
 
 
+def preactivation(h, theta, norms, dead):
+    """The loss from all h (N, F), differentiable in it, as the encoder gives what is needed of it."""
+    entries = dead_above(h.detach(), dead, theta.detach())
+    entries = entries.with_values(h[entries.tokens, entries.indices])
+    return preactivation_loss([h[:, dead].sum(dim=0)], [entries], [theta], [norms], [dead])
+
+
 def test_preactivation_loss_by_hand():
-    h = [torch.tensor([[0.2, -1.0, 3.0], [0.6, -2.0, 3.0]], dtype=torch.float64)]
-    theta, norms = [torch.tensor([0.5, 0.5, 0.5]).double()], [torch.tensor([2.0, 1.0, 1.0]).double()]
-    dead = [torch.tensor([0, 1])]
-    h = [h[0][:, :2]]
+    h = torch.tensor([[0.2, -1.0, 3.0], [0.6, -2.0, 3.0]], dtype=torch.float64)
+    theta, norms = torch.tensor([0.5, 0.5, 0.5]).double(), torch.tensor([2.0, 1.0, 1.0]).double()
+    dead = torch.tensor([0, 1])
     expected = (0.3 * 2 + 0 + 1.5 + 2.5) / 2
-    assert preactivation_loss(h, theta, norms, dead).item() == pytest.approx(expected)
-    nothing = torch.zeros(0, dtype=torch.int64)
-    assert preactivation_loss([h[0][:, :0]], theta, norms, [nothing]).item() == 0
+    assert preactivation(h, theta, norms, dead).item() == pytest.approx(expected)
+    assert preactivation(h, theta, norms, torch.zeros(0, dtype=torch.int64)).item() == 0
     # θ = 0 is relu's: only the negative pre-activations are missing something.
-    zero = [torch.zeros(3).double()]
-    assert preactivation_loss(h, zero, norms, dead).item() == pytest.approx((1 + 2) / 2)
+    assert preactivation(h, torch.zeros(3).double(), norms, dead).item() == pytest.approx((1 + 2) / 2)
 
 
-def test_preactivation_loss_gradient_flows_through_h_threshold_and_norm():
-    h, theta, norms = randn(4, 4), randn(6, seed=1).abs(), randn(6, seed=2).abs()
+def test_preactivation_loss_is_the_formula_and_flows_through_h_threshold_and_norm():
+    h, theta, norms = randn(40, 6), randn(6, seed=1).abs(), randn(6, seed=2).abs()
     dead = torch.tensor([0, 2, 3, 5])
     leaves = [tensor.requires_grad_() for tensor in (h, theta, norms)]
-    assert torch.autograd.gradcheck(lambda h, t, n: preactivation_loss([h], [t], [n], [dead]), leaves)
-    grads = torch.autograd.grad(preactivation_loss([h], [theta], [norms], [dead]), leaves)
-    assert grads[0].any()
+    loss = preactivation(*leaves, dead)
+    expected = (torch.relu(theta[dead] - h[:, dead]) * norms[dead]).sum() / 40
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    grads = torch.autograd.grad(loss, leaves)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
     for grad in grads[1:]:
         assert (grad[[1, 4]] == 0).all() and (grad[dead] != 0).any()
 
@@ -84,23 +91,23 @@ def test_preactivation_loss_gradient_flows_through_h_threshold_and_norm():
 def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
     h = randn(7, 6) + 2
     dead = torch.tensor([1, 3, 4])
-    features = dead_features(h[:, dead], dead, aux_k, 6)
+    features = largest_dead(h, dead, aux_k)
     assert features.indices.numel() == 7 * kept and features.num_features == 6
     dense = features.to_dense()
     for n in range(7):
         candidates = sorted([(h[n, f].item(), f) for f in (1, 3, 4)], reverse=True)[:kept]
         expected = torch.zeros(6, dtype=torch.float64)
         for value, f in candidates:
-            expected[f] = max(value, 0)
+            expected[f] = value
         torch.testing.assert_close(dense[n], expected, rtol=0, atol=0)
+    stored_by_feature = largest_dead(h.T.contiguous().T, dead, aux_k)
+    assert torch.equal(stored_by_feature.to_dense(), dense)
 
 
-def test_dead_features_are_rectified_after_the_selection():
-    h = torch.tensor([[-1.0, -3.0, 0.5]])
-    dead = torch.tensor([1, 2, 3])
-    assert dead_features(h, dead, 2, 4).to_dense().tolist() == [[0, 0, 0, 0.5]]
+def test_no_feature_is_revived_where_none_is_dead():
     nothing = torch.zeros(0, dtype=torch.int64)
-    assert (dead_features(h[:, :0], nothing, 2, 4).to_dense() == 0).all()
+    assert largest_dead(randn(3, 4), nothing, 2).offsets.tolist() == [0, 0, 0, 0]
+    assert dead_above(randn(3, 4), nothing, torch.zeros(4)).offsets.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])

@@ -319,3 +319,12 @@ def test_largest_of_vectors_around_the_sampling_size(size, count):
     positions = largest(values, count)
     expected = values.topk(count).values
     torch.testing.assert_close(values[positions].sort(descending=True).values, expected, rtol=0, atol=0)
+
+
+def test_features_of_further_tokens_are_joined_and_parted():
+    first, second = (features_at(h, h > 0.3) for h in torch.randn(2, 4, 7).unbind())
+    joined = first.followed_by(second)
+    assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
+    for part, expected in zip(joined.parted(4, first.indices.numel()), (first, second), strict=True):
+        assert torch.equal(part.to_dense(), expected.to_dense()) and torch.equal(part.offsets, expected.offsets)
+    assert first.parted(4, first.indices.numel())[1] is None

@@ -72,7 +72,7 @@ def normalized_layer(clt: CrossLayerTranscoder, layer: int, inputs: Tensor) -> T
 def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatures:
     """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode whatever the mode is."""
     theta = clt.thresholds[layer]() if hasattr(clt, "thresholds") else None
-    features, _ = clt.encoders[layer](x, partial(clt._select, theta=theta, training=False, grad=False))
+    features, *_ = clt.encoders[layer](x, [partial(clt._select, theta=theta, training=False, grad=False)])
     return clt._activate(features, theta)
 
 

@@ -48,40 +48,29 @@ def multiplies_bfloat16() -> bool:
 
 
 class _PreActivations(torch.autograd.Function):
-    """
-    h at the entries of `features`, (nnz,), and at the columns `dead`, (N, dead), both computed before: what is
-    differentiated is where they came from.
-    """
+    """h at the entries of `features`, (nnz,), computed before: what is differentiated is where it came from."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, columns, features: LayerFeatures, dead: Tensor | None):
+    def forward(ctx, x, weight, bias, values, features: LayerFeatures):
         ctx.save_for_backward(x, weight)
-        ctx.features, ctx.dead = features, dead
-        return values.view_as(values), None if columns is None else columns.view_as(columns)
+        ctx.features = features
+        return values.view_as(values)
 
     @staticmethod
-    def backward(ctx, grad_values, grad_columns):
+    def backward(ctx, grad_values):
         x, weight = ctx.saved_tensors
-        features, dead = ctx.features, ctx.dead
+        features = ctx.features
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = row_sums(weight, features.indices, features.offsets, grad_values).to(x.dtype)
-            if dead is not None:
-                grad_x += (grad_columns.to(weight.dtype) @ weight[dead]).to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = transposed_row_sums(x.to(weight.dtype), features, grad_values)
-            if dead is not None:
-                grad_weight[dead] += grad_columns.to(weight.dtype).T @ x.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_by_feature(features, grad_values).to(weight.dtype)
-            if dead is not None:
-                grad_bias[dead] += grad_columns.sum(dim=0).to(weight.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
-def pre_activations_at(
-    x: Tensor, weight: Tensor, bias: Tensor, features: LayerFeatures, columns: Tensor | None, dead: Tensor | None
-) -> tuple[LayerFeatures, Tensor | None]:
+def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerFeatures) -> LayerFeatures:
     """
     Makes selected pre-activations differentiable in what they were computed from.
 
@@ -91,20 +80,16 @@ def pre_activations_at(
         bias: (F,).
         features: The selected entries of h = W x + b with their values. Where h was computed in a lower precision
             than the weight's (autocast), they are computed again in the weight's, so that only the selection is rough.
-        columns: (N, dead), the columns `dead` of h, or None.
-        dead: (dead,) int64 features, or None.
 
     Returns:
-        The features and `columns`, differentiable in `x`, `weight` and `bias`.
+        The features, differentiable in `x`, `weight` and `bias`.
     """
     values = features.values
     with torch.no_grad():
         if torch.finfo(values.dtype).eps > torch.finfo(weight.dtype).eps:
             values = row_dots(x.to(weight.dtype), features.tokens, weight, features.indices)
             values = values.to(weight.dtype) + bias[features.indices]
-            columns = None if columns is None else columns.to(weight.dtype)
-    values, columns = _PreActivations.apply(x, weight, bias, values, columns, features, dead)
-    return features.with_values(values), columns
+    return features.with_values(_PreActivations.apply(x, weight, bias, values, features))
 
 
 __all__ = ["autocast_where_fast", "encode_dense", "multiplies_bfloat16", "pre_activations_at"]

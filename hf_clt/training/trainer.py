@@ -647,7 +647,20 @@ class CLTTrainer:
         return {"values": values, "tensors": tensors}, buffers
 
     def _save(self, optimizer, before: tuple[dict, dict] | None = None) -> Path:
-        """Writes a checkpoint; with the state `before` the update that is going on, if that is given."""
+        """
+        Writes a checkpoint; with the state `before` the update that is going on, if that is given. One of weights that
+        are not finite would in time take the place of the last good one: it raises [`CheckpointError`].
+        """
+        names = [name for name, _ in self.model.named_parameters()]
+        lowest = [-torch.inf if name.startswith("thresholds.") else 0.0 for name in names]  # log θ of θ = 0
+        weights = zip(self.model.parameters(), lowest, strict=True)
+        is_bad = torch.stack([~(p.isfinite() | (p == low)).all() for p, low in weights])
+        if self._any_process(bool(is_bad.any())):
+            bad = [name for name, found in zip(names, is_bad.tolist(), strict=True) if found]
+            raise CheckpointError(
+                f"step {self.step} is not saved: {bad[0] if bad else 'a weight of another process'} is not finite; "
+                f"lower learning_rate={self.args.learning_rate:g}; {newest_usable(self.output_dir)}"
+            )
         self._read_clocks()
         own, buffers = self._moving_state() if before is None else before
         # Since `before`, other tokens may have taken the place of those that were unread then.

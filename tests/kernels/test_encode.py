@@ -20,13 +20,13 @@ def leaves():
     return [tensor.requires_grad_() for tensor in (randn(N, D), randn(F, D, seed=1), randn(F, seed=2))]
 
 
-def selected(x, weight, bias, dead=None):
+def selected(x, weight, bias):
     h = encode_dense(x, weight, bias).detach()
     support = h > 0.7
     support[2] = False
     support[:, 4] = False
     features = features_at(h, support)
-    return pre_activations_at(x, weight, bias, features, None if dead is None else h[:, dead], dead), support
+    return pre_activations_at(x, weight, bias, features), support
 
 
 def test_encode_dense_by_hand():
@@ -35,19 +35,14 @@ def test_encode_dense_by_hand():
 
 
 @BRANCHES
-@pytest.mark.parametrize("dead", [None, [4], [0, 4, 11]])
-def test_equals_the_dense_product_forward_and_backward(monkeypatch, dense_above, dead):
+def test_equals_the_dense_product_forward_and_backward(monkeypatch, dense_above):
     monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
-    dead = None if dead is None else torch.tensor(dead)
     found = leaves()
-    (features, columns), support = selected(*found, dead=dead)
+    features, support = selected(*found)
     wanted = leaves()
     h = encode_dense(*wanted)
     torch.testing.assert_close(features.to_dense(), h * support)
     loss, expected = features.values.square().sum(), (h * support).square().sum()
-    if dead is not None:
-        torch.testing.assert_close(columns, h[:, dead])
-        loss, expected = loss + columns.pow(3).sum(), expected + h[:, dead].pow(3).sum()
     for a, b in zip(torch.autograd.grad(loss, found), torch.autograd.grad(expected, wanted), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -56,21 +51,19 @@ def test_equals_the_dense_product_forward_and_backward(monkeypatch, dense_above,
 def test_gradients_by_finite_differences(monkeypatch, dense_above):
     """The entries are held fixed: where they are is not differentiated."""
     monkeypatch.setattr(rows, "DENSE_ABOVE", dense_above)
-    dead = torch.tensor([1, 4])
-    (features, _), _ = selected(*leaves(), dead=dead)
+    features, _ = selected(*leaves())
 
     def function(x, weight, bias):
         h = encode_dense(x, weight, bias).detach()
         entries = LayerFeatures(h[features.tokens, features.indices], features.indices, features.offsets, F)
-        entries, columns = pre_activations_at(x, weight, bias, entries, h[:, dead], dead)
-        return entries.values, columns
+        return pre_activations_at(x, weight, bias, entries).values
 
     assert torch.autograd.gradcheck(function, leaves())
 
 
 def test_only_what_is_asked_for_gets_a_gradient():
     x, weight, bias = leaves()
-    (features, _), support = selected(x.detach(), weight, bias.detach())
+    features, support = selected(x.detach(), weight, bias.detach())
     (grad,) = torch.autograd.grad(features.values.sum(), [weight])
     torch.testing.assert_close(grad, support.double().T @ x.detach())
 
@@ -84,8 +77,7 @@ def test_a_rough_product_only_selects(monkeypatch, fast):
         h = encode_dense(x, weight, bias)
         assert h.dtype == (torch.bfloat16 if fast else torch.float32)
         features = features_at(h, h > 0.7)
-        features, columns = pre_activations_at(x, weight, bias, features, h[:, :2], torch.arange(2))
+        features = pre_activations_at(x, weight, bias, features)
     exact = encode_dense(x, weight, bias)
     assert features.values.dtype == torch.float32 and features.values.numel() > 5
     torch.testing.assert_close(features.values, exact[features.tokens, features.indices], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(columns, exact[:, :2], rtol=2e-2, atol=5e-2)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
@@ -20,6 +21,7 @@ from hf_clt.commands import cache, info
 from hf_clt.evaluation import evaluate_clt
 from hf_clt.files import local_or_hub
 from hf_clt.hub.card_facts import read_facts
+from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
 from hf_clt.training.setup import foreign_files
 from hf_clt.training.trainer import warn_if_dense
 from tests.training.test_trainer import make_trainer, recorded, released, rows_of
@@ -273,6 +275,25 @@ def test_a_resumed_run_keeps_no_file_of_its_checkpoint_mapped(make, tmp_path):
     resumed.buffer.endless = looking
     resumed.train()
     assert mapped and not any(mapped)
+
+
+def test_weights_that_are_not_finite_never_take_the_place_of_a_good_checkpoint(make, tmp_path):
+    trainer = make(training_steps=20, checkpoint_interval=2, save_total_limit=1, log_interval=100)
+    update = trainer._update
+
+    def breaking(*arguments):
+        result = update(*arguments)
+        if trainer.step == 5:
+            trainer.model.decoders[1].weight.data[3, 0, 2] = torch.nan
+        return result
+
+    trainer._update = breaking
+    with pytest.raises(CheckpointError, match=r"step 6 is not saved: .*not finite.*checkpoint-4 is whole"):
+        trainer.train()
+    (left,) = list_checkpoints(tmp_path / "run")
+    assert left.name == "checkpoint-4"
+    saved = load_file(left / "model.safetensors")
+    assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
 
 
 # -- what transformers and Accelerate call ----------------------------------------------------------------------------
