@@ -18,7 +18,10 @@ from .lazy import lazy_names
 
 AutoConfig.register(CLTConfig.model_type, CLTConfig)
 
-__version__ = importlib.metadata.version("hf_clt")
+try:
+    __version__ = importlib.metadata.version("hf_clt")
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path, and no installation
+    __version__ = "0+checkout"
 
 __getattr__, __dir__ = lazy_names(
     __name__,

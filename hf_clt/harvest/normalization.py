@@ -75,7 +75,7 @@ def estimate_statistics(
         ValueError: If the text has no token that counts.
     """
     shape = (harvester.num_layers, harvester.d_model)
-    moments = Moments(shape), Moments(shape)
+    moments = Moments(shape, harvester.device), Moments(shape, harvester.device)
     tokens.rewind()
     with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
         for seen, batch in enumerate(tokens, start=1):
@@ -90,8 +90,8 @@ def estimate_statistics(
         moments = tuple(_merged_over_processes(moment, accelerator) for moment in moments)
     if moments[0].count == 0:
         raise ValueError("dataset: no token counts for training; give more text or allow special tokens")
-    (mean_in, std_in), (mean_out, std_out) = (moment.mean_and_std() for moment in moments)
-    return {"mean_in": mean_in, "std_in": std_in, "mean_out": mean_out, "std_out": std_out}
+    found = [value.cpu() for moment in moments for value in moment.mean_and_std()]
+    return dict(zip(STATISTICS, found, strict=True))
 
 
 def warn_if_lost(mean: Tensor, std: Tensor, dtype: torch.dtype, option: str) -> None:

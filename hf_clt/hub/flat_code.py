@@ -7,7 +7,7 @@ which they import each other. It is made from the installed `hf_clt` each time; 
 """
 
 import ast
-import importlib.metadata
+import importlib
 import importlib.resources
 import json
 import re
@@ -73,7 +73,7 @@ def flat_code() -> str:
         imports |= set(_imports(source))
         sections.append(_section(module, source, modules))
     public = "".join(f'\n    "{name}",' for name in PUBLIC)
-    header = HEADER.format(version=importlib.metadata.version("hf_clt"))
+    header = HEADER.format(version=importlib.import_module("hf_clt").__version__)
     return header + _import_lines(imports) + HELPERS + "".join(sections) + f"\n\n__all__ = [{public}\n]\n"
 
 

@@ -227,10 +227,9 @@ def build_model_card(
         model_name=(f"clt-{named}" if named else "clt") if results else None,
         eval_results=results or None,
     )
-    template = importlib.resources.files("hf_clt.model_cards").joinpath("clt_card.md")
     card = ModelCard.from_template(
         data,
-        template_str=template.read_text(encoding="utf-8"),
+        template_str=_template(),
         title=f"{kind} transcoder for {named}" if named else f"{kind} transcoder",
         summary=_summary(config, shown_base),
         note=without_private(note),
@@ -251,6 +250,14 @@ def build_model_card(
         hf_clt_version=(training.get("versions") or {}).get("hf_clt"),
     )
     return _sign(str(card))
+
+
+def _template() -> str:
+    try:
+        folder = importlib.resources.files("hf_clt.model_cards")
+    except ModuleNotFoundError:  # a checkout on the path, and no installation
+        folder = Path(__file__).parents[2] / "model_cards"
+    return folder.joinpath("clt_card.md").read_text(encoding="utf-8")
 
 
 def _cell(value) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from .. import __version__
 from ..configuration_clt import CLTConfig
 from ..evaluation.report import shown
 from ..files import write_text
@@ -18,7 +19,7 @@ from .energy import nvml_counters, rapl_counters
 
 
 NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
-VERSIONED = ("hf_clt", "torch", "transformers", "accelerate", "datasets", "nnsight")
+VERSIONED = ("torch", "transformers", "accelerate", "datasets", "nnsight")
 
 
 def progress_figures(row: dict) -> dict:
@@ -117,7 +118,8 @@ def command_line(num_processes: int = 1) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONED}
+    others = {name: importlib.metadata.version(name) for name in VERSIONED}
+    return {"python": platform.python_version(), "hf_clt": __version__} | others
 
 
 __all__ = [

@@ -346,6 +346,8 @@ class CLTTrainer:
             if self.heldout is not None:
                 self._evaluate_and_write(optimizer)
             self.model.eval()
+            for name in ("forward", "_original_forward"):  # accelerate's, which rounds to half precision
+                vars(self.model).pop(name, None)
             self._read_clocks()
             # Where processes share the features they exchange weights in it, and cannot fail together.
             with self._checkpoint_on_failure(optimizer, alone=self.shard is not None):
@@ -458,7 +460,7 @@ class CLTTrainer:
                 f"the loss is not finite at step {self.step} ({dict(zip(LOSSES, losses, strict=True))}); lower "
                 f"learning_rate={self.args.learning_rate:g}{wider}"
             )
-        sums = MetricSums(self.config.num_layers, self.config.d_model, self.model.num_held)
+        sums = MetricSums(self.config.num_layers, self.config.d_model, self.model.num_held, accelerator.device)
         sums.update(batch["labels"], output.reconstruction.detach(), output.features)
         metrics = self._gathered(sums).compute()
         dead = self._dead()

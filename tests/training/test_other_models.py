@@ -21,6 +21,7 @@ from hf_clt.commands import cache, info
 from hf_clt.evaluation import evaluate_clt
 from hf_clt.files import local_or_hub
 from hf_clt.hub.card_facts import read_facts
+from hf_clt.kernels import encode
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
 from hf_clt.training.setup import foreign_files
 from hf_clt.training.trainer import warn_if_dense
@@ -435,3 +436,36 @@ def test_help_imports_nothing_heavy(words):
         "print(*(n for n in ('hf_clt.modeling_clt', 'nnsight', 'datasets', 'pandas') if n in sys.modules))\n"
     )
     assert in_a_process(code) == []
+
+
+def test_a_checkout_on_the_path_trains_to_the_card(tiny_gpt2, small_text_file, tmp_path):
+    """Without an installation: no metadata, and no finder that knows hf_clt.model_cards."""
+    root = Path(__file__).parents[2]
+    site = Path(torch.__file__).parents[1]
+    code = (
+        "import importlib.metadata as metadata, sys\n"
+        f"sys.path[:0] = [{str(root)!r}, {str(site)!r}]\n"
+        "found = metadata.version\n"
+        "def version(name):\n"
+        "    if name in ('hf_clt', 'hf-clt'): raise metadata.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "metadata.version = version\n"
+        "import hf_clt\n"
+        "from hf_clt.commands import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    options = f"--model {tiny_gpt2} --dataset {small_text_file} --num-features 48 --k 4 --activation-fn topk".split()
+    options += ["--context-size", "32", "--batch-size", "64", "--n-batches-in-buffer", "4", "--training-steps", "2"]
+    options += f"--eval-tokens 200 --disable-progress-bar --output-dir {tmp_path / 'run'}".split()
+    done = subprocess.run([sys.executable, "-S", "-c", code, "train", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "0+checkout" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_trained_clt_computes_as_any_other(make, monkeypatch):
+    monkeypatch.setattr(encode, "multiplies_bfloat16", lambda: True)  # elsewhere autocast computes in float32
+    trainer = make(mixed_precision="bf16")
+    clt = trainer.train()
+    inputs = torch.randn(5, 2, 64)
+    assert torch.equal(clt(inputs).reconstruction, CrossLayerTranscoder.forward(clt, inputs).reconstruction)
+    assert clt.forward.__func__ is CrossLayerTranscoder.forward
