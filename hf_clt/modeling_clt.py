@@ -432,9 +432,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         features, written, above = [], [], []
         for (entries, count, _), theta in zip(found, thetas, strict=True):
             if is_topk:
-                entries = self._activate(entries, theta)
+                entries = self._activate(entries, theta, training, count)
             listed, others = entries.parted(len(x), count)
-            features.append(listed if is_topk else self._activate(listed, theta))
+            features.append(listed if is_topk else self._activate(listed, theta, training))
             written.append(entries if is_topk else features[-1])
             above.append(listed if others is None and dead is not None else others)  # the same where N = 0
         if update and config.activation_fn == "batchtopk":
@@ -472,14 +472,22 @@ class CrossLayerTranscoder(PreTrainedModel):
             lower = theta - config.jumprelu_bandwidth / 2
         return features_at(h, h > lower)
 
-    def _activate(self, features: LayerFeatures, theta: Tensor | None) -> LayerFeatures:
-        """The activation function on selected pre-activations; what relu and a fixed gate select, they keep."""
+    def _activate(
+        self, features: LayerFeatures, theta: Tensor | None, training: bool, num_gated: int | None = None
+    ) -> LayerFeatures:
+        """
+        The activation function on selected pre-activations, the gate included: those of a rough product (autocast) are
+        computed again, and what was above it may be below. Entries after the first `num_gated` are only rectified.
+        """
         if self.config.activation_fn == "jumprelu":
             at_entries = AtEntries.apply(theta, features)
             return features.with_values(JumpReLU.apply(features.values, at_entries, self.config.jumprelu_bandwidth))
-        if self.config.activation_fn in TOPK_FAMILY:
-            return features.with_values(torch.relu(features.values))
-        return features
+        values = torch.relu(features.values)
+        if self.config.activation_fn == "batchtopk" and not training:
+            passes = values > theta
+            passes[num_gated if num_gated is not None else len(passes) :] = True
+            values = values * passes
+        return features.with_values(values)
 
     def _dead_lists(self, dead: Tensor) -> list[Tensor] | None:
         """The features to revive in each layer; None when there are none, or no loss would."""

@@ -766,3 +766,20 @@ def test_statistics_of_a_half_precision_model_are_float32():
     before = [parameter.dtype for parameter in clt.parameters()]
     clt.fold_normalization()
     assert [parameter.dtype for parameter in clt.parameters()] == before
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_rough_product_leaves_no_activation_below_the_gate(monkeypatch, activation, training):
+    """Under autocast bfloat16 selects, and the values are computed again: some then lie below 0, or below θ."""
+    monkeypatch.setattr("hf_clt.kernels.encode.multiplies_bfloat16", lambda: True)
+    clt = random_clt(double=False, num_features=512, **ACTIVATIONS[activation]).train()
+    inputs, labels = random_batch(clt, num_tokens=256)
+    clt(inputs)  # batchtopk's running threshold
+    clt.train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = clt(inputs, labels=labels).features
+    for s, layer in enumerate(features.layers):
+        gate = clt.thresholds[s]().detach() if hasattr(clt, "thresholds") else torch.zeros(1)
+        gate = gate.expand(512)[layer.indices] if activation == "jumprelu" or not training else 0.0
+        assert ((layer.values == 0) | (layer.values > gate)).all() and (layer.values >= 0).all()

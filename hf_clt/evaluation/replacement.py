@@ -73,7 +73,7 @@ def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatu
     """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode whatever the mode is."""
     theta = clt.thresholds[layer]() if hasattr(clt, "thresholds") else None
     features, *_ = clt.encoders[layer](x, [partial(clt._select, theta=theta, training=False, grad=False)])
-    return clt._activate(features, theta)
+    return clt._activate(features, theta, training=False)
 
 
 def add_written(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:

@@ -62,29 +62,30 @@ def check_trackers(args: CLTTrainingArguments) -> None:
 
 def remove_tracked(output_dir: Path) -> None:
     """Removes what an overwritten run left; runs of wandb stay in `wandb/`, where they may wait to be sent."""
-    if "tensorboard" in known_runs(output_dir):
+    known = known_runs(output_dir)
+    if known is None:
+        return
+    if "tensorboard" in known:
         shutil.rmtree(output_dir / TENSORBOARD_FOLDER, ignore_errors=True)
-    if known_runs(output_dir):
-        (output_dir / IDS_FILE).unlink()
+    (output_dir / IDS_FILE).unlink()
 
 
-def known_runs(output_dir: Path) -> dict[str, dict]:
-    """The trackers of the run in a folder, and the names under which they know it; none where no run of ours is."""
+def known_runs(output_dir: Path) -> dict[str, dict] | None:
+    """The trackers of the run in a folder, and the names under which they know it; None where no run of ours is."""
     try:
         found = json.loads((output_dir / IDS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    is_ours = isinstance(found, dict) and all(
-        isinstance(known, dict) and "project" in known for known in found.values()
-    )
-    return found if is_ours else {}
+        return None
+    runs = found.values() if isinstance(found, dict) else [None]
+    return found if all(isinstance(known, dict) and "project" in known for known in runs) else None
 
 
 def foreign_tracked(output_dir: Path) -> list[Path]:
     """What is there by the names that [`Trackers`] use, and is not of a run of ours."""
     known = known_runs(output_dir)
-    paths = [] if known else [output_dir / IDS_FILE]
-    paths += [] if "tensorboard" in known else [output_dir / TENSORBOARD_FOLDER]
+    paths = [output_dir / IDS_FILE] if known is None else []
+    if "tensorboard" not in (known or {}):
+        paths.append(output_dir / TENSORBOARD_FOLDER)
     return [path for path in paths if path.exists()]
 
 
@@ -306,7 +307,7 @@ class Trackers:
         if not self.args.report_to or not self.accelerator.is_main_process:
             return
         path = self.output_dir / IDS_FILE
-        known = known_runs(self.output_dir) if goes_on else {}
+        known = (known_runs(self.output_dir) if goes_on else None) or {}
         settings = {**self.args.to_dict(), **{name: getattr(self.config, name) for name in CLT_CONFIG_HELP}}
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
         for name in self.args.report_to:
