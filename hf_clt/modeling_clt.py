@@ -146,9 +146,9 @@ class Threshold(nn.Module):
         return self.value.exp() if self.is_log else self.value
 
     @torch.no_grad()
-    def update(self, smallest_selected: Tensor) -> None:
+    def update(self, smallest_selected: Tensor, decay: float) -> None:
         """Moves the running threshold towards the smallest selected pre-activation of a batch; infinite: none was."""
-        average = THRESHOLD_DECAY * self.value + (1 - THRESHOLD_DECAY) * smallest_selected
+        average = decay * self.value + (1 - decay) * smallest_selected
         moved = torch.where(self.value.isinf(), smallest_selected, average)
         self.value.copy_(torch.where(smallest_selected.isinf(), self.value, moved))
 
@@ -218,6 +218,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     # times their spread, cancels between W_enc x and b_enc, and W_skip x and b_dec: not so in half precision.
     _keep_in_fp32_modules_strict = ["thresholds", "encoders", "skips", "decoders.*.bias"]
     lazy = False  # whether the weights stay in their files; see `from_pretrained`
+    threshold_decay: float = THRESHOLD_DECAY  # smaller where the trainer has a mean of few batches
     training_k: int | None = None  # k in train mode, where the trainer anneals it; None: that of the configuration
 
     def __init__(self, config: CLTConfig, shard: FeatureShard | None = None):
@@ -509,7 +510,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         if self.config.k_scope == "token":  # one budget over all layers has one threshold
             smallest = [torch.stack(smallest).amin()] * len(features)
         for threshold, value in zip(self.thresholds, smallest, strict=True):
-            threshold.update(value)
+            threshold.update(value, self.threshold_decay)
 
     @torch.no_grad()
     def restart_running_thresholds(self) -> None:

@@ -50,8 +50,14 @@ def restarts_threshold(step: int, training_steps: int) -> bool:
     return is_power_of_two(step) or (remaining >= 16 and is_power_of_two(remaining))
 
 
+def last_restart(step: int, training_steps: int) -> int:
+    """The last step up to `step` at which [`restarts_threshold`], or 0."""
+    remaining = max(16, 1 << max(0, training_steps - step - 1).bit_length())  # a power of two, so many or more
+    return max(0, 1 << step.bit_length() - 1 if step else 0, training_steps - remaining)
+
+
 def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 
-__all__ = ["annealed_k", "learning_rate_scale", "restarts_threshold", "sparsity_scale"]
+__all__ = ["annealed_k", "last_restart", "learning_rate_scale", "restarts_threshold", "sparsity_scale"]

@@ -33,7 +33,7 @@ from ..hub.background import BackgroundPush
 from ..hub.card_files import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..kernels.encode import multiplies_bfloat16
-from ..modeling_clt import CLTOutput, CrossLayerTranscoder
+from ..modeling_clt import THRESHOLD_DECAY, CLTOutput, CrossLayerTranscoder
 from ..sharding import gather_tokens, sum_over
 from ..sparsity import SparseFeatures
 from .arguments import FIXED, CLTTrainingArguments
@@ -59,7 +59,7 @@ from .reporting import (
     truncate_metrics,
     versions,
 )
-from .schedules import annealed_k, learning_rate_scale, restarts_threshold, sparsity_scale
+from .schedules import annealed_k, last_restart, learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
     check_fit,
     check_initial_k,
@@ -384,7 +384,11 @@ class CLTTrainer:
                 raise StopRequested
             return next(batches)
 
+        # Until its memory is filled, the threshold is the mean over the batches since it was started anew.
+        batches_since = self.step - last_restart(self.step, args.training_steps)
+        batches_since *= args.gradient_accumulation_steps
         for micro_step in range(args.gradient_accumulation_steps):
+            self.model.threshold_decay = min(THRESHOLD_DECAY, 1 - 1 / (batches_since + micro_step + 1))
             with self._checkpoint_on_failure(optimizer, before):
                 batch = together(accelerator, read)
             batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}

@@ -155,6 +155,25 @@ def test_a_dense_clt_gets_advice_that_it_can_follow(caplog, name, unit):
     assert unit in caplog.text and ("use batchtopk" in caplog.text) == (name == "jumprelu")
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_last_threshold_is_the_mean_since_the_restart(make, accumulation):
+    trainer = make(
+        config={"activation_fn": "batchtopk"}, training_steps=7, gradient_accumulation_steps=accumulation, seed=1
+    )
+    seen, forward = [], CrossLayerTranscoder._update_running_thresholds
+
+    def recording(clt, features):
+        seen.append(torch.stack([layer.values[layer.values > 0].min() for layer in features]))
+        forward(clt, features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrossLayerTranscoder, "_update_running_thresholds", recording)
+        clt = trainer.train()
+    since = seen[4 * accumulation :]  # the last restart is at step 4
+    found = torch.cat([threshold() for threshold in clt.thresholds])
+    torch.testing.assert_close(found, torch.stack(since).mean(dim=0))
+
+
 # -- files of others --------------------------------------------------------------------------------------------------
 
 OTHERS = {

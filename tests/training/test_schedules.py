@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from hf_clt.training.schedules import annealed_k, learning_rate_scale, restarts_threshold, sparsity_scale
+from hf_clt.training.schedules import (
+    annealed_k,
+    last_restart,
+    learning_rate_scale,
+    restarts_threshold,
+    sparsity_scale,
+)
 
 
 SCHEDULERS = ("linear", "cosine", "constant", "none")
@@ -85,3 +91,11 @@ def test_a_short_run_ends_with_a_threshold_of_its_end(steps):
     """The last restart leaves at most half of the run behind it, and at least one update after it."""
     last = max(step for step in range(steps) if restarts_threshold(step, steps))
     assert steps / 2 <= last + 1 <= steps
+
+
+@pytest.mark.parametrize("steps", [1, 5, 16, 17, 100, 240, 1000])
+def test_the_last_restart_by_looking_back(steps):
+    last = 0
+    for step in range(steps):
+        last = step if restarts_threshold(step, steps) else last
+        assert last_restart(step, steps) == last, step
