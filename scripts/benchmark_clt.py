@@ -43,6 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     shape.add_argument("--jumprelu-bandwidth", type=float, help="default: that of CLTConfig")
     shape.add_argument("--decoder-reach", type=int, help="target layers per source layer (default: all)")
 
+    shape.add_argument("--dead", type=float, help="share of the features that are dead and revived (default 0)")
+    shape.add_argument("--aux-k", type=int, help="of them, revived per token and layer (default: that of CLTConfig)")
+
     how = parser.add_argument_group("how")
     how.add_argument("--dtype", help="of the weights: float32 (default) or bfloat16")
     how.add_argument("--autocast", help="bfloat16: matrix products under torch.autocast")

@@ -28,6 +28,8 @@ class Case:
         l0: Active features per layer and token: k of topk and batchtopk; the rate that the biases are set to for relu
             and jumprelu.
         activation_fn, k_scope, jumprelu_bandwidth, decoder_reach: As in [`CLTConfig`].
+        dead: Share of the features that never fire and that ours revives; the dense side has no such losses.
+        aux_k: Of them, how many per token and layer topk and batchtopk revive; None: the default of `CLTConfig`.
         dtype: Format of the decoders' weights.
         autocast: Format of the matrix products under `torch.autocast`; None: that of the weights. A CPU without
             instructions for it multiplies in float32, see [`multiplies_bfloat16`].
@@ -52,6 +54,8 @@ class Case:
     k_scope: Literal["layer", "token"] = "layer"
     jumprelu_bandwidth: float | None = None
     decoder_reach: int | None = None
+    dead: float = 0.0
+    aux_k: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: Literal["bfloat16"] | None = None
     device: str = "cpu"
@@ -80,6 +84,8 @@ class Case:
                 f"l0={self.l0} does not fit num_features={self.num_features} ({self.activation_fn}); lower l0 or "
                 "raise num_features"
             )
+        if not 0 <= self.dead < 1:
+            raise ValueError(f"dead={self.dead} is no share of the features; give 0 to less than 1")
         if self.learning_rate < 0:
             raise ValueError(f"learning_rate={self.learning_rate} is negative; give 0 or more")
         chosen_device(self.device)
@@ -97,6 +103,7 @@ class Case:
             k_scope=self.k_scope,
             jumprelu_bandwidth=self.jumprelu_bandwidth,
             decoder_reach=self.decoder_reach,
+            aux_k=self.aux_k,
         )
 
     @property

@@ -134,6 +134,16 @@ def set_normal_firing_rate(clt: CrossLayerTranscoder, rate: float) -> None:
         encoder.bias.copy_(theta + encoder.weight.float().norm(dim=1) * quantile)
 
 
+@torch.no_grad()
+def silenced(clt: CrossLayerTranscoder, case: Case) -> Tensor:
+    """Makes a share of the features never fire; which ones, (L, F) bool."""
+    generator = torch.Generator().manual_seed(case.seed)
+    dead = (torch.rand(case.num_layers, case.num_features, generator=generator) < case.dead).to(clt.device)
+    for encoder, silent in zip(clt.encoders, dead, strict=True):
+        encoder.bias[silent] -= 20 * encoder.weight.float().norm(dim=1)[silent]
+    return dead
+
+
 def batches(case: Case, pool: dict[str, Tensor] | None):
     """Endless inputs and labels, (N, L, D) each: fresh normal numbers, or the pool's tokens in turn."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
@@ -180,6 +190,7 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         )
     else:
         optimizer = torch.optim.Adam(clt.parameters(), lr=case.learning_rate, fused=True)
+    dead = silenced(clt, case) if case.dead > 0 and side == "ours" else None
     reset_peak_memory(device)
 
     data = batches(case, pool)
@@ -191,7 +202,7 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         clock.mark()
         with torch.autocast(device.type, torch.bfloat16, enabled=case.follows_autocast):
             if side == "ours":
-                output = clt(inputs, labels)
+                output = clt(inputs, labels, dead=dead)
                 loss = output.loss
             else:
                 loss = sum(dense_losses(clt, inputs, labels))
