@@ -16,7 +16,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
-from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 
 
@@ -175,6 +174,8 @@ class Plan:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Those of one process, without storage."""
+        from ..modeling_clt import CrossLayerTranscoder  # --help answers without it
+
         n = self.feature_parallel_size
         with torch.device("meta"):
             clt = CrossLayerTranscoder(self.config, FeatureShard(0, n) if n > 1 else None)
