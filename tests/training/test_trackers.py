@@ -219,6 +219,7 @@ def resumed(tiny_gpt2, small_text_file, tmp_path_factory):
         names = json.loads((folder / "run" / "trackers.json").read_text())
         for step in (4, 5):  # 5: written because the run failed, which a killed one could not
             shutil.rmtree(folder / "run" / f"checkpoint-{step}")
+        time.sleep(1)  # wandb names its folders by the second
         trainer = make_trainer(settings | {"resume_from_checkpoint": "latest"})
         assert trainer.resume_from.name == "checkpoint-2"
         trainer.train()
