@@ -114,7 +114,8 @@ class Encoder(nn.Module):
                     h = encode_dense(x, weight, bias)
                 with record_function("clt::select"):
                     selected = [choose(h) for choose in select]
-        sums = None if dead is None else weight[dead] @ x.sum(dim=0) + len(x) * bias[dead]
+        # no matmul, which autocast would round to half precision
+        sums = None if dead is None else (weight[dead] * x.sum(dim=0)).sum(dim=1) + len(x) * bias[dead]
         listed = selected[0] if len(selected) == 1 else selected[0].followed_by(selected[1])
         features = pre_activations_at(x if len(selected) == 1 else x.repeat(2, 1), weight, bias, listed)
         return features, selected[0].indices.numel(), sums

@@ -601,6 +601,18 @@ def test_bfloat16_autocast_changes_little(activation):
     assert all(parameter.grad.dtype == torch.float32 for parameter in clt.parameters())
 
 
+def test_autocast_does_not_round_the_sums_of_dead_features():
+    clt = random_clt(double=False)
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    dead = torch.arange(7)
+    encoder = next(m for m in clt.modules() if type(m).__name__ == "Encoder")
+    selected = clt.eval()(torch.zeros(64, 3, 5)).features.layers[:1]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, sums = encoder(x, selected=selected, dead=dead)
+    exact = linear(x.double(), encoder.weight.double(), encoder.bias.double()).sum(dim=0)[dead]
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4)  # float32 sums of 64 × 5 terms
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_tokens(activation):
     clt = trained(**ACTIVATIONS[activation]).eval()

@@ -346,7 +346,8 @@ class CLTTrainer:
             if self.heldout is not None:
                 self._evaluate_and_write(optimizer)
             self.model.eval()
-            for name in ("forward", "_original_forward"):  # accelerate's, which rounds to half precision
+            # The first two are accelerate's, which round to half precision.
+            for name in ("forward", "_original_forward", "threshold_decay"):
                 vars(self.model).pop(name, None)
             self._read_clocks()
             # Where processes share the features they exchange weights in it, and cannot fail together.

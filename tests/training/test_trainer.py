@@ -173,6 +173,10 @@ def test_it_learns(run):
     assert all(value > 0.1 for value in heldout[-1]["explained_variance_per_layer"])
 
 
+def test_nothing_of_the_trainer_stays_on_what_it_returns(run):
+    assert not {"forward", "_original_forward", "threshold_decay"} & vars(run[1]).keys()
+
+
 def test_the_files_of_a_release(run):
     _, clt, folder = run
     names = {path.name for path in folder.iterdir()}
