@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 ACTIVATION_DEFAULTS = {
     "relu": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.01, "aux_coef": 0.0, "aux_k": 0},
     "jumprelu": {"jumprelu_bandwidth": 0.1, "sparsity_lambda": 0.01, "aux_coef": 0.0, "aux_k": 0},
-    "topk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 256},
-    "batchtopk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 256},
+    "topk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 16},
+    "batchtopk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 16},
 }
 TOPK_FAMILY = ("topk", "batchtopk")
 FEATURE_INPUT_HOOKS = ("hook_resid_mid", "mlp.hook_in")

@@ -39,4 +39,9 @@ def check_kind(name: str, option: str = "device") -> None:
         raise ValueError(f"{option}={name!r}: hf_clt runs on CPUs and NVIDIA GPUs; give cpu, cuda or cuda:0")
 
 
-__all__ = ["check_kind", "chosen_device"]
+def values_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether it costs nothing to look at values, on which sizes may then depend: a GPU would be waited for."""
+    return tensor.device.type == "cpu"
+
+
+__all__ = ["check_kind", "chosen_device", "values_at_hand"]

@@ -7,6 +7,7 @@ sparsity, pre-activation loss); Gao et al. 2024, "Scaling and evaluating sparse 
 import torch
 from torch import Tensor
 
+from .device import values_at_hand
 from .sharding import FeatureShard
 from .sparsity import (
     AtEntries,
@@ -79,23 +80,26 @@ def preactivation_loss(
 @torch.no_grad()
 def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None = None) -> LayerFeatures:
     """
-    The `aux_k` largest pre-activations of each token among the dead features of one layer, all of them when fewer.
+    The `aux_k` largest pre-activations of each token among the dead features of one layer, all of them when fewer. On
+    a GPU, where their number is not asked for, entries of other features, with -inf, then make up the number.
 
     Args:
         h: (N, F).
-        dead: (dead,) int64, which features these are.
+        dead: (F,) bool.
         aux_k: Features per token.
         shard: Where features are spread over a group of processes, all of whose dead features compete.
     """
     num_tokens, num_features = h.shape
-    per_token = min(aux_k, dead.numel())
-    if per_token == 0:
-        nothing = torch.zeros(0, dtype=torch.int64, device=h.device)
-        found = LayerFeatures(h.new_zeros(0), nothing, nothing.new_zeros(num_tokens + 1), num_features)
+    if values_at_hand(h):  # the dead columns alone are looked through
+        features = true_positions(dead)
+        columns = columns_of(h, features)
     else:
-        columns = columns_of(h, dead)
-        entries = entries_at(columns, positions_topk(columns, per_token))
-        found = LayerFeatures(entries.values, dead[entries.indices], entries.offsets, num_features)
+        features = None
+        columns = h.masked_fill(~dead, -torch.inf)
+    per_token = min(aux_k, columns.shape[1])
+    entries = entries_at(columns, positions_topk(columns, per_token))
+    indices = entries.indices if features is None else features[entries.indices]
+    found = LayerFeatures(entries.values, indices, entries.offsets, num_features)
     if shard is None:
         return found
     # Processes with fewer dead features than others fill their candidates up with -inf.

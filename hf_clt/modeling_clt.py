@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from . import checkpoint_format as files
 from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
+from .device import values_at_hand
 from .download import HUB_ARGUMENTS, find_folder
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
@@ -295,10 +296,10 @@ class CrossLayerTranscoder(PreTrainedModel):
                 f"num_features={self.num_held})"
             )
         x = self._normalized_inputs(inputs)
-        dead_lists = None if dead is None or labels is None else self._dead_lists(dead)
-        features, written, above, sums = self._features(x, self.training, self.training, dead_lists)
+        revived = None if dead is None or labels is None else self._to_revive(dead)
+        features, written, above, sums = self._features(x, self.training, self.training, revived)
         penalises = config.sparsity_lambda > 0
-        revives = dead_lists is not None and config.activation_fn not in TOPK_FAMILY
+        revives = revived is not None and config.activation_fn not in TOPK_FAMILY
         wants_norms = labels is not None and (penalises or revives)
         normalized, norms = self._decode(written, x, with_norms=wants_norms)
         normalized, *explained = normalized.split(max(1, len(x)))  # the second half is of dead features
@@ -317,10 +318,12 @@ class CrossLayerTranscoder(PreTrainedModel):
             penalty = config.sparsity_lambda * sparsity_scale * penalty
         if revives:
             thetas = self._thresholds_or_zero()
-            preactivation = sum_over(self.shard, preactivation_loss(sums, above, thetas, norms, dead_lists))
+            preactivation = sum_over(self.shard, preactivation_loss(sums, above, thetas, norms, revived))
             preactivation = config.preactivation_coef * preactivation
         elif explained:
-            auxiliary = config.aux_coef * reconstruction_loss((targets - normalized).detach(), explained[0])
+            is_any_dead = sum_over(self.shard, dead.any().to(error.dtype)) > 0
+            auxiliary = reconstruction_loss((targets - normalized).detach(), explained[0])
+            auxiliary = config.aux_coef * auxiliary * is_any_dead
         return CLTOutput(
             loss=error + penalty + preactivation + auxiliary,
             reconstruction_loss=error,
@@ -390,16 +393,16 @@ class CrossLayerTranscoder(PreTrainedModel):
         return raw.view(*batch_shape, *raw.shape[1:])
 
     def _features(
-        self, x: Tensor, training: bool, update: bool = False, dead: list[Tensor] | None = None
+        self, x: Tensor, training: bool, update: bool = False, dead: Tensor | list[Tensor] | None = None
     ) -> tuple[list[LayerFeatures], list[LayerFeatures], list[LayerFeatures | None], list[Tensor | None]]:
         """
         The features of normalised inputs (N, L, D), source layer by source layer, so that the pre-activations of only
         one layer exist at a time.
 
-        With `dead`, one (dead,) vector of features per layer, also what revives them. For the top-k family, second:
-        the same features followed, as if N more tokens had them, by the largest of the dead ones, so that both are
-        decoded and differentiated in one pass (otherwise the features again). For the others, third and fourth: the
-        entries of dead features above their thresholds with their h, and Σ_n h of each dead feature.
+        With `dead`, of [`_to_revive`], also what revives dead features. For the top-k family, second: the same
+        features followed, as if N more tokens had them, by the largest of the dead ones, so that both are decoded and
+        differentiated in one pass (otherwise the features again). For the others, third and fourth: the entries of
+        dead features above their thresholds with their h, and Σ_n h of each dead feature.
         """
         config = self.config
         layers = range(config.num_layers)
@@ -432,9 +435,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         else:
             found = [encoder(x[:, s], select[s], None, summed[s]) for s, encoder in enumerate(self.encoders)]
         features, written, above = [], [], []
-        for (entries, count, _), theta in zip(found, thetas, strict=True):
+        for s, ((entries, count, _), theta) in enumerate(zip(found, thetas, strict=True)):
             if is_topk:
-                entries = self._activate(entries, theta, training, count)
+                entries = self._activate(entries, theta, training, None if dead is None else dead[s], count)
             listed, others = entries.parted(len(x), count)
             features.append(listed if is_topk else self._activate(listed, theta, training))
             written.append(entries if is_topk else features[-1])
@@ -475,11 +478,17 @@ class CrossLayerTranscoder(PreTrainedModel):
         return features_at(h, h > lower)
 
     def _activate(
-        self, features: LayerFeatures, theta: Tensor | None, training: bool, num_gated: int | None = None
+        self,
+        features: LayerFeatures,
+        theta: Tensor | None,
+        training: bool,
+        dead: Tensor | None = None,
+        num_live: int | None = None,
     ) -> LayerFeatures:
         """
         The activation function on selected pre-activations, the gate included: those of a rough product (autocast) are
-        computed again, and what was above it may be below. Entries after the first `num_gated` are only rectified.
+        computed again, and what was above it may be below. With `dead`, (F,) bool, the entries after the first
+        `num_live` are rectified where they are of dead features, and 0 elsewhere.
         """
         if self.config.activation_fn == "jumprelu":
             at_entries = AtEntries.apply(theta, features)
@@ -487,19 +496,30 @@ class CrossLayerTranscoder(PreTrainedModel):
         values = torch.relu(features.values)
         if self.config.activation_fn == "batchtopk" and not training:
             passes = values > theta
-            passes[num_gated if num_gated is not None else len(passes) :] = True
+            passes[num_live if dead is not None else len(passes) :] = True
             values = values * passes
+        if dead is not None:
+            live, revived = values.tensor_split([num_live])
+            values = torch.cat([live, revived * dead[features.indices[num_live:]]])
         return features.with_values(values)
 
-    def _dead_lists(self, dead: Tensor) -> list[Tensor] | None:
-        """The features to revive in each layer; None when there are none, or no loss would."""
+    def _to_revive(self, dead: Tensor) -> Tensor | list[Tensor] | None:
+        """
+        Of the dead features, (L, F) bool, those to revive; None where no loss would, or where there are none. For the
+        top-k family they stay as they are, since asking a GPU for their number would wait for it; for the others,
+        whose selection waits in any case, they are listed, one (dead,) vector per layer.
+        """
         config = self.config
-        revives = config.aux_coef > 0 and config.aux_k > 0
-        if not (revives if config.activation_fn in TOPK_FAMILY else config.preactivation_coef > 0):
+        is_topk = config.activation_fn in TOPK_FAMILY
+        if not (config.aux_coef > 0 and config.aux_k > 0 if is_topk else config.preactivation_coef > 0):
             return None
+        if is_topk and not values_at_hand(dead):
+            return dead
+        if not any_over(self.shard, bool(dead.any()), dead.device):
+            return None
+        if is_topk:
+            return dead
         layer, feature = dead.nonzero(as_tuple=True)
-        if not any_over(self.shard, layer.numel() > 0, dead.device):
-            return None
         return list(feature.split(layer.bincount(minlength=config.num_layers).tolist()))
 
     @torch.no_grad()

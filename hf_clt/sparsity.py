@@ -265,7 +265,7 @@ def positions_topk(h: Tensor, k: int) -> Tensor:
     """
     num_tokens, num_features = h.shape
     by_feature = is_stored_by_feature(h)
-    sizes = [size for size in GROUPS if num_features % size == 0 and k * size <= num_features // 2]
+    sizes = [size for size in GROUPS if num_features % size == 0 and 0 < k * size <= num_features // 2]
     if sizes and by_feature and h.dtype in (torch.float32, torch.float64):
         positions = _positions_topk_above_cut(h.T, k, max(sizes))
         if positions is not None:

@@ -90,7 +90,7 @@ def test_preactivation_loss_is_the_formula_and_flows_through_h_threshold_and_nor
 @pytest.mark.parametrize("aux_k, kept", [(1, 1), (2, 2), (3, 3), (10, 3)])
 def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
     h = randn(7, 6) + 2
-    dead = torch.tensor([1, 3, 4])
+    dead = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor([1, 3, 4]), True)
     features = largest_dead(h, dead, aux_k)
     assert features.indices.numel() == 7 * kept and features.num_features == 6
     dense = features.to_dense()
@@ -106,7 +106,7 @@ def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
 
 def test_no_feature_is_revived_where_none_is_dead():
     nothing = torch.zeros(0, dtype=torch.int64)
-    assert largest_dead(randn(3, 4), nothing, 2).offsets.tolist() == [0, 0, 0, 0]
+    assert largest_dead(randn(3, 4), torch.zeros(4, dtype=torch.bool), 2).offsets.tolist() == [0, 0, 0, 0]
     assert dead_above(randn(3, 4), nothing, torch.zeros(4)).offsets.tolist() == [0, 0, 0, 0]
 
 

@@ -1,5 +1,6 @@
 """The model against the dense float64 reference of tests/reference.py, and the properties of DESIGN 2 and 6."""
 
+import copy
 import gc
 import itertools
 import weakref
@@ -99,6 +100,38 @@ def test_forward_and_gradients_match_the_dense_reference(activation, tying, reac
     for given in (acts, clt.encode_sparse(inputs)):
         decoded = clt.decode(given, inputs if skip else None)
         torch.testing.assert_close(decoded, expected["reconstruction"], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["topk", "topk-token", "batchtopk", "batchtopk-token"])
+def test_without_asking_how_many_are_dead_the_same_are_revived(monkeypatch, activation, training, autocast):
+    """As on a GPU: as many entries whatever is dead, of which the surplus is 0, computed again (autocast) or not."""
+    clt = trained(**ACTIVATIONS[activation], **LOSSES)
+    if autocast:
+        clt.float()
+        monkeypatch.setattr("hf_clt.kernels.encode.multiplies_bfloat16", lambda: True)
+    clt.train(training)
+    inputs, labels = random_batch(clt)
+    dtype = torch.float32 if autocast else torch.float64
+    inputs, labels, dead = inputs.to(dtype), labels.to(dtype), dead_mask(clt)
+    found = []
+    for at_hand in (True, False):
+        for module in ("losses", "modeling_clt"):
+            monkeypatch.setattr(f"hf_clt.{module}.values_at_hand", lambda tensor, at_hand=at_hand: at_hand)
+        state = copy.deepcopy(clt)  # the running threshold moves
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = state(inputs, labels=labels, dead=dead)
+            nothing = state(inputs, labels=labels, dead=torch.zeros_like(dead))
+        assert output.aux_loss > 0 and nothing.aux_loss == 0
+        assert all(grad.count_nonzero() == 0 for grad in gradients(state, nothing.aux_loss).values())
+        found.append((output, gradients(state, output.loss)))
+    (output, grads), (other, other_grads) = found
+    exact = {"rtol": 1e-5, "atol": 1e-6} if autocast else {"rtol": 1e-12, "atol": 1e-13}
+    for name in (*TERMS, "reconstruction"):
+        torch.testing.assert_close(getattr(other, name), getattr(output, name), **exact, msg=name)
+    for name, grad in grads.items():
+        torch.testing.assert_close(other_grads[name], grad, **exact, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("dense_above", [0.0, 1.0], ids=["matrix product", "gathered rows"])
