@@ -124,19 +124,24 @@ def gather_candidates(shard: FeatureShard | None, values: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def gather_tokens(shard: FeatureShard | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather_tokens(
+    shard: FeatureShard | None, batch: dict[str, Tensor], equally_many: bool = False
+) -> dict[str, Tensor]:
     """
     The tokens that the processes of a group harvested each, one after another in the order of their slices.
 
     Args:
         shard: This process's slice.
         batch: Tensors of N rows each, where N may differ between processes, and be 0.
+        equally_many: N is known to be the same for all, so that nobody has to ask.
 
     Returns:
         The same names with the rows of all processes, the same on each.
     """
     if shard is None:
         return batch
+    if equally_many:
+        return {name: torch.cat(gather_parts(shard, rows)) for name, rows in batch.items()}
     first = next(iter(batch.values()))
     counts = torch.cat(gather_parts(shard, torch.tensor([len(first)], device=first.device))).tolist()
     gathered = {}

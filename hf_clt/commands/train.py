@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..command import one_line_errors, sigterm_as_ctrl_c
 from ..training.command_line import build_config, parse_train_args
-from ..training.together import OtherProcessFailed, OtherProcessGone
+from ..training.processes import OtherProcessFailed, OtherProcessGone
 
 
 # What a user can mend. Anything else is a bug and keeps its traceback.

@@ -123,6 +123,12 @@ class ActivationBuffer:
     def num_unread(self) -> int:
         return len(self.order) - self.read
 
+    @property
+    def num_ready(self) -> int:
+        """How many batches can be given before text or language model are asked for more, where something may fail."""
+        above_half = -(-(self.num_unread - self.capacity // 2) // self.batch_size)
+        return 0 if self.overlap else max(0, min(above_half, self.num_unread // self.batch_size))
+
     def __iter__(self):
         while True:
             self.fill()

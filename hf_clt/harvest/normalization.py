@@ -54,7 +54,13 @@ class Moments:
 
 
 def estimate_statistics(
-    tokens, harvester, num_batches: int | None, accelerator=None, progress: bool = True, skip_bad: bool = False
+    tokens,
+    harvester,
+    num_batches: int | None,
+    accelerator=None,
+    progress: bool = True,
+    skip_bad: bool = False,
+    together=None,
 ) -> dict:
     """
     Mean and standard deviation of inputs and targets over the first extraction batches of the text, which is rewound
@@ -67,6 +73,7 @@ def estimate_statistics(
         accelerator (`Accelerator`, *optional*): Merges the statistics of all processes.
         progress: Whether to show a progress bar.
         skip_bad: Whether to leave out blocks with activations that are NaN or infinite, instead of raising.
+        together: Calls a function in all processes, which then wait for each other; None: they do not.
 
     Returns:
         `dict` of `mean_in`, `std_in`, `mean_out`, `std_out`, float64 (L, D) each, on the CPU.
@@ -76,16 +83,20 @@ def estimate_statistics(
     """
     shape = (harvester.num_layers, harvester.d_model)
     moments = Moments(shape, harvester.device), Moments(shape, harvester.device)
-    tokens.rewind()
-    with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
-        for seen, batch in enumerate(tokens, start=1):
-            for moment, rows in zip(moments, harvester.harvest(batch, skip_bad=skip_bad), strict=True):
-                if len(rows):
-                    moment.update(rows)
-            bar.update()
-            if seen == num_batches:
-                break
-    tokens.rewind()
+
+    def read() -> None:
+        tokens.rewind()
+        with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
+            for seen, batch in enumerate(tokens, start=1):
+                for moment, rows in zip(moments, harvester.harvest(batch, skip_bad=skip_bad), strict=True):
+                    if len(rows):
+                        moment.update(rows)
+                bar.update()
+                if seen == num_batches:
+                    break
+        tokens.rewind()
+
+    read() if together is None else together(read)
     if accelerator is not None and accelerator.num_processes > 1:
         moments = tuple(_merged_over_processes(moment, accelerator) for moment in moments)
     if moments[0].count == 0:

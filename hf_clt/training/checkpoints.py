@@ -28,7 +28,7 @@ from ..files import as_json
 from ..harvest.dealing import deal_buffers
 from ..sharding import FeatureShard, rows_of
 from .optimizers import state_entries
-from .together import OtherProcessFailed, together
+from .processes import OtherProcessFailed, together, wait_for_all
 
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.old)?")
@@ -204,7 +204,7 @@ def save_checkpoint(
     if accelerator.is_main_process and keep is not None:
         for old in list_checkpoints(output_dir)[:-keep]:
             remove_checkpoint(old)
-    accelerator.wait_for_everyone()
+    wait_for_all(accelerator)
     return final
 
 
@@ -341,9 +341,9 @@ def _read_slice(
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: `<parameter>:<entry>`."""
+    """The optimizer's state by parameter name: `<parameter>:<entry>`; not copied, since not all processes write it."""
     return {
-        f"{name}:{entry}": value.cpu()
+        f"{name}:{entry}": value
         for name, parameter in model.named_parameters()
         for entry, value in optimizer.state.get(parameter, {}).items()
     }

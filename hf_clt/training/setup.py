@@ -22,6 +22,7 @@ from ..sharding import FeatureShard
 from .arguments import CLTTrainingArguments
 from .checkpoints import foreign_checkpoints, list_checkpoints, remove_checkpoint, remove_leftovers
 from .optimizers import CompactAdam
+from .processes import connect_hosts
 from .trackers import foreign_tracked, remove_tracked
 
 
@@ -48,6 +49,7 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_num_processes(accelerator.num_processes)
+    connect_hosts(accelerator)
     return accelerator
 
 

@@ -6,11 +6,12 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
@@ -72,7 +73,7 @@ from .setup import (
     prepare_cpu,
     remove_run,
 )
-from .together import OtherProcessGone, StopRequested, together
+from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
 from .trackers import Trackers, check_trackers
 
 
@@ -81,6 +82,7 @@ logger = logging.getLogger(__name__)
 LOSSES = ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
 MEANWHILE = ".pushing.tmp"  # folder in output_dir with what is pushed while training goes on
 WIDE_WINDOW = 0.2  # share of features whose computation costs as much as that of all
+ASK_SECONDS = 2.0  # between two times that processes ask each other whether one has failed or was told to stop
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
 
 
@@ -196,6 +198,9 @@ class CLTTrainer:
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
+        # Batches that all processes have ready, of those agreed on at the last time they asked each other.
+        self._num_agreed = self._num_before = 0
+        self._asked_at = self._clock
         self._lock: int | None = None  # on output_dir, in the main process
         self._saved_step: int | None = None  # of the newest checkpoint in output_dir
 
@@ -244,7 +249,13 @@ class CLTTrainer:
                 args.normalization_estimation_batches if args.normalization_method == "estimated_mean_std" else None
             )
             statistics = estimate_statistics(
-                self.tokens, self.harvester, batches, self.accelerator, self._progress, self._skip_bad
+                self.tokens,
+                self.harvester,
+                batches,
+                self.accelerator,
+                self._progress,
+                self._skip_bad,
+                partial(together, self.accelerator),
             )
         if statistics is not None:
             self.model.set_normalization(**statistics, reparametrize=not self.is_new)
@@ -255,7 +266,7 @@ class CLTTrainer:
                     )
         if not self.is_new:
             return
-        self.buffer.fill()
+        together(self.accelerator, self.buffer.fill)
         size = 1 if self.shard is None else self.shard.size
         first = slice(0, min(RATE_SAMPLE // size, self.buffer.num_unread))  # the slots fill from the first on
         sample = {"inputs": self.buffer.inputs[first], "labels": self.buffer.labels[first]}
@@ -355,7 +366,7 @@ class CLTTrainer:
                 together(accelerator, self._release) if self.shard is None else self._release()
         if self.buffer.skipped_tokens:
             logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
-        accelerator.wait_for_everyone()
+        wait_for_all(accelerator)
         self.trackers.finish()
         if args.push_to_hub:  # last, so that no process waits for the upload of another until it times out
             self._push()
@@ -378,23 +389,19 @@ class CLTTrainer:
         # Where a later batch of the update fails, or that of another process, this is what to save: the batches that
         # were read for it were for nothing.
         several = args.gradient_accumulation_steps > 1 or accelerator.num_processes > 1
-        before = self._moving_state() if several else None
-
-        def read() -> dict:
-            if self._interrupted and micro_step == 0:
-                raise StopRequested
-            return next(batches)
-
+        may_fail = self._num_agreed < args.gradient_accumulation_steps
+        before = self._moving_state() if several and may_fail else None
         # Until its memory is filled, the threshold is the mean over the batches since it was started anew.
         batches_since = self.step - last_restart(self.step, args.training_steps)
         batches_since *= args.gradient_accumulation_steps
         for micro_step in range(args.gradient_accumulation_steps):
             self.model.threshold_decay = min(THRESHOLD_DECAY, 1 - 1 / (batches_since + micro_step + 1))
+            is_full = self._num_agreed > 0
             with self._checkpoint_on_failure(optimizer, before):
-                batch = together(accelerator, read)
+                batch = self._next_batch(batches, may_stop=micro_step == 0)
             batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
             self._tokens_since_log += len(batch["inputs"])
-            batch = gather_tokens(self.shard, batch)
+            batch = gather_tokens(self.shard, batch, equally_many=is_full)
             start = time.perf_counter()
             is_last = micro_step == args.gradient_accumulation_steps - 1
             with nullcontext() if is_last else accelerator.no_sync(model):
@@ -418,6 +425,29 @@ class CLTTrainer:
         self._updates_since_log += 1
         self.seconds["clt"] += time.perf_counter() - start
         return batch, output, scale
+
+    def _next_batch(self, batches, may_stop: bool) -> dict:
+        """
+        The next batch of this process. Reading can fail in one process, and then fails in all, for which they have to
+        ask each other; so they agree on a number of batches that all of them have ready, ASK_SECONDS of them at most.
+        """
+        if self._num_agreed > 0:
+            self._num_agreed -= 1
+            return next(batches)
+
+        def read() -> dict:
+            if self._interrupted and may_stop:
+                raise StopRequested
+            return next(batches)
+
+        batch = together(self.accelerator, read)
+        if self.accelerator.num_processes > 1:
+            now = time.perf_counter()
+            per_batch = (now - self._asked_at) / (self._num_before + 1)
+            in_time = int(ASK_SECONDS / max(per_batch, 1e-6))
+            self._num_agreed = self._num_before = least(self.accelerator, min(self.buffer.num_ready, in_time))
+            self._asked_at = now
+        return batch
 
     @torch.no_grad()
     def _copy_from_first_replica(self, tensors: list[torch.Tensor]) -> None:
@@ -603,15 +633,17 @@ class CLTTrainer:
             batch = gather_tokens(self.shard, {n: tensor.to(self.accelerator.device) for n, tensor in own.items()})
             has_rows = len(batch["inputs"]) > 0
             # Reading is agreed on by all processes, so a group that has run out goes on for those that have not.
-            if not self._any_process(has_rows):
+            if not any_process(self.accelerator, has_rows):
                 return
             if has_rows:
                 yield batch
 
     def _gathered(self, sums: MetricSums) -> MetricSums:
-        if self.accelerator.num_processes == 1:
+        count = self.accelerator.num_processes
+        if count == 1:
             return sums
-        parts = gather_object([{k: v.cpu() for k, v in sums.tensors().items()}])
+        gathered = {name: self.accelerator.gather(tensor[None]) for name, tensor in sums.tensors().items()}
+        parts = [{name: tensor[rank] for name, tensor in gathered.items()} for rank in range(count)]
         if self.shard is not None:
             parts = MetricSums.with_joined_features(parts, self.shard.size)
         return MetricSums.from_gathered(parts)
@@ -662,7 +694,7 @@ class CLTTrainer:
         lowest = [-torch.inf if name.startswith("thresholds.") else 0.0 for name in names]  # log θ of θ = 0
         weights = zip(self.model.parameters(), lowest, strict=True)
         is_bad = torch.stack([~(p.isfinite() | (p == low)).all() for p, low in weights])
-        if self._any_process(bool(is_bad.any())):
+        if any_process(self.accelerator, bool(is_bad.any())):
             bad = [name for name, found in zip(names, is_bad.tolist(), strict=True) if found]
             raise CheckpointError(
                 f"step {self.step} is not saved: {bad[0] if bad else 'a weight of another process'} is not finite; "
@@ -837,12 +869,6 @@ class CLTTrainer:
                 signal.signal(number, handler)
             self._interrupted = False
 
-    def _any_process(self, found: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return found
-        flag = torch.tensor(int(found), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
     # -- release ------------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
@@ -915,7 +941,7 @@ class CLTTrainer:
 
     def _push_meanwhile(self) -> None:
         """Writes the CLT as it is now beside the output and begins to push it, unless a push is under way."""
-        if self._any_process(self.background_push.is_running):
+        if any_process(self.accelerator, self.background_push.is_running):
             logger.info("step %d: the push before is still under way, this one is left out", self.step)
             return
         folder = self.output_dir / MEANWHILE

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
+from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import optimizer_tensors
 
 
@@ -51,6 +52,7 @@ def run(
     stop_at: int | None = None,
     break_at: int | None = None,
     patience: float | None = None,
+    ask_seconds: float = 0.0,
 ) -> dict:
     """
     Trains, and tells how it ended.
@@ -60,7 +62,17 @@ def run(
         stop_at: The step after which this process gets SIGTERM.
         break_at: The step from which on this process cannot read text.
         patience: Seconds for which it then waits until it gets SIGTERM.
+        ask_seconds: At most between two times that the processes ask each other how they are; 0: at every batch.
     """
+    trainer_module.ASK_SECONDS = ask_seconds
+    asked = [0]
+    least = trainer_module.least
+
+    def counting(*arguments):
+        asked[0] += 1
+        return least(*arguments)
+
+    trainer_module.least = counting
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     trainer = CLTTrainer(CLTTrainingArguments(**arguments), CLTConfig(**config))
@@ -99,7 +111,14 @@ def run(
         trainer.train()
     except (Exception, KeyboardInterrupt) as error:
         told["error"] = [type(error).__name__, str(error), *getattr(error, "__notes__", [])]
-    told |= {"seconds": time.monotonic() - begun, "step": trainer.step, "start": start.get("step"), "trained": trained}
+    trainer_module.least = least
+    told |= {
+        "seconds": time.monotonic() - begun,
+        "asked": asked[0],
+        "step": trainer.step,
+        "start": start.get("step"),
+        "trained": trained,
+    }
     return {**told, "tensors": start.get("tensors", {})}
 
 

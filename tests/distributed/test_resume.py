@@ -82,6 +82,12 @@ def launched(make, one, from_cache):
         "cached": (from_cache(arguments("cached")), CONFIG, stopped),
         "on two": (arguments("on two", resume_from_checkpoint=checkpoint), CONFIG, nothing),
         "broken": (arguments("broken", gradient_accumulation_steps=2), CONFIG, [{}, {"break_at": 2}]),
+        "seldom": (arguments("seldom"), CONFIG, [{"ask_seconds": 100.0}, {"ask_seconds": 100.0, "stop_at": 5}]),
+        "seldom broken": (
+            arguments("seldom broken"),
+            CONFIG,
+            [{"ask_seconds": 9.0}, {"ask_seconds": 9.0, "break_at": 2}],
+        ),
         "waiting": (arguments("waiting", stream_retries=5), CONFIG, [{}, {"break_at": 4, "patience": 2.0}]),
     }
     launch(2, WORKER, str(folder), json.dumps(runs))
@@ -179,6 +185,19 @@ def test_both_stop_with_a_checkpoint_when_the_text_of_one_breaks_off(make, launc
     assert told["start"] == step >= 2
     assert tokens_of(launched["broken"]).total() == step * 2 * 2 * 50 < all_tokens(2).total()
     assert tokens_of(launched["broken"]) + tokens_of([told]) == all_tokens(2)
+
+
+def test_they_ask_each_other_only_where_one_may_have_to_read(make, launched, all_tokens):
+    """And stop, or fail, after the same update all the same."""
+    folder, _ = make
+    for name, error in (("seldom", "StopRequested"), ("seldom broken", "OtherProcessFailed")):
+        one, two = launched[name]
+        assert one["error"][0] == error and one["step"] == two["step"]
+        assert 0 < one["asked"] == two["asked"] < 0.7 * one["step"]
+        trained = tokens_of(launched[name])
+        assert trained.total() == one["step"] * 2 * 50 and not trained - all_tokens(2)
+        assert [path.name for path in (folder / name).glob("checkpoint-*")] == [f"checkpoint-{one['step']}"]
+    assert 5 <= launched["seldom"][0]["step"] <= 8  # the buffer has three batches ready at most
 
 
 def test_sigterm_ends_the_wait_for_text_in_one_of_two(make, launched):

@@ -434,3 +434,17 @@ def test_a_file_that_the_system_refuses(tmp_path, accelerator):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_optimizer_state_is_not_copied_to_host_memory_by_every_process():
+    """Only those that write it copy it: on the meta device no copy is possible."""
+    with torch.device("meta"):
+        model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"exp_avg": torch.empty_like(parameter)}
+    found = optimizer_tensors(model, optimizer)
+    assert {name: value.device.type for name, value in found.items()} == {
+        "weight:exp_avg": "meta",
+        "bias:exp_avg": "meta",
+    }
