@@ -50,6 +50,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .energy import EnergyMeter
+from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
 from .reporting import (
     command_line,
     energy_counters,
@@ -73,7 +74,6 @@ from .setup import (
     prepare_cpu,
     remove_run,
 )
-from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
 from .trackers import Trackers, check_trackers
 
 
