@@ -1,0 +1,420 @@
+"""
+Whether hf_clt is right on this GPU, and what each part of a training step costs there: `make gpu-check`, four minutes.
+
+The pieces come in the order of their importance: kernels and whole steps against float64, the rates of the machine,
+the parts of a step, and updates of ours beside dense ones. What does not fit into the budget is skipped, and said.
+"""
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import gpu_report
+from benchmarks.gpu_report import attempt
+from benchmarks.update import Update
+from hf_clt.benchmark.cases import Case
+from hf_clt.benchmark.crossover import random_entries
+from hf_clt.benchmark.estimate import Plan, memory
+from hf_clt.benchmark.machine import measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize
+from hf_clt.benchmark.measure import Clock, batches, make_clt
+from hf_clt.command import one_line_errors
+from hf_clt.configuration_clt import TOPK_FAMILY
+from hf_clt.kernels import rows as rows_module
+from hf_clt.kernels import triton_rows
+from hf_clt.losses import largest_dead
+from hf_clt.sparsity import LayerFeatures, features_at, positions_batchtopk, positions_topk, true_positions
+from hf_clt.training.optimizers import CompactAdam
+
+
+SHAPES = {  # L, D, F, N, k
+    "A": (12, 768, 24576, 4096, 32),
+    "A200": (12, 768, 24576, 4096, 200),
+    "B": (30, 576, 8192, 4096, 32),
+    "C": (26, 2304, 16384, 4096, 50),
+}
+CHECKED, TINY = (4, 256, 8192, 1024, 16), (3, 16, 256, 64, 4)
+FORMATS = {
+    "float32": {},
+    "autocast": {"autocast": "bfloat16"},
+    "bfloat16": {"dtype": "bfloat16", "optimizer": "adam_compact"},
+}
+# Shape, format, and about how many seconds ours and the dense side take, and ours with dead features.
+UPDATES = [("A", "autocast", 15, 8), ("B", "autocast", 15, 8), ("A", "bfloat16", 12, 8), ("C", "bfloat16", 30, 20),
+           ("A200", "autocast", 15, 8), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 12, 8)]  # fmt: skip
+TOP = 12  # kernels that are shown
+
+
+def make_case(shape: tuple, form: str, device: torch.device, fn: str = "batchtopk", dead: float = 0.0) -> Case:
+    L, D, num_features, N, k = shape
+    return Case(L, D, num_features, N, k, fn, dead=dead, device=str(device), **FORMATS[form])
+
+
+# -- is it right ------------------------------------------------------------------------------------------------------
+
+
+def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
+    """The sums and dot products of gathered rows against their formulas in float64, element by element."""
+    on_gpu = device.type == "cuda"
+    kernels = triton_rows if on_gpu else rows_module
+    print("the Triton kernels" if on_gpu else "the CPU's ways in kernels/rows.py: Triton's kernels do not run here")
+    shapes = [(1024, 8192, 32, 9216), (4096, 24576, 32, 768), (777, 1000, 5, 300), (64, 100, 3, 7)]
+    torch.manual_seed(0)
+    for num_tokens, num_features, k, columns in shapes[2 if tiny else 0 :]:
+        support = torch.rand(num_tokens, num_features, device=device) < k / num_features
+        support[:, :3], support[0], support[:, 5] = True, False, False  # hot features; nothing on a token; never
+        values = F.dropout(torch.randn(num_tokens, num_features, device=device), 0.2)  # zero weights
+        for dtype in (torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16):
+            entries = features_at(values.to(dtype), support)
+            tokens, indices, offsets = entries.tokens, entries.indices, entries.offsets
+            decoder = torch.randn(num_features, columns, device=device, dtype=dtype)
+            grad = torch.randn(num_tokens, columns, device=device, dtype=dtype)
+            wide, wide_grad, acts = decoder.double(), grad.double(), entries.values.double()
+            dense = entries.dense(acts)
+            checks = {  # what is found, wanted, and the sum of the absolute values of its terms
+                "row_sums": (
+                    partial(kernels.row_sums, decoder, indices, offsets, entries.values),
+                    dense @ wide,
+                    dense.abs() @ wide.abs(),
+                ),
+                "row_dots": (
+                    partial(kernels.row_dots, grad, tokens, decoder, indices),
+                    rows_module.row_dots_reference(wide_grad, tokens, wide, indices),
+                    rows_module.row_dots_reference(wide_grad.abs(), tokens, wide.abs(), indices),
+                ),
+                "transposed_row_sums": (
+                    partial(kernels.transposed_row_sums, grad, entries, entries.values),
+                    dense.T @ wide_grad,
+                    dense.abs().T @ wide_grad.abs(),
+                ),
+            }
+            for name, given in checks.items():
+                shape = {"tokens": num_tokens, "features": num_features, "columns": columns}
+                row = {"check": name, "dtype": str(dtype).removeprefix("torch."), **shape}
+                print_check(attempt(rows, row, partial(kernel_check, name, *given)))
+
+
+def kernel_check(name: str, work: Callable[[], Tensor], wanted: Tensor, terms: Tensor) -> dict:
+    """The largest error as a share of its bound: one rounding of the result, and sums in float32."""
+    found = work()
+    rounding, within = torch.finfo(found.dtype).eps / 2, 1e-6
+    if name == "transposed_row_sums" and found.dtype != torch.float32:
+        within = rounding / 16  # hot features: PyTorch may add up parts of a product in their own format
+    error = ((found.double() - wanted).abs() / (rounding * wanted.abs() + within * terms + 1e-30)).max().item()
+    same = torch.equal(found, work())
+    return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+
+
+def print_check(row: dict) -> None:
+    if "errors" in row:
+        named = ", ".join(str(value) for value in list(row.values())[: list(row).index("errors")])
+        errors = ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
+        bits = "same bits" if row["same_bits"] else "OTHER BITS"
+        print(f"{'PASS' if row['passed'] else 'FAIL'}  {named}: {errors}; {bits}", flush=True)
+
+
+def check_steps(rows: list, device: torch.device, tiny: bool) -> None:
+    """All gradients of a step against the dense formula in float64 on the same selection."""
+    for fn in ("topk", "batchtopk", "jumprelu", "relu"):
+        for form in FORMATS:
+            for dead in (0.0, 0.3):
+                case = make_case(TINY if tiny else CHECKED, form, device, fn)
+                row = {"check": fn, "format": form, "dead": f"dead {dead:g}"}
+                print_check(attempt(rows, row, partial(step_check, case, dead)))
+
+
+def step_check(case: Case, dead: float) -> dict:
+    errors, same = step_errors(case, dead)
+    exact = case.dtype == "float32" and case.autocast is None
+    bounds = dict.fromkeys(errors, 1e-5 if exact else 2e-2)
+    if "thresholds.value" in errors:  # an entry at the edge of the window is in or out
+        bounds["thresholds.value"] = 1e-3 if exact else 5e-2
+    passed = same and all(errors[name] <= bounds[name] for name in errors)
+    return {"errors": errors, "bounds": bounds, "same_bits": same, "passed": passed}
+
+
+def step_errors(case: Case, dead_share: float) -> tuple[dict[str, float], bool]:
+    """Relative errors of the loss and of each kind of gradient, and whether a second step had the same bits."""
+    clt = make_clt(case, None)
+    inputs, labels = next(batches(case, None))
+    dead = None
+    with torch.no_grad():
+        for encoder in clt.encoders:
+            encoder.bias[:3] += 3  # hot: they fire on every token, and their gradients are long sums
+        if dead_share:
+            dead = torch.rand(case.num_layers, case.num_features, device=inputs.device) < dead_share
+    autocast = partial(torch.autocast, inputs.device.type, torch.bfloat16, enabled=case.follows_autocast)
+
+    def gradients():
+        state = copy.deepcopy(clt)  # batchtopk's threshold moves
+        with autocast():
+            output = state(inputs, labels, dead=dead)
+        return output, torch.autograd.grad(output.loss, list(state.parameters()), materialize_grads=True)
+
+    (output, found), (other, again) = gradients(), gradients()
+    revived = None
+    if dead is not None and case.activation_fn in TOPK_FAMILY:
+        with autocast(), torch.no_grad():
+            hidden = [encoder.pre_activations(inputs[:, s]) for s, encoder in enumerate(clt.encoders)]
+        revived = [largest_dead(h, dead[s], clt.config.aux_k) for s, h in enumerate(hidden)]
+    wide = copy.deepcopy(clt).double()
+    loss = dense_loss(wide, inputs.double(), labels.double(), output.features.layers, dead, revived)
+    wanted = torch.autograd.grad(loss, list(wide.parameters()), materialize_grads=True)
+    errors = {"loss": relative(output.loss, loss)}
+    for (name, _), a, b in zip(clt.named_parameters(), found, wanted, strict=True):
+        kind = ".".join(name.split(".")[::2])
+        errors[kind] = max(errors.get(kind, 0.0), relative(a, b))
+    same = torch.equal(output.loss, other.loss) and all(map(torch.equal, found, again))
+    return errors, same
+
+
+def dense_loss(clt, x: Tensor, y: Tensor, layers: list[LayerFeatures], dead: Tensor | None, revived) -> Tensor:
+    """
+    The loss of a CLT without statistics by its formula, dense but for what was selected: which of two nearly equal
+    entries is taken is no error.
+
+    Args:
+        clt, x, y: In float64; inputs and labels (N, L, D).
+        layers: What our step selected.
+        dead: (L, F) bool; with `revived`, the entries that the auxiliary loss took, for the top-k family.
+    """
+    config = clt.config
+    reconstruction = torch.stack([decoder.bias for decoder in clt.decoders]).expand(len(x), -1, -1)
+    explained, terms = torch.zeros_like(x), []
+    for s, (encoder, decoder, layer) in enumerate(zip(clt.encoders, clt.decoders, layers, strict=True)):
+        h, norms = F.linear(x[:, s], encoder.weight, encoder.bias), decoder.weight.flatten(1).norm(dim=1)
+        acts, theta = h * layer.dense((layer.values.detach() > 0).to(h.dtype)), torch.zeros_like(encoder.bias)
+        if config.activation_fn == "jumprelu":
+            theta, width = clt.thresholds[s](), config.jumprelu_bandwidth
+            inside = ((h - theta).abs() < width / 2) * layer.dense(torch.ones_like(layer.values, dtype=h.dtype))
+            acts = acts - (theta / width * inside).detach() * (theta - theta.detach())
+
+        def written(acts, decoder=decoder, s=s):
+            return F.pad(torch.einsum("nf,fjd->njd", acts, decoder.weight), (0, 0, s, 0))
+
+        reconstruction = reconstruction + written(acts)
+        if config.sparsity_lambda > 0:
+            terms.append(config.sparsity_lambda * torch.tanh(config.sparsity_c * norms * acts).sum())
+        if revived is not None:
+            chosen = revived[s].dense(torch.ones_like(revived[s].values, dtype=h.dtype))
+            explained = explained + written(h.relu() * chosen)
+        elif dead is not None:
+            terms.append(config.preactivation_coef * (norms * (theta - h).relu())[:, dead[s]].sum())
+    terms.append((y - reconstruction).square().sum())
+    if revived is not None:
+        terms.append(config.aux_coef * ((y - reconstruction).detach() - explained).square().sum())
+    return torch.stack(terms).sum() / len(x)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
+
+
+# -- what the parts cost ----------------------------------------------------------------------------------------------
+
+
+def add_timing(rows: list, device: torch.device, name: str, work, size: float = 0, flops: float = 0) -> None:
+    """Median milliseconds of a call, beside the bytes or the operations that it needs."""
+
+    def timed() -> dict:
+        clock = Clock(device)
+        for _ in range(10):
+            clock.mark()
+            work()
+        spent = 1000 * median(clock.seconds()[2:])
+        rates = {"TB/s": size / spent / 1e9, "TFLOP/s": flops / spent / 1e9}
+        needed = f"{size / 1e9:.3f} GB" if size else f"{flops / 1e12:.4f} TFLOP" if flops else ""
+        unit = "TB/s" if size else "TFLOP/s"
+        print(f"{name:32}{spent:10.3f} ms" + (f"{rates[unit]:9.3f} {unit} for {needed}" if needed else ""), flush=True)
+        return {"ms": spent, "bytes": size, "flops": flops, **rates}
+
+    attempt(rows, {"name": name}, timed)
+
+
+def time_rates(rows: list, device: torch.device, tiny: bool) -> None:
+    """What the machine reaches: copies, products, and [`measure_rates`] at shape A."""
+    data = torch.empty(2**16 if tiny else 2**30, dtype=torch.uint8, device=device)
+    copied, n = torch.empty_like(data), 64 if tiny else 8192
+    add_timing(rows, device, "copy", lambda: copied.copy_(data), 2 * data.numel())
+    before = torch.get_float32_matmul_precision()
+    for name, dtype, precision in (
+        ("bfloat16", torch.bfloat16, before),
+        ("TF32", torch.float32, "high"),
+        ("float32", torch.float32, "highest"),
+    ):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        torch.set_float32_matmul_precision(precision)
+        try:
+            add_timing(rows, device, f"product {n}^3 in {name}", lambda a=a, b=b: a @ b, 0, 2 * n**3)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    case = make_case(TINY if tiny else SHAPES["A"], "autocast", device)
+    rows.append({"name": "rates", **measure_rates(case, *((2**16, 0.001) if tiny else (2**30, 0.2)))})
+    print(", ".join(f"{name} {rate / 1e12:.3f} T/s" for name, rate in rows[-1].items() if name != "name"))
+
+
+def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
+    """The parts of the first source layer's step, in bfloat16: it writes to all layers."""
+    L, D, num_features, N, k = shape
+    C, form = L * D, {"device": device, "dtype": torch.bfloat16}
+    add = partial(add_timing, rows, device)
+    x, weight = torch.randn(N, D, **form), torch.randn(num_features, D, **form)
+    bias = torch.zeros(num_features, **form)
+    add("encoder product", lambda: F.linear(x, weight, bias), 0, 2 * N * num_features * D)
+    h = F.linear(x, weight, bias)
+    cut = h[:16].float().flatten().kthvalue(16 * (num_features - k)).values
+    add("positions_topk", lambda: positions_topk(h, k), 2 * h.numel())
+    add("torch.topk", lambda: h.topk(k, dim=1, sorted=False), 2 * h.numel())
+    add("positions_batchtopk", lambda: positions_batchtopk(h, k * N), 2 * h.numel())
+    add("true_positions of h > cut", lambda: true_positions(h > cut), 2 * h.numel())
+    found = random_entries(N, num_features, k / num_features, str(device))
+    entries = found.with_values(found.values.to(torch.bfloat16))
+    values, bags = entries.values, (entries.indices, entries.offsets)
+    listed = values.numel()
+    add("order by feature", lambda: LayerFeatures(values, *bags, num_features).by_feature, 2 * 8 * listed)
+    decoder, grad = torch.randn(num_features, C, **form), torch.randn(N, C, **form)
+    gathered, batch = 2 * listed * C, 2 * N * C
+    add("row_sums (decode)", lambda: rows_module.row_sums(decoder, *bags, values), gathered + batch)
+    add("decode, dense", lambda: entries.to_dense() @ decoder, 0, 2 * N * num_features * C)
+    add("entry_dots", lambda: rows_module.entry_dots(grad, decoder, entries), gathered)
+    transposed = rows_module.transposed_row_sums
+    add("transposed_row_sums, decoder", lambda: transposed(grad, entries, values), gathered + 2 * decoder.numel())
+    add("transposed_row_sums, encoder", lambda: transposed(x, entries, values), 2 * (listed * D + weight.numel()))
+
+
+def time_optimizers(rows: list, device: torch.device, shape: tuple) -> None:
+    """An update of one decoder in float32, and the clipping before it."""
+    L, D, num_features, *_ = shape
+    for name, make, least in (
+        ("Adam, fused", partial(torch.optim.Adam, fused=True), 28),  # bytes per weight
+        ("CompactAdam", CompactAdam, 16),
+        ("clip_grad_norm_", None, 12),
+    ):
+        weight = torch.nn.Parameter(torch.randn(num_features, L, D, device=device))
+        weight.grad = torch.randn_like(weight)
+        work = partial(torch.nn.utils.clip_grad_norm_, [weight], 1.0) if make is None else make([weight]).step
+        add_timing(rows, device, name, work, least * weight.numel())
+
+
+# -- ours beside a dense step -----------------------------------------------------------------------------------------
+
+
+def time_updates(rows: list, case: Case, steps: int = 6) -> None:
+    """Updates of ours and of the dense reference, one after the other; what the memory has no room for is left out."""
+    row = {"case": case.to_dict()}
+    rows.append(row)
+    for side in ("ours", "dense") if case.dead == 0 else ("ours",):  # the dense side revives nothing
+        needed, free = bytes_needed(case, side), float("inf")
+        if case.device != "cpu":
+            free, _ = torch.cuda.mem_get_info(case.device)
+        if needed > free:
+            row[side] = {"skipped": f"it needs about {needed / 1e9:.0f} GB, of {free / 1e9:.0f} GB that are free"}
+            print(f"{side}: skipped, {row[side]['skipped']}", flush=True)
+            continue
+        row[side] = found = measure_side(case, side, steps)
+        print(
+            f"{side:5} {found['update_ms']:9.2f} ms ({found['tokens_per_second']:,.0f} tokens/s): forward "
+            f"{found['forward']:.2f}, backward {found['backward']:.2f}, optimizer {found['optimizer']:.2f}; host "
+            f"{found['host_ms']:.2f}; {found['launches']:.0f} launches, kernels {found['busy_ms']:.2f} ms; peak "
+            f"{(found['peak_bytes'] or 0) / 1e9:.2f} GB; waits {found['waits'] or 'none'}"
+        )
+        if side == "ours":
+            gpu_report.print_kernels(found["kernels"])
+    if all("update_ms" in row.get(side, {}) for side in ("ours", "dense")):
+        row["ratio"] = row["dense"]["update_ms"] / row["ours"]["update_ms"]
+        print(f"ratio dense / ours {row['ratio']:.2f}", flush=True)
+
+
+def bytes_needed(case: Case, side: str) -> int:
+    formats = {"clt_dtype": case.dtype, "optimizer": case.optimizer if side == "ours" else "adam"}
+    plan = Plan(case.config(), batch_size=case.tokens, l0=case.l0, buffer_on_device=False, **formats)
+    dense = 8 * case.tokens * case.num_features * case.num_layers  # pre-activations and activations of all layers
+    return memory(plan)["total"] + (dense if side == "dense" else 0)
+
+
+def measure_side(case: Case, side: str, steps: int) -> dict:
+    """Milliseconds of an update and of its phases, and what a profiler and torch's watch on waits say of one."""
+    device = torch.device(case.device)
+    reset_peak_memory(device)
+    before = memory_in_use(device)
+    update, data, clocks = Update(case, side), batches(case, None), []
+    for _ in range(2):
+        update(*next(data))
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        clocks.append(Clock(device))
+        update(*next(data), clocks[-1].mark)
+    host = time.perf_counter() - begin  # until all was launched
+    phases = [1000 * median(column) for column in zip(*(clock.seconds() for clock in clocks), strict=True)]
+    peak = peak_memory(device)
+    result = {"update_ms": sum(phases), **dict(zip(("forward", "backward", "optimizer"), phases, strict=True))}
+    result |= {"host_ms": 1000 * host / steps, "tokens_per_second": 1000 * case.tokens / sum(phases)}
+    result["peak_bytes"] = None if peak is None else peak - before
+    batch = next(data)
+    synchronize(device)
+    with gpu_report.make_profiler(device) as profiler:
+        update(*batch)
+        synchronize(device)
+    result |= gpu_report.profile_figures(profiler, device, 1, TOP)
+    result["waits"] = waits(lambda: update(*batch)) if device.type == "cuda" else {}
+    return result
+
+
+def waits(update) -> dict[str, int]:
+    """How often an update makes the host wait for the GPU, by line of code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = {}
+    for warning in caught:
+        if "called a synchronizing" in str(warning.message):
+            place = f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}"
+            places[place] = places.get(place, 0) + 1
+    return places
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, default=240, help="seconds for all pieces (default 240)")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="only pieces that begin so")
+    gpu_report.add_options(parser, "gpu_check.json")
+    options = parser.parse_args(argv)
+    device, tiny = gpu_report.device_of(options), options.tiny
+    command = ["python", "-m", "benchmarks.gpu_check", *(sys.argv[1:] if argv is None else argv)]
+    report = gpu_report.Report(options.json, command, device, options.budget, options.only)
+
+    def piece(name, about, work, *arguments):
+        report.piece(name, 1 if tiny else about, lambda rows: work(rows, *arguments))
+
+    shapes = {name: TINY if tiny else shape for name, shape in SHAPES.items()}
+    piece("kernels", 25, check_kernels, device, tiny)
+    piece("steps", 35, check_steps, device, tiny)
+    piece("rates", 6, time_rates, device, tiny)
+    for name in ("A", "A200", "B"):
+        piece(f"parts {name}", 5, time_parts, device, shapes[name])
+    piece("optimizers", 4, time_optimizers, device, shapes["A"])
+    for name, form, *seconds in UPDATES:
+        for dead, about in zip((0.0, 0.3), seconds, strict=True):
+            case = make_case(shapes[name], form, device, dead=dead)
+            title = f"update {name} {form}" + (f" dead {dead:g}" if dead else "")
+            piece(title, about, time_updates, case, 2 if tiny else 6)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
