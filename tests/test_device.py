@@ -1,13 +1,16 @@
 """The device that an option names, on a machine with and without GPUs."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hf_clt import CLTTrainingArguments
+from hf_clt import CLTConfig, CLTTrainingArguments
 from hf_clt.benchmark.cases import Case
 from hf_clt.commands import cache
-from hf_clt.device import chosen_device
-from hf_clt.training.setup import take_device
+from hf_clt.device import Stopwatch, chosen_device, rounded_products
+from hf_clt.training.setup import as_before, settled, take_device
 
 
 @pytest.fixture
@@ -24,6 +27,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", set_device)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
@@ -78,3 +82,105 @@ def test_the_cache_is_written_on_the_gpu_that_is_asked_for(gpus, fresh_accelerat
     taken = gpus(2)
     cache.main([str(tmp_path / "c"), "--model", str(tmp_path), "--dataset", "y", "--device", "cuda:1"])
     assert taken == [1]
+
+
+SHAPES = {  # layers and width, and what a GPU of 80 GB makes of them with 1,024 tokens per update: prompts, batches
+    "gpt2": ((12, 768), (256, 8)),
+    "SmolLM2-135M": ((30, 576), (256, 4)),
+    "Llama-3.2-1B": ((16, 2048), (256, 4)),
+    "gemma-2-2b": ((26, 2304), (128, 4)),
+    "Llama-3.1-8B": ((32, 4096), (64, 4)),
+}
+SETTLED = ("model_dtype", "mixed_precision", "store_batch_size_prompts", "n_batches_in_buffer")
+
+
+def values(args):
+    return tuple(getattr(args, name) for name in SETTLED)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    def make(size):
+        properties = SimpleNamespace(total_memory=int(size))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    make(80e9)
+    return make
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_left_to_the_device(gpus, memory, name):
+    gpus(1)
+    (layers, width), (prompts, batches) = SHAPES[name]
+    config = CLTConfig(num_layers=layers, d_model=width, num_features=8)
+    on_gpu = settled(CLTTrainingArguments(), config, torch.device("cuda", 0))
+    assert values(on_gpu) == ("auto", "bf16", prompts, batches)
+    # Activations of a pass, and of the buffer, in bfloat16
+    block = 2 * 2 * layers * width * 128
+    assert prompts * block <= 80e9 / 16 and batches * prompts * block <= max(80e9 / 8, 4 * prompts * block)
+    assert values(settled(CLTTrainingArguments(), config, torch.device("cpu"))) == (None, "no", 8, 32)
+
+
+def test_what_was_said_is_not_left_to_the_device(gpus, memory):
+    gpus(1)
+    config, gpu = CLTConfig(num_layers=12, d_model=768, num_features=8), torch.device("cuda", 0)
+    said = ("float32", "no", 8, 32)
+    args = CLTTrainingArguments(**dict(zip(SETTLED, said, strict=True)))
+    assert values(settled(args, config, gpu)) == said
+    assert settled(args, config, torch.device("cpu")).non_default() == {"model_dtype": "float32"}
+    wide = settled(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
+    assert wide.tokens_in_buffer >= 2 * wide.batch_size
+    # A run that goes on has what it had, on another device too, unless something else is said.
+    before = settled(CLTTrainingArguments(), config, gpu).to_dict()
+    assert values(settled(as_before(CLTTrainingArguments(), before), config, torch.device("cpu"))) == (
+        "auto",
+        "bf16",
+        256,
+        8,
+    )
+    assert as_before(CLTTrainingArguments(mixed_precision="no"), before).mixed_precision == "no"
+
+
+def test_products_are_rounded_on_a_gpu_alone_and_only_within_the_block(gpus):
+    before = torch.get_float32_matmul_precision()
+    for device, allowed, expected in (("cuda", True, "high"), ("cuda", False, before), ("cpu", True, before)):
+        with rounded_products(torch.device(device), allowed):
+            assert torch.get_float32_matmul_precision() == expected
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_stopwatch_counts_the_work_of_a_gpu_and_not_its_launch(monkeypatch):
+    """On a GPU whose every piece of work takes 40 ms and which is behind: nothing is waited for before `take`."""
+    waited = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.at = None
+
+        def record(self):
+            Event.clock = self.at = Event.clock + 0.02
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+        def query(self):
+            return False
+
+        def synchronize(self):
+            waited.append(self)
+
+    Event.clock = 0.0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    stopwatch = Stopwatch(torch.device("cuda"))
+    for _ in range(3):
+        with stopwatch.running():
+            Event.clock += 0.02
+    assert not waited
+    assert stopwatch.take() == pytest.approx(3 * 0.04) and len(waited) == 3
+    assert stopwatch.take() == 0
+    stopwatch = Stopwatch(torch.device("cpu"))
+    with pytest.raises(KeyError), stopwatch.running():
+        time.sleep(0.02)
+        raise KeyError
+    assert 0.02 <= stopwatch.take() < 1

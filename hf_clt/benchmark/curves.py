@@ -27,7 +27,7 @@ from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import MIN_STD, CrossLayerTranscoder
 from ..training.arguments import CLTTrainingArguments
 from ..training.schedules import learning_rate_scale, sparsity_scale
-from ..training.setup import make_optimizer, prepare_cpu
+from ..training.setup import make_optimizer, prepare_cpu, settled
 from .dense_reference import dense_losses
 from .machine import device_name, versions
 from .measure import RATE_SAMPLE
@@ -113,6 +113,7 @@ def compare(
     if args.eval_tokens == 0:
         raise ValueError("eval_tokens=0 leaves no tokens to compare on; give for example 4096")
     device = torch.device(args.device or "cpu")
+    args = settled(args, config, device)
     if device.type == "cpu":
         prepare_cpu()  # as the trainer does
     say("harvesting")

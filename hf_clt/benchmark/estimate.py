@@ -121,6 +121,7 @@ class Plan:
         batch_size: N.
         l0: Active features per layer and token. For topk and batchtopk it is k.
         listed: Features per layer and token that are computed; None: `l0`, and [`WINDOW`] times as many for jumprelu.
+        dead: Share of the features that are dead and revived.
         clt_dtype, model_dtype, buffer_dtype: Number formats.
         product_dtype: That of the encoders' matrix products (mixed precision).
         optimizer: "adam", "adamw" or "adam_compact".
@@ -136,6 +137,7 @@ class Plan:
     batch_size: int = 1024
     l0: float = 32
     listed: float | None = None
+    dead: float = 0.0
     clt_dtype: str = "float32"
     model_dtype: str = "bfloat16"
     buffer_dtype: str | None = None
@@ -157,6 +159,8 @@ class Plan:
             )
         if not 0 < self.l0 <= self.config.num_features:
             raise ValueError(f"l0={self.l0} is outside 0 to num_features={self.config.num_features}")
+        if not 0 <= self.dead < 1:
+            raise ValueError(f"dead={self.dead} is no share of the features; give 0 to less than 1")
         FeatureShard(0, self.feature_parallel_size).rows(self.config.num_features)
 
     @property
@@ -171,6 +175,19 @@ class Plan:
             return self.listed
         factor = WINDOW if self.config.activation_fn == "jumprelu" else 1.0
         return min(factor * self.l0, self.config.num_features)
+
+    @property
+    def revived_per_layer(self) -> int:
+        """Of topk and batchtopk: dead features per layer and token that are decoded besides, over all n processes."""
+        config = self.config
+        revives = self.dead > 0 and config.aux_coef > 0 and config.activation_fn in TOPK_FAMILY
+        return min(config.aux_k, config.num_features) if revives else 0
+
+    @property
+    def pulled(self) -> float:
+        """Of relu and jumprelu: the share of the features that the pre-activation loss pulls up."""
+        config = self.config
+        return self.dead if config.preactivation_coef > 0 and config.activation_fn not in TOPK_FAMILY else 0.0
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Those of one process, without storage."""
@@ -201,10 +218,16 @@ def memory(plan: Plan) -> dict[str, int]:
     """
     Bytes of one process at the peak of an update, by what they are for, and `total`.
 
-    - `step`: 4 numbers of the size of the batch, (n·N, L, D): inputs, labels, normalised inputs, reconstruction; 3 of
-      the size of a layer's pre-activations, (n·N, F / n): themselves, those above the threshold, and the order in
-      which they are compared; and 40 bytes for each listed entry: its feature, token, value and gradient, and the same
-      in the order of the features.
+    - `step`: what an update takes besides the gradients, the most of three moments. 40 bytes for each listed entry: its
+      feature, token, value and gradient, and the same in the order of the features. Of numbers of the size of the batch,
+      (n·N, L, D), 4: inputs, labels, normalised inputs, reconstruction.
+      At the end of the forward pass, when there are no gradients: 3 of the size of a layer's pre-activations,
+      (n·N, F / n): themselves, those above the threshold, and the order in which they are compared; and autocast's
+      copies of the encoders. When the decoders' gradients are there: one more of the batch, the gradient of the
+      reconstruction, in place of the encoders' gradients. When all are there: nothing more.
+      Where dead features are revived, topk and batchtopk have aux_k more entries, reconstruct twice as many tokens and
+      keep the inputs twice more until the encoders' gradients are there; relu and jumprelu keep the encoder rows of the
+      dead features so long, and write the gradient of one layer's encoder twice more.
     - `buffer`: inputs and labels of the tokens that the buffer holds.
     - `harvest`: one extraction batch's activations of all layers, twice (as read, and joined), and its widest
       intermediate values.
@@ -212,12 +235,21 @@ def memory(plan: Plan) -> dict[str, int]:
     config, n, model = plan.config, plan.feature_parallel_size, plan.language_model
     layers, width = config.num_layers, config.d_model
     row = 2 * layers * width
-    listed = plan.tokens_at_once * layers * plan.listed_per_layer / n
+    batch = 4 * plan.tokens_at_once * layers * width
+    entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
     pre_activations = 4 * plan.tokens_at_once * config.num_features // n
+    encoders = 4 * layers * config.num_features // n * width
+    revives = plan.revived_per_layer > 0
     in_buffer = plan.buffer_batches * plan.prompts * (plan.context_size - 1)
     buffer_bytes = BYTES[plan.buffer_dtype or plan.model_dtype]
     parts = state_bytes(plan.parameters(), plan.optimizer)
-    parts["step"] = round(4 * 4 * plan.tokens_at_once * layers * width + 3 * pre_activations + 40 * listed)
+    copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
+    moments = {
+        "forward": (4 + 3 * revives) * batch + (3 + revives) * pre_activations + copies - parts["gradients"],
+        "decoders": (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
+        "encoders": (4 + revives) * batch + (2 * encoders // layers if plan.pulled else 0),
+    }
+    parts["step"] = round(max(moments.values()) + entries)
     parts["buffer"] = in_buffer * row * buffer_bytes if plan.buffer_on_device else 0
     parts["language_model"] = parts["harvest"] = 0
     if model is not None:
@@ -238,14 +270,17 @@ def work(plan: Plan) -> dict[str, float]:
     What one process does in an update, counted.
 
     - `products`: 2·n·N·(F/n)·D·L operations, the encoders' forward product.
-    - `select`: bytes of the pre-activations, n·N·(F/n)·L numbers, in which the active ones are looked for.
+    - `select`: bytes of the pre-activations, n·N·(F/n)·L numbers, in which the active ones are looked for; twice where
+      dead ones are looked for as well.
     - `gather`: bytes of the decoder rows of all listed entries, Σ_s n·N·(listed/n)·J_s·D numbers. They are read in the
-      forward pass.
+      forward pass. With dead features, those of topk and batchtopk that are revived count as listed, and the encoder
+      rows of those of relu and jumprelu are read.
     - `gather_back`: bytes of rows read in the backward pass for each listed entry: of its decoder for the gradient of
       the activation, of the reconstruction's gradient for that of the decoder, and of the input for that of the
       encoder, Σ_s n·N·(listed/n)·(2·J_s + 1)·D numbers.
     - `norms`: bytes of the decoders, whose norms the sparsity loss needs.
-    - `gradients`: bytes of the gradients, which are written.
+    - `gradients`: bytes of the gradients, which are written; those of the encoders three times more where relu or
+      jumprelu revive dead features (zeros, the dead rows, added).
     - `update`: bytes that the optimizer reads and writes: parameter and gradient read, parameter written, state read
       and written.
     - `language_model`: operations for the N tokens that this process harvests.
@@ -261,15 +296,16 @@ def work(plan: Plan) -> dict[str, float]:
     has_norms = config.activation_fn not in TOPK_FAMILY and config.sparsity_lambda > 0
     batch = tokens * config.num_layers * config.d_model
     batch_bytes = 2 * BYTES[plan.buffer_dtype or plan.model_dtype] + 2 * 4  # gathered; reduced and gathered
-    entries = tokens * plan.listed_per_layer / n
+    entries = tokens * (plan.listed_per_layer + plan.revived_per_layer) / n
+    encoders = 4 * config.num_features / n * config.d_model * config.num_layers
     model = plan.language_model
     return {
         "products": 2 * tokens * config.num_features / n * config.d_model * config.num_layers,
-        "select": 4 * tokens * config.num_features / n * config.num_layers,
-        "gather": entries * targets * config.d_model * weight,
+        "select": 4 * tokens * config.num_features / n * config.num_layers * (2 if plan.revived_per_layer else 1),
+        "gather": entries * targets * config.d_model * weight + plan.pulled * encoders,
         "gather_back": entries * (2 * targets * weight + config.num_layers * 4) * config.d_model,
         "norms": config.num_features / n * targets * config.d_model * weight if has_norms else 0,
-        "gradients": state["gradients"],
+        "gradients": state["gradients"] + (3 * encoders if plan.pulled else 0),
         "update": 3 * state["parameters"] + 2 * state["optimizer"],
         "language_model": 0 if model is None else model.flops_per_token * plan.batch_size,
         "shared": (n - 1) / n * batch * batch_bytes,

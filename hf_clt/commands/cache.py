@@ -15,8 +15,9 @@ from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
+from ..device import prompts_by_memory, total_memory, usual_model_dtype
 from ..files import local_or_hub
-from ..training.arguments import CACHED
+from ..training.arguments import CACHED, CPU_DEFAULTS
 from .heldout import add_text_options
 
 
@@ -26,7 +27,7 @@ HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATU
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", metavar="CACHE", type=Path, help="folder to write to, or to go on writing to")
-    add_text_options(parser, "required", eval_tokens=8192)
+    add_text_options(parser, "required", eval_tokens=8192, prompts=None)
     written = parser.add_argument_group("what is written")
     written.add_argument(
         "--max-tokens", type=int, metavar="N", help="tokens to train on, besides the held-out ones (default: all text)"
@@ -67,6 +68,7 @@ def run(argv: list[str] | None) -> int:
             raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")
     state = PartialState(cpu=take_device(options.device).type == "cpu")
     check_num_processes(state.num_processes)
+    options.model_dtype = options.model_dtype or usual_model_dtype(state.device)
     model, tokenizer = load_language_model(
         options.model,
         revision=options.model_revision,
@@ -75,6 +77,12 @@ def run(argv: list[str] | None) -> int:
         device=state.device,
     )
     check_context_size(model.config, options.context_size)
+    if options.store_batch_size_prompts is None:
+        options.store_batch_size_prompts = CPU_DEFAULTS["store_batch_size_prompts"]
+        if state.device.type == "cuda":
+            config = model.config.get_text_config()
+            block_bytes = 2 * 2 * config.num_hidden_layers * config.hidden_size * options.context_size
+            options.store_batch_size_prompts = prompts_by_memory(block_bytes, total_memory(state.device))
     usual = default_hooks(model.config.get_text_config().model_type)
     hooks = [getattr(options, name) or default for name, default in zip(HOOKS, usual, strict=True)]
     rank, world_size = state.process_index, state.num_processes

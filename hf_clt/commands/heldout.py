@@ -5,11 +5,12 @@ text, and what these options mean.
 
 import argparse
 
-from ..device import chosen_device
+from ..device import chosen_device, usual_model_dtype
 from ..training.arguments import CLTTrainingArguments
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+MODEL_DTYPE = "number format (default: on a GPU bfloat16, on a CPU that of its files)"
 
 
 def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192) -> None:
@@ -32,12 +33,17 @@ def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192
     )
 
 
-def add_text_options(parser: argparse.ArgumentParser, default_model: str, eval_tokens: int) -> None:
-    """The options of [`add_heldout_options`] that name the language model and the text, what [`open_text`] reads."""
+def add_text_options(
+    parser: argparse.ArgumentParser, default_model: str, eval_tokens: int, prompts: int | None = 8
+) -> None:
+    """
+    The options of [`add_heldout_options`] that name the language model and the text, what [`open_text`] reads;
+    `prompts` is the default of `--store-batch-size-prompts`, None by the device.
+    """
     model = parser.add_argument_group("the language model")
     model.add_argument("--model", metavar="TEXT", help=f"Hub name or folder (default: {default_model})")
     model.add_argument("--model-revision", metavar="TEXT", help="branch, tag or commit of --model on the Hub")
-    model.add_argument("--model-dtype", choices=["auto", *DTYPES], help="number format (default: that of its files)")
+    model.add_argument("--model-dtype", choices=["auto", *DTYPES], help=MODEL_DTYPE)
     model.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
     model.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:n (default: a GPU when there is one)")
 
@@ -61,7 +67,11 @@ def add_text_options(parser: argparse.ArgumentParser, default_model: str, eval_t
         help="leave special tokens out",
     )
     text.add_argument(
-        "--store-batch-size-prompts", type=int, default=8, metavar="N", help="blocks per forward pass (default: 8)"
+        "--store-batch-size-prompts",
+        type=int,
+        default=prompts,
+        metavar="N",
+        help=f"blocks per forward pass (default: {prompts or '8; on a GPU up to 256, by its memory'})",
     )
     parser.set_defaults(streaming=True, stream_retries=CLTTrainingArguments.stream_retries)
     text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
@@ -120,7 +130,7 @@ def open_heldout(clt, options: argparse.Namespace):
     model, tokenizer = load_language_model(
         name,
         revision=revision,
-        dtype=options.model_dtype,
+        dtype=options.model_dtype or usual_model_dtype(clt.device),
         trust_remote_code=options.trust_remote_code,
         device=clt.device,
     )

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..device import Stopwatch
 from ..files import replacing, write_text
 from .harvester import ActivationError, Harvester
 from .normalization import warn_if_lost
@@ -266,7 +267,7 @@ class ActivationCache:
     Attributes:
         manifest (`dict`): What is cached; see [`write_cache`].
         num_layers, d_model (`int`), input_hook, output_hook (`str`): As of the harvester that wrote it.
-        seconds (`float`): Wall time spent reading so far.
+        stopwatch ([`Stopwatch`]): As a harvester's; reading from a disk is not counted.
 
     Raises:
         ValueError: If there is no complete cache in the folder, or a shard of it is missing or has another size.
@@ -277,7 +278,7 @@ class ActivationCache:
         self.manifest = read_manifest(folder)
         self.num_layers, self.d_model = self.manifest["num_layers"], self.manifest["d_model"]
         self.input_hook, self.output_hook = (self.manifest[f"feature_{side}_hook"] for side in ("input", "output"))
-        self.seconds = 0.0
+        self.stopwatch = Stopwatch(torch.device("cpu"))
         # Per split the batches, in the order in which as many processes as wrote them read them: (file, number in it).
         self.batches = {split: self._batches(split) for split in SPLITS}
 

@@ -1,13 +1,13 @@
 """Tokens to activations: runs a language model through nnsight and reads a CLT's inputs and targets."""
 
 import inspect
-import time
 from pathlib import Path
 
 import torch
 from nnsight import NNsight
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..device import Stopwatch
 from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
 
@@ -40,9 +40,11 @@ def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote
         `ValueError`: if the model or its tokenizer cannot be loaded, is not a decoder-only language model, or lacks
             some of its weights.
     """
+    device = torch.device(device or "cpu")
     if dtype == "auto":
-        on_cpu = torch.device(device or "cpu").type == "cpu"
-        dtype = "float32" if on_cpu and not multiplies_bfloat16() else "bfloat16"
+        on_gpu = device.type == "cuda"
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else multiplies_bfloat16()
+        dtype = "bfloat16" if is_fast else "float32"
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
             f"model_dtype is {dtype!r}: it must be one of {', '.join(DTYPES)}, auto, or None for that of the files."
@@ -81,6 +83,7 @@ def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote
             dtype="auto" if dtype is None else DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
+            device_map=None if device.type == "cpu" else device,  # straight there, not by way of each process's host
             **origin,
         )
     except Exception as error:
@@ -162,7 +165,7 @@ class Harvester:
     Attributes:
         num_layers (`int`): L.
         d_model (`int`): D.
-        seconds (`float`): Wall time spent in `harvest` so far.
+        stopwatch ([`Stopwatch`]): Of the time spent in `harvest`.
 
     Raises:
         `ValueError`: if a hook is unknown, or the model's architecture is, see [`resolve_sites`].
@@ -175,7 +178,7 @@ class Harvester:
         config = model.config.get_text_config()
         self.num_layers = config.num_hidden_layers
         self.d_model = config.hidden_size
-        self.seconds = 0.0
+        self.stopwatch = Stopwatch(model.device)
         self._accepted = inspect.signature(type(model).forward).parameters
         self._nnsight = NNsight(model)
         self._inputs = [(self._nnsight.get(site.path), site.io) for site in self.input_sites]
@@ -264,19 +267,16 @@ class Harvester:
         What `harvest` returns, unchecked, so that nothing waits for a GPU; and for `check` a number, which is finite
         if all activations are.
         """
-        start = time.perf_counter()
-        rows = batch["counted"].flatten().nonzero().squeeze(1)
-        inputs, labels = self._read(batch["input_ids"], batch["attention_mask"], rows, dtype)
-        total = inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
-        self.seconds += time.perf_counter() - start
+        with self.stopwatch.running():
+            rows = batch["counted"].flatten().nonzero().squeeze(1)
+            inputs, labels = self._read(batch["input_ids"], batch["attention_mask"], rows, dtype)
+            total = inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
         return inputs, labels, total
 
     def check(self, batch, inputs, labels, total):
         """Raises [`ActivationError`] if an activation that `read` returned is NaN or infinite."""
-        start = time.perf_counter()
         if not torch.isfinite(total):  # a sum can overflow where no summand does, so a look decides
             self._check_finite(inputs, labels, batch)
-        self.seconds += time.perf_counter() - start
 
     def _read(self, input_ids, attention_mask, rows, dtype):
         """Inputs and outputs, each (N, L, D), at the positions `rows` (N,) of the flattened (P * T,), or at all."""

@@ -39,8 +39,9 @@ class CLTTrainingArguments:
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = _arg(
         "model",
         None,
-        "Number format the language model runs in. auto: bfloat16, but float32 on a CPU without bfloat16 "
-        "instructions, which would take several times as long. None: the one its weights are stored in.",
+        "Number format the language model runs in. auto: bfloat16, but float32 on a device without bfloat16 "
+        "instructions, which would take several times as long. None: auto on a GPU, on a CPU the one its weights are "
+        "stored in.",
     )
     trust_remote_code: bool = _arg(
         "model",
@@ -96,14 +97,18 @@ class CLTTrainingArguments:
     )
 
     # The buffer
-    store_batch_size_prompts: int = _arg(
-        "buffer", 8, "Blocks of --context-size tokens per extraction batch: one forward pass of the language model."
-    )
-    n_batches_in_buffer: int = _arg(
+    store_batch_size_prompts: int | None = _arg(
         "buffer",
-        32,
+        None,
+        "Blocks of --context-size tokens per extraction batch: one forward pass of the language model. None: 8 on a "
+        "CPU; on a GPU 256, or fewer where their activations take more than a sixteenth of its memory.",
+    )
+    n_batches_in_buffer: int | None = _arg(
+        "buffer",
+        None,
         "Extraction batches that the activation buffer holds. It is refilled when half read and sampled at random, so "
-        "more batches mix documents better and take more memory.",
+        "more batches mix documents better and take more memory. None: 32 on a CPU; on a GPU 4 to 32, an eighth of "
+        "its memory.",
     )
     batch_size: int = _arg(
         "buffer",
@@ -204,11 +209,12 @@ class CLTTrainingArguments:
     gradient_accumulation_steps: int = _arg(
         "optimisation", 1, "Batches of --batch-size tokens whose gradients are averaged for one update."
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = _arg(
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _arg(
         "optimisation",
-        "no",
-        "Precision of the CLT's matrix products where its weights are float32. On a CPU "
-        "without bfloat16 instructions they stay float32, which is faster there.",
+        None,
+        "Precision of the CLT's matrix products where its weights are float32; what is selected by them is computed "
+        "again in float32. On a CPU without bfloat16 instructions they stay float32, which is faster there. None: "
+        "bf16 on a GPU that has it, with TF32 for the float32 products that remain; no on a CPU.",
     )
     sparsity_schedule: Literal["linear", "constant"] = _arg(
         "optimisation",
@@ -381,7 +387,8 @@ class CLTTrainingArguments:
                 check_kind(getattr(self, name), name)
 
     def _check_combinations(self):
-        if self.batch_size > self.tokens_in_buffer:
+        sizes = self.n_batches_in_buffer, self.store_batch_size_prompts
+        if None not in sizes and self.batch_size > self.tokens_in_buffer:
             raise ValueError(
                 f"batch_size={self.batch_size} is larger than the buffer, which holds {self.tokens_in_buffer} tokens "
                 f"(n_batches_in_buffer={self.n_batches_in_buffer} x "
@@ -468,7 +475,7 @@ class CLTTrainingArguments:
 
     @property
     def tokens_in_buffer(self) -> int:
-        """Most tokens the buffer can hold; position 0 of each block does not enter it."""
+        """Most tokens the buffer can hold, its sizes given; position 0 of each block does not enter it."""
         return self.n_batches_in_buffer * self.store_batch_size_prompts * (self.context_size - 1)
 
     @property
@@ -496,11 +503,14 @@ class CLTTrainingArguments:
         return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
 
     def non_default(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, in the order of the class."""
+        """The fields that differ from their defaults, those on a CPU, in the order of the class."""
         defaults = CLTTrainingArguments().to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        usual = {**defaults, **CPU_DEFAULTS}
+        return {name: value for name, value in self.to_dict().items() if value not in (defaults[name], usual[name])}
 
 
+# Of fields whose default depends on the device; on a GPU, see `setup.gpu_defaults`.
+CPU_DEFAULTS = {"store_batch_size_prompts": 8, "n_batches_in_buffer": 32, "mixed_precision": "no"}
 POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "batch_size", "normalization_estimation_batches",
     "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",

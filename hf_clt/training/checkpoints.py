@@ -106,6 +106,11 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
     return folder
 
 
+def saved_arguments(checkpoint: Path) -> dict:
+    """The arguments of the run that wrote a checkpoint."""
+    return _read(checkpoint / "state.json").get("args", {})
+
+
 def remove_checkpoints_after(output_dir: Path, step: int) -> None:
     """Deletes the checkpoints after `step`, which a run that goes on from there abandons."""
     for path in reversed(list_checkpoints(output_dir)):
@@ -436,4 +441,5 @@ __all__ = [
     "remove_checkpoints_after",
     "remove_leftovers",
     "save_checkpoint",
+    "saved_arguments",
 ]

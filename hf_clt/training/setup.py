@@ -4,7 +4,7 @@ import ctypes
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,13 +13,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from .. import checkpoint_format as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
-from ..device import chosen_device
+from ..device import chosen_device, prompts_by_memory, total_memory, usual_model_dtype
 from ..harvest.harvester import Harvester
 from ..hub.card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts, write_facts
 from ..hub.card_files import draw_plots
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
-from .arguments import CLTTrainingArguments
+from .arguments import CPU_DEFAULTS, CLTTrainingArguments
 from .checkpoints import foreign_checkpoints, list_checkpoints, remove_checkpoint, remove_leftovers
 from .optimizers import CompactAdam
 from .processes import connect_hosts
@@ -42,9 +42,10 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     Raises:
         ValueError: If the processes that were launched do not know of each other, see [`check_launch`].
     """
+    device = take_device(args.device)
     accelerator = Accelerator(
-        cpu=take_device(args.device).type == "cpu",
-        mixed_precision=args.mixed_precision,
+        cpu=device.type == "cpu",
+        mixed_precision=args.mixed_precision or usual_precision(device),
         # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -70,6 +71,41 @@ def take_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def as_before(args: CLTTrainingArguments, before: dict) -> CLTTrainingArguments:
+    """The arguments of a run that goes on: what is left to the device has the values `before`, on whatever device."""
+    found = {name: before.get(name) for name in (*CPU_DEFAULTS, "model_dtype") if getattr(args, name) is None}
+    return replace(args, **found)
+
+
+def settled(args: CLTTrainingArguments, config: CLTConfig, device: torch.device) -> CLTTrainingArguments:
+    """The arguments with a value for what was left to the device on which the language model and the CLT are."""
+    defaults = CPU_DEFAULTS
+    if device.type == "cuda":
+        defaults = gpu_defaults(args, config.num_layers, config.d_model, total_memory(device))
+        defaults["mixed_precision"] = usual_precision(device)
+        if args.activation_cache is not None:  # no language model runs
+            del defaults["model_dtype"]
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def usual_precision(device: torch.device) -> str:
+    """What `mixed_precision=None` means."""
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "no"
+
+
+def gpu_defaults(args: CLTTrainingArguments, num_layers: int, d_model: int, memory: int) -> dict[str, str | int]:
+    """What else `None` means on a GPU of `memory` bytes; the language model's activations are counted in bfloat16."""
+    block_bytes = 2 * 2 * num_layers * d_model * args.context_size  # inputs and labels
+    prompts = args.store_batch_size_prompts or prompts_by_memory(block_bytes, memory)
+    batches = min(32, max(4, memory // 8 // (prompts * block_bytes)))
+    enough = -(-2 * args.batch_size // (prompts * (args.context_size - 1)))
+    return {
+        "model_dtype": usual_model_dtype(torch.device("cuda")),
+        "store_batch_size_prompts": prompts,
+        "n_batches_in_buffer": max(batches, enough),
+    }
 
 
 def launched_processes() -> int:
@@ -361,6 +397,9 @@ __all__ = [
     "keep_freed_memory",
     "make_optimizer",
     "prepare_cpu",
+    "as_before",
+    "gpu_defaults",
     "remove_run",
+    "settled",
     "take_device",
 ]

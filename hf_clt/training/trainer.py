@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
+from ..device import Stopwatch, rounded_products
 from ..evaluation.evaluate import SeveralTimes, activations, counting, named_replacement, read_history, replacing_bar
 from ..evaluation.metrics import MetricSums
 from ..evaluation.replacement import replacement_metrics
@@ -48,6 +49,7 @@ from .checkpoints import (
     remove_checkpoints_after,
     remove_leftovers,
     save_checkpoint,
+    saved_arguments,
 )
 from .energy import EnergyMeter
 from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
@@ -63,6 +65,7 @@ from .reporting import (
 )
 from .schedules import annealed_k, last_restart, learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
+    as_before,
     check_fit,
     check_initial_k,
     check_output_dir,
@@ -73,6 +76,7 @@ from .setup import (
     make_optimizer,
     prepare_cpu,
     remove_run,
+    settled,
 )
 from .trackers import Trackers, check_trackers
 
@@ -120,12 +124,16 @@ class CLTTrainer:
             raise ValueError("CLTTrainer needs either config (a new CLT) or model (one to go on training), not both")
         if model is not None and model.lazy:
             raise ValueError("model was loaded with lazy=True, for analysis; load it without lazy to train it")
-        self.args = args
         self.config = model.config if config is None else config
         self.output_dir = Path(args.output_dir)
         check_shard(self.config, args.feature_parallel_size, model)
         check_trackers(args)
+        self.resume_from = None
+        if args.resume_from_checkpoint is not None:
+            self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
+            args = as_before(args, saved_arguments(self.resume_from))
         self.accelerator = make_accelerator(args)
+        self.args = args = settled(args, self.config, self.accelerator.device)
         self.layout = make_layout(self.accelerator, args.feature_parallel_size)
         self.shard = self.layout.shard
         if self.accelerator.device.type == "cpu":
@@ -136,9 +144,12 @@ class CLTTrainer:
                     "as long, so the matrix products stay float32",
                     args.mixed_precision,
                 )
-        self.resume_from = None
-        if args.resume_from_checkpoint is not None:
-            self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
+        elif self._progress:
+            tqdm.write(
+                f"on a GPU: mixed_precision={args.mixed_precision} with float32 weights and sums, model_dtype="
+                f"{args.model_dtype}, store_batch_size_prompts={args.store_batch_size_prompts}, n_batches_in_buffer="
+                f"{args.n_batches_in_buffer}"
+            )
         # Going on from another run's checkpoint is not going on with the run in output_dir.
         self._goes_on = self.resume_from is not None and self.resume_from.resolve().parent == self.output_dir.resolve()
         check_output_dir(self.output_dir, args.overwrite_output_dir, goes_on=self._goes_on)
@@ -165,7 +176,8 @@ class CLTTrainer:
         self.config.base_model_revision = self.config.base_model_revision or args.model_revision
 
         set_seed(args.seed)
-        self.model = CrossLayerTranscoder(self.config, self.shard) if model is None else model
+        with self.accelerator.device:  # made there: a host has not the memory for the CLT of each of its GPUs
+            self.model = CrossLayerTranscoder(self.config, self.shard) if model is None else model
         self.model.shard = self.shard
         self.is_new = model is None
         self.model.cast_decoders(getattr(torch, args.clt_dtype or "float32"))
@@ -191,8 +203,10 @@ class CLTTrainer:
         self.steps_since_fired = torch.zeros(
             self.config.num_layers, self.model.num_held, dtype=torch.int64, device=self.accelerator.device
         )
-        # Wall time: in the language model (harvester), in the CLT, and in all; of earlier parts of a resumed run too.
+        # In the language model (harvester), in the CLT, and wall time in all; of earlier parts of a resumed run too. A
+        # log line takes the events of a GPU, which is then waited for anyway.
         self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
+        self._stopwatch = Stopwatch(self.accelerator.device)
         self._clock = time.perf_counter()
         self.energy = EnergyMeter(energy_counters(self.accelerator))
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
@@ -201,6 +215,7 @@ class CLTTrainer:
         # Batches that all processes have ready, of those agreed on at the last time they asked each other.
         self._num_agreed = self._num_before = 0
         self._asked_at = self._clock
+        self._revives = False  # whether there are dead features to revive
         self._lock: int | None = None  # on output_dir, in the main process
         self._saved_step: int | None = None  # of the newest checkpoint in output_dir
 
@@ -384,7 +399,11 @@ class CLTTrainer:
         if self.config.activation_fn == "batchtopk" and restarts_threshold(self.step, args.training_steps):
             self.model.restart_running_thresholds()
         scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule, args.sparsity_delay_steps)
-        dead = self._dead()
+        # Whether any feature is dead is asked now and then, since a GPU has to be waited for.
+        if self.step % max(1, args.dead_feature_window // 100) == 0:
+            dead = self._dead()
+            self._revives = dead is not None and any_process(accelerator, bool(dead.any()))
+        dead = self._dead() if self._revives else None
         fired = torch.zeros_like(self.steps_since_fired)
         # Where a later batch of the update fails, or that of another process, this is what to save: the batches that
         # were read for it were for nothing.
@@ -402,28 +421,26 @@ class CLTTrainer:
             batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
             self._tokens_since_log += len(batch["inputs"])
             batch = gather_tokens(self.shard, batch, equally_many=is_full)
-            start = time.perf_counter()
             is_last = micro_step == args.gradient_accumulation_steps - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):
-                output = model(**batch, sparsity_scale=scale, dead=dead)
-                accelerator.backward(output.loss / args.gradient_accumulation_steps)
-            fired += output.features.active_counts()
-            losses = torch.stack([getattr(output, name).detach().float() for name in LOSSES])
-            self._totals += losses / args.gradient_accumulation_steps
-            self.seconds["clt"] += time.perf_counter() - start
-        start = time.perf_counter()
-        self._average_over_replicas()
-        if args.max_grad_norm > 0:
-            clip_grad_norm(accelerator, self.model, args.max_grad_norm)
-        fired = self._sum_over_replicas(fired)
-        optimizer.step()
-        optimizer.zero_grad()
-        if self.shard is not None and self.config.activation_fn == "batchtopk":
-            self._copy_from_first_replica([threshold.value for threshold in self.model.thresholds])
-        self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
+            with self._stopwatch.running(), rounded_products(accelerator.device, args.mixed_precision != "no"):
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    output = model(**batch, sparsity_scale=scale, dead=dead)
+                    accelerator.backward(output.loss / args.gradient_accumulation_steps)
+                fired += output.features.active_counts()
+                losses = torch.stack([getattr(output, name).detach().float() for name in LOSSES])
+                self._totals += losses / args.gradient_accumulation_steps
+        with self._stopwatch.running():
+            self._average_over_replicas()
+            if args.max_grad_norm > 0:
+                clip_grad_norm(accelerator, self.model, args.max_grad_norm)
+            fired = self._sum_over_replicas(fired)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.shard is not None and self.config.activation_fn == "batchtopk":
+                self._copy_from_first_replica([threshold.value for threshold in self.model.thresholds])
+            self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
         self.step += 1
         self._updates_since_log += 1
-        self.seconds["clt"] += time.perf_counter() - start
         return batch, output, scale
 
     def _next_batch(self, batches, may_stop: bool) -> dict:
@@ -504,7 +521,7 @@ class CLTTrainer:
             dead = num_dead.float() / self.config.num_features
         tokens = int(accelerator.reduce(torch.tensor(self._tokens_since_log, device=accelerator.device), "sum"))
         self.tokens_seen += tokens
-        self.energy.read()
+        self._read_clocks()
         now = time.perf_counter()
         seconds, self._log_clock = now - self._log_clock, now
         self._totals.zero_()
@@ -574,10 +591,9 @@ class CLTTrainer:
             for batch in counting(rows, bar):
                 if self._interrupted and self.shard is None:
                     raise StopRequested
-                start = time.perf_counter()
-                # Not `self.model(...)`: with mixed precision accelerate made that round raw activations.
-                output = CrossLayerTranscoder.forward(self.model, batch["inputs"].to(self.accelerator.device))
-                self.seconds["clt"] += time.perf_counter() - start
+                with self._stopwatch.running():
+                    # Not `self.model(...)`: with mixed precision accelerate made that round raw activations.
+                    output = CrossLayerTranscoder.forward(self.model, batch["inputs"].to(self.accelerator.device))
                 sums.update(batch["labels"], output.reconstruction, output.features)
 
         # What is released now is measured as its files have it; else the live CLT, which is the same but for rounding.
@@ -719,6 +735,7 @@ class CLTTrainer:
                 "config": self.config.to_dict(),
                 "args": self.args.to_dict(),
                 "activations": self._fingerprint,
+                "revives": self._revives,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             },
         }
@@ -792,6 +809,7 @@ class CLTTrainer:
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         self.energy.start(state.get("energy_joules"), resumed=True)
         self._saved_step = self.step if self._goes_on else None
+        self._revives = state.get("revives", True)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._tokens_since_log = own["values"]["tokens_since_log"]
@@ -978,14 +996,19 @@ class CLTTrainer:
         self.energy.read()
         now = time.perf_counter()
         self.seconds["total"] += now - self._clock
-        self.seconds["language_model"] += self.harvester.seconds
-        self._clock, self.harvester.seconds = now, 0.0
+        self.seconds["language_model"] += self.harvester.stopwatch.take()
+        self.seconds["clt"] += self._stopwatch.take()
+        self._clock = now
 
     def time_shares(self) -> dict[str, float]:
-        """Share of the wall time of `train` spent in the language model, in the CLT, and elsewhere."""
+        """
+        Share of the wall time of `train` spent in the language model, in the CLT, and elsewhere; the first two overlap
+        on a GPU with `overlap_harvest`.
+        """
+        self._read_clocks()
         total = max(self.seconds["total"], 1e-9)
         shares = {name: self.seconds[name] / total for name in ("language_model", "clt")}
-        return {**shares, "other": 1 - sum(shares.values())}
+        return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
 
 
 def clip_grad_norm(accelerator, clt: CrossLayerTranscoder, max_norm: float) -> None:

@@ -380,7 +380,6 @@ class TestValidation:
             ("weight_decay", 0.1, "adamw"),
             ("normalization_file", "s.safetensors", "mean_std"),
             ("hub_model_id", "a/b/c", "user/clt-gpt2"),
-            ("batch_size", 32513, "lower batch_size"),
             ("warmup_steps", 10001, "training_steps=10000"),
             ("decay_steps", 10000, "training_steps=10000"),
             ("decay_steps", 5, "lr_scheduler='constant'"),
@@ -458,6 +457,12 @@ class TestHelpers:
         assert CLTTrainingArguments().non_default() == {}
         changed = dataclasses.replace(args, training_steps=3)
         assert changed.non_default() == {"model": "gpt2", "training_steps": 3, "seed": 1, "report_to": ["trackio"]}
+
+    def test_a_buffer_smaller_than_a_batch_is_refused(self):
+        sizes = {"n_batches_in_buffer": 32, "store_batch_size_prompts": 8}
+        assert CLTTrainingArguments(batch_size=32512, **sizes).tokens_in_buffer == 32512
+        with pytest.raises(ValueError, match=r"batch_size=32513 .*lower batch_size"):
+            CLTTrainingArguments(batch_size=32513, **sizes)
 
     def test_every_field_is_explained(self):
         groups = {"model", "text", "buffer", "normalisation", "optimisation", "bookkeeping", "trackers", "hub"}
