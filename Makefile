@@ -10,8 +10,11 @@ TRACER := .venv-circuit-tracer
 TRACER_PINS := tests/circuit_tracer/constraints.txt
 CLT := $(RESULT)
 MODEL := quickstart/model
+DATASET := quickstart/text.jsonl
+MINUTES := 5
 
-.PHONY: help install quickstart test test-slow circuit-tracer test-circuit-tracer graph-scores lint cards clean
+.PHONY: help install quickstart test test-slow circuit-tracer test-circuit-tracer graph-scores gpu-check gpu-train \
+	lint cards clean
 
 help:
 	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
@@ -19,6 +22,8 @@ help:
 	@echo "make test-slow    run the slow tests"
 	@echo "make test-circuit-tracer   check that circuit-tracer and SAELens read our files, in $(TRACER)"
 	@echo "make graph-scores CLT=...  scores of circuit-tracer's graphs for a CLT, by default the quickstart's"
+	@echo "make gpu-check    on a machine with a GPU: is hf_clt right there, and what does a step cost; four minutes"
+	@echo "make gpu-train MINUTES=5 MODEL=... DATASET=...  there: how fast it trains, and a CLT; the quickstart's by default"
 	@echo "make lint         check style and formatting"
 	@echo "make cards        make the cards of the reference CLTs anew, in model_cards/"
 	@echo "make install      only make $(VENV) and install everything into it"
@@ -67,6 +72,13 @@ test-circuit-tracer: $(INSTALLED) $(TRACER)/.installed
 
 graph-scores: $(TRACER)/.installed
 	@$(TRACER)/bin/python scripts/attribute_clt.py $(CLT) --model $(MODEL)
+
+# More options as ARGS="--budget 120"; benchmarks/README.md has them.
+gpu-check: $(INSTALLED)
+	@$(RUN) -m benchmarks.gpu_check $(ARGS)
+
+gpu-train: $(INSTALLED)
+	@$(RUN) -m benchmarks.gpu_train --minutes $(MINUTES) --model $(MODEL) --dataset $(DATASET) $(ARGS)
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff check .

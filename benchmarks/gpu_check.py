@@ -109,7 +109,8 @@ def kernel_check(name: str, work: Callable[[], Tensor], wanted: Tensor, terms: T
     rounding, within = torch.finfo(found.dtype).eps / 2, 1e-6
     if name == "transposed_row_sums" and found.dtype != torch.float32:
         within = rounding / 16  # hot features: PyTorch may add up parts of a product in their own format
-    error = ((found.double() - wanted).abs() / (rounding * wanted.abs() + within * terms + 1e-30)).max().item()
+    bound = rounding * (wanted.abs() + torch.finfo(found.dtype).tiny) + within * terms
+    error = ((found.double() - wanted).abs() / bound).max().item()
     same = torch.equal(found, work())
     return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
 
@@ -313,9 +314,7 @@ def time_updates(rows: list, case: Case, steps: int = 6) -> None:
     row = {"case": case.to_dict()}
     rows.append(row)
     for side in ("ours", "dense") if case.dead == 0 else ("ours",):  # the dense side revives nothing
-        needed, free = bytes_needed(case, side), float("inf")
-        if case.device != "cpu":
-            free, _ = torch.cuda.mem_get_info(case.device)
+        needed, free = bytes_needed(case, side), free_bytes(case.device)
         if needed > free:
             row[side] = {"skipped": f"it needs about {needed / 1e9:.0f} GB, of {free / 1e9:.0f} GB that are free"}
             print(f"{side}: skipped, {row[side]['skipped']}", flush=True)
@@ -339,6 +338,10 @@ def bytes_needed(case: Case, side: str) -> int:
     plan = Plan(case.config(), batch_size=case.tokens, l0=case.l0, buffer_on_device=False, **formats)
     dense = 8 * case.tokens * case.num_features * case.num_layers  # pre-activations and activations of all layers
     return memory(plan)["total"] + (dense if side == "dense" else 0)
+
+
+def free_bytes(device: str) -> float:
+    return float("inf") if device == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def measure_side(case: Case, side: str, steps: int) -> dict:
