@@ -32,6 +32,7 @@ from .configuration_clt import CLTConfig
 from .files import replacing, write_text
 
 
+STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 INDEX_FILE = "model.safetensors.index.json"
 CIRCUIT_TRACER_FILE = "config.yaml"
 SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE)
@@ -76,6 +77,20 @@ def fold_output(
         skip = _scaled(skip, std_out / std_in[:, None])
         folded = folded - mean_in.double() @ skip.double()
     return folded.to(bias.dtype), skip
+
+
+def fold_layer(tensors: dict[str, Tensor], statistics: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The tensors of one layer, named as on disk, with the statistics (L, D) folded in; W_dec and W_skip if given."""
+    mean_in, std_in, mean_out, std_out = (statistics[name][layer] for name in STATISTICS)
+    folded = {}
+    folded["W_enc"], folded["b_enc"] = fold_encoder(tensors["W_enc"], tensors["b_enc"], mean_in, std_in)
+    folded["b_dec"], skip = fold_output(tensors["b_dec"], tensors.get("W_skip"), mean_in, std_in, mean_out, std_out)
+    if skip is not None:
+        folded["W_skip"] = skip
+    if "W_dec" in tensors:
+        num_targets = tensors["W_dec"].shape[1]
+        folded["W_dec"] = fold_decoder(tensors["W_dec"], statistics["std_out"][layer : layer + num_targets])
+    return folded
 
 
 def unfold_statistics(
@@ -530,6 +545,7 @@ __all__ = [
     "config_from_weights",
     "fold_decoder",
     "fold_encoder",
+    "fold_layer",
     "fold_output",
     "lazy_dtype",
     "read_ahead",

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
 MIN_STD = 1e-6  # a dimension with a smaller standard deviation, also of its mean, does not vary: it is rounding
-STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
+STATISTICS = files.STATISTICS
 
 
 @dataclass
@@ -687,31 +687,19 @@ class CrossLayerTranscoder(PreTrainedModel):
                 decoder.weight = nn.Parameter(untied, requires_grad=decoder.weight.requires_grad)
             self.config.decoder_tying, self.config.trained_decoder_tying = "none", "per_source"
         for layer in range(self.config.num_layers):
-            folded = self._folded_layer(layer, statistics)
-            self.encoders[layer].weight.copy_(folded["W_enc"])
-            self.encoders[layer].bias.copy_(folded["b_enc"])
-            self.decoders[layer].bias.copy_(folded["b_dec"])
-            self.decoders[layer].weight.copy_(folded["W_dec"][:, : self.decoders[layer].weight.shape[1]])
-            if self.config.skip_connection:
-                self.skips[layer].weight.copy_(folded["W_skip"])
+            parameters = self._narrow_layer(layer)
+            for name, folded in files.fold_layer(parameters, statistics, layer).items():
+                parameters[name].copy_(folded)
+            decoder = self.decoders[layer].weight
+            for j in range(decoder.shape[1]):  # a target at a time: a GPU may have no room for all of it once more
+                std_out = statistics["std_out"][layer + j]
+                decoder[:, j] = files.fold_decoder(decoder[:, j : j + 1], std_out[None])[:, 0]
 
-    def _folded_layer(self, layer: int, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one layer with the statistics folded in; W_dec with ties written out."""
-        mean_in, std_in, mean_out, std_out = (statistics[name][layer] for name in STATISTICS)
+    def _narrow_layer(self, layer: int) -> dict[str, Tensor]:
+        """The parameters of one layer that are folded, named as on disk; without its decoder, nearly all of it."""
         encoder = self.encoders[layer]
-        w_enc, b_enc = files.fold_encoder(encoder.weight, encoder.bias, mean_in, std_in)
-        skip = self.skips[layer].weight if self.config.skip_connection else None
-        b_dec, w_skip = files.fold_output(self.decoders[layer].bias, skip, mean_in, std_in, mean_out, std_out)
-        std_targets = statistics["std_out"][layer : layer + self.config.num_targets(layer)]
-        w_dec = files.fold_decoder(self._written_out_decoder(layer), std_targets)
-        return {"W_enc": w_enc, "b_enc": b_enc, "b_dec": b_dec, "W_dec": w_dec, "W_skip": w_skip}
-
-    def _written_out_decoder(self, source: int) -> Tensor:
-        """W_dec[source] (F, J, D) with ties written out."""
-        num_targets = self.config.num_targets(source)
-        if self.config.decoder_tying == "per_target":
-            return torch.cat([self.decoders[t].weight for t in range(source, source + num_targets)], dim=1)
-        return self.decoders[source].weight.expand(-1, num_targets, -1)
+        tensors = {"W_enc": encoder.weight, "b_enc": encoder.bias, "b_dec": self.decoders[layer].bias}
+        return {**tensors, "W_skip": self.skips[layer].weight} if self.config.skip_connection else tensors
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -721,23 +709,23 @@ class CrossLayerTranscoder(PreTrainedModel):
         The tensors of one layer as they are released: named as on disk, on the CPU, statistics folded in. Where the
         features are spread over a group, all its processes call this, and the first gets them whole.
         """
-        if self.mean_in is not None:
-            tensors = self._folded_layer(layer, {name: getattr(self, name).double() for name in STATISTICS})
+        def on_host(name: str, tensor: Tensor) -> Tensor:
+            return collect_rows(self.shard, tensor.detach()) if name in PER_FEATURE else tensor.detach().cpu()
+
+        config = self.config
+        tensors = {name: on_host(name, tensor) for name, tensor in self._narrow_layer(layer).items()}
+        num_targets = config.num_targets(layer)
+        if config.decoder_tying == "per_target":  # with ties written out
+            decoders = [on_host("W_dec", self.decoders[layer + j].weight) for j in range(num_targets)]
+            tensors["W_dec"] = torch.cat(decoders, dim=1)
         else:
-            tensors = {
-                "W_enc": self.encoders[layer].weight,
-                "b_enc": self.encoders[layer].bias,
-                "b_dec": self.decoders[layer].bias,
-                "W_dec": self._written_out_decoder(layer),
-                "W_skip": self.skips[layer].weight if self.config.skip_connection else None,
-            }
-        tensors = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+            tensors["W_dec"] = on_host("W_dec", self.decoders[layer].weight).expand(-1, num_targets, -1)
+        if self.mean_in is not None:  # in host memory, since a GPU that is full of the CLT has no room
+            statistics = {name: getattr(self, name).double().cpu() for name in STATISTICS}
+            tensors = files.fold_layer(tensors, statistics, layer)
         if hasattr(self, "thresholds"):
-            tensors["threshold"] = self.thresholds[layer]().detach().expand(self.num_held).float()
-        return {
-            f"{name}_{layer}": collect_rows(self.shard, tensor) if name in PER_FEATURE else tensor.cpu()
-            for name, tensor in tensors.items()
-        }
+            tensors["threshold"] = on_host("threshold", self.thresholds[layer]().expand(self.num_held).float())
+        return {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
 
     def per_feature(self) -> set[str]:
         """Names of the parameters that have a row per feature, of which a process may hold a slice."""
