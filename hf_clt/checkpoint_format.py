@@ -10,6 +10,7 @@ The files of a released CLT, which transformers and circuit-tracer both read:
 """
 
 import ctypes
+import hashlib
 import json
 import mmap
 import os
@@ -113,17 +114,42 @@ def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
     return {f"W_enc_{layer}.safetensors": encoder, f"W_dec_{layer}.safetensors": [f"W_dec_{layer}"]}
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Writes a safetensors file so that at no time a part of it stands under its name."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
-        )
+        save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        if metadata:
+            sort_metadata(temporary)
+
+
+def sort_metadata(path: Path) -> None:
+    """Puts the metadata of a safetensors file, which is written in random order, in that of its names: the same CLT
+    is the same bytes, which the Hub stores once."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise RuntimeError(f"the header of {path.name} has {size} bytes and would need {len(text)}")
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """What tells the tensors of a file from others: 16 digits of the SHA-256 of their names and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def write_release(folder: Path, config: CLTConfig, layers) -> None:
     """
-    Writes the files of a released CLT.
+    Writes the files of a released CLT. Each is replaced as a whole, and the index, which comes last, has the digests
+    of the weight files: so a folder in which some are of this and some of an earlier release is told apart.
 
     Args:
         folder: Where to; created if missing.
@@ -136,17 +162,17 @@ def write_release(folder: Path, config: CLTConfig, layers) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if foreign := foreign_files(folder):
         raise ValueError(f"{foreign[0]} is there and is no file of a CLT; give another folder than {folder}")
-    weight_map, total_size, total_parameters = {}, 0, 0
+    weight_map, digests, total_size, total_parameters = {}, {}, 0, 0
     for layer, tensors in enumerate(layers):
         for file, names in layer_files(config, layer).items():
-            write_tensors(folder / file, {name: tensors[name] for name in names})
+            of_file = {name: tensors[name] for name in names}
+            digests[file] = digest_of(of_file)
+            write_tensors(folder / file, of_file, digest=digests[file])
             for name in names:
                 weight_map[name] = file
                 total_size += tensors[name].nbytes
                 total_parameters += tensors[name].numel()
     remove_weights(folder, first_layer=config.num_layers)
-    index = {"metadata": {"total_size": total_size, "total_parameters": total_parameters}, "weight_map": weight_map}
-    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     circuit_tracer = {
         "model_name": config.base_model_name_or_path,
         "model_kind": config.model_type,
@@ -157,6 +183,8 @@ def write_release(folder: Path, config: CLTConfig, layers) -> None:
         del circuit_tracer["model_name"]
     write_text(folder / CIRCUIT_TRACER_FILE, yaml.safe_dump(circuit_tracer, sort_keys=False))
     write_text(folder / "config.json", config.to_json_string())
+    metadata = {"total_size": total_size, "total_parameters": total_parameters, "digests": digests}
+    write_text(folder / INDEX_FILE, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
 
 
 def remove_weights(folder: Path, first_layer: int = 0) -> None:
@@ -256,6 +284,26 @@ def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str
         ) from error
 
 
+def read_digests(folder: Path) -> dict[str, str]:
+    """The digests of the weight files as the index has them; none where other programs, or older ones, wrote it."""
+    path = folder / INDEX_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("digests", {}) if path.is_file() else {}
+
+
+def check_digest(folder: Path, file: str, expected: str | None) -> None:
+    """
+    Raises ValueError if a weight file says that it is of another release than the index, as when writing one over the
+    other was cut off. What is in the file is not read.
+    """
+    with safe_open(folder / file, "pt") as tensors:
+        found = (tensors.metadata() or {}).get("digest")
+    if None not in (expected, found) and found != expected:
+        raise ValueError(
+            f"{file} in {folder} is of another CLT than {INDEX_FILE}: writing one over the other was cut off; save or "
+            "download it again (a training run: --resume-from-checkpoint latest)"
+        )
+
+
 def expected_shapes(config: CLTConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that a layer has on disk."""
     f, d = config.num_features, config.d_model
@@ -279,14 +327,16 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iter
 
     Raises:
         FileNotFoundError: For a missing file.
-        ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, or a decoder that is
-            not tied as the configuration says.
+        ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, a decoder that is
+            not tied as the configuration says, or files of two releases.
     """
     checked = range(config.num_layers) if layers is None else layers
+    digests = read_digests(folder)
     for layer in checked:
         shapes = expected_shapes(config, layer)
         for file, names in layer_files(config, layer).items():
             header = read_header(folder, file)
+            check_digest(folder, file, digests.get(file))
             for name in names:
                 if name not in header:
                     raise ValueError(

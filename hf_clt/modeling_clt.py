@@ -24,6 +24,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from . import checkpoint_format as files
+from .checkpoint_format import STATISTICS
 from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from .device import values_at_hand
 from .download import HUB_ARGUMENTS, find_folder
@@ -50,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
 MIN_STD = 1e-6  # a dimension with a smaller standard deviation, also of its mean, does not vary: it is rounding
-STATISTICS = files.STATISTICS
 
 
 @dataclass
@@ -709,6 +709,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         The tensors of one layer as they are released: named as on disk, on the CPU, statistics folded in. Where the
         features are spread over a group, all its processes call this, and the first gets them whole.
         """
+
         def on_host(name: str, tensor: Tensor) -> Tensor:
             return collect_rows(self.shard, tensor.detach()) if name in PER_FEATURE else tensor.detach().cpu()
 

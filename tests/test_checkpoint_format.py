@@ -225,7 +225,10 @@ def test_saving_what_was_loaded_writes_the_same_files(saved, variant, tmp_path):
     assert file_names(tmp_path / "again") == file_names(folder)
     for name in file_names(folder) - {"README.md"}:
         again = tmp_path / "again" / name
-        if name.startswith("W_enc") and VARIANTS[variant]["activation_fn"] == "jumprelu":
+        if name.endswith("index.json") and VARIANTS[variant]["activation_fn"] == "jumprelu":
+            one, other = (json.loads(path.read_text()) for path in (folder / name, again))
+            assert one["weight_map"] == other["weight_map"]  # θ is rounded, so that the digests differ
+        elif name.startswith("W_enc") and VARIANTS[variant]["activation_fn"] == "jumprelu":
             for key, tensor in load_file(folder / name).items():
                 torch.testing.assert_close(load_file(again)[key], tensor, rtol=1e-6, atol=0)
         else:
@@ -779,3 +782,55 @@ def test_a_reconstruction_beyond_float16_is_refused(narrow):
     assert clt(inputs).reconstruction.isfinite().all()
     with pytest.raises(ValueError, match=r"reconstruction exceeds float16.*bfloat16"):
         half(inputs)
+
+
+@pytest.mark.parametrize("written", range(2 * L + 2))
+def test_what_is_left_of_a_save_over_another_is_the_old_clt_the_new_one_or_refused(tmp_path, monkeypatch, written):
+    """Writing is cut off after so many of the files of weights, or before the index."""
+    old, new = trained(activation_fn="relu"), trained(activation_fn="relu")
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.add_(1.0)
+    old.save_pretrained(tmp_path)
+    count = 0
+
+    def cut_off(function):
+        def write(*arguments, **keywords):
+            nonlocal count
+            if count == written:
+                raise KeyboardInterrupt
+            count += 1
+            function(*arguments, **keywords)
+
+        return write
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_format, "write_tensors", cut_off(checkpoint_format.write_tensors))
+        if written == 2 * L:
+            patched.setattr(checkpoint_format, "write_text", cut_off(checkpoint_format.write_text))
+        if written <= 2 * L:
+            with pytest.raises(KeyboardInterrupt):
+                new.save_pretrained(tmp_path)
+        else:
+            new.save_pretrained(tmp_path)
+    for options in ({}, {"lazy": True}, {"layers": [0]}, {"shard": FeatureShard(0, 2)}):
+        if 0 < written <= 2 * L:
+            with pytest.raises(ValueError, match="is of another CLT than model.safetensors.index"):
+                CrossLayerTranscoder.from_pretrained(tmp_path, **options)
+        else:
+            loaded = CrossLayerTranscoder.from_pretrained(tmp_path, **options)
+            wanted = {name: value[: len(value)] for name, value in (old if written == 0 else new).state_dict().items()}
+            if not options:
+                assert_same((wanted,), (loaded.state_dict(),))
+
+
+def test_files_without_digests_load(saved):
+    """As older versions and other programs write them."""
+    clt, folder = saved(activation_fn="topk")
+    change_tensors(folder / "W_dec_1.safetensors")  # without metadata
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["digests"].keys() == set(index["weight_map"].values())
+    assert_same((clt.state_dict(),), (CrossLayerTranscoder.from_pretrained(folder).state_dict(),))
+    del index["metadata"]["digests"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same((clt.state_dict(),), (CrossLayerTranscoder.from_pretrained(folder).state_dict(),))

@@ -708,7 +708,7 @@ def open_text(options, tokenizer, heldout=False, rank=0, world_size=1):
         context_size=options.context_size,
         prepend_bos=options.prepend_bos,
         exclude_special_tokens=options.exclude_special_tokens,
-        prompts_per_batch=options.store_batch_size_prompts,
+        prompts_per_batch=options.store_batch_size_prompts or 8,  # None: of arguments that no device has settled
         heldout_tokens=options.eval_tokens,
         heldout=heldout,
         rank=rank,
