@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..sharding import FeatureShard
+from ..training.optimizers import GPU_BLOCK
 
 
 # Shapes that can be planned with before anything is downloaded, as their authors published them.
@@ -218,16 +219,16 @@ def memory(plan: Plan) -> dict[str, int]:
     """
     Bytes of one process at the peak of an update, by what they are for, and `total`.
 
-    - `step`: what an update takes besides the gradients, the most of three moments. 40 bytes for each listed entry: its
-      feature, token, value and gradient, and the same in the order of the features. Of numbers of the size of the batch,
-      (n·N, L, D), 4: inputs, labels, normalised inputs, reconstruction.
-      At the end of the forward pass, when there are no gradients: 3 of the size of a layer's pre-activations,
-      (n·N, F / n): themselves, those above the threshold, and the order in which they are compared; and autocast's
-      copies of the encoders. When the decoders' gradients are there: one more of the batch, the gradient of the
-      reconstruction, in place of the encoders' gradients. When all are there: nothing more.
-      Where dead features are revived, topk and batchtopk have aux_k more entries, reconstruct twice as many tokens and
-      keep the inputs twice more until the encoders' gradients are there; relu and jumprelu keep the encoder rows of the
-      dead features so long, and write the gradient of one layer's encoder twice more.
+    - `step`: what an update takes besides the gradients, at the worst of three moments. Always 40 bytes for each
+      listed entry (its feature, token, value and gradient, and the same in the order of the features) and 4 numbers of
+      the size of the batch, (n·N, L, D): inputs, labels, normalised inputs, reconstruction. In the forward pass there
+      are no gradients, but 3 numbers of the size of a layer's pre-activations, (n·N, F / n) (themselves, those above
+      the threshold, the order in which they are compared), and autocast's copies of the encoders. When the decoders'
+      gradients are there, that of the reconstruction stands in place of the encoders'. When all are there, the block
+      of weights that adam_compact works on.
+      Where topk and batchtopk revive dead features, they have aux_k more entries, reconstruct twice as many tokens
+      and keep the inputs twice more until the encoders have gradients. relu and jumprelu keep the dead features'
+      encoder rows so long, and write the gradient of one layer's encoder twice more.
     - `buffer`: inputs and labels of the tokens that the buffer holds.
     - `harvest`: one extraction batch's activations of all layers, twice (as read, and joined), and its widest
       intermediate values.
@@ -240,14 +241,16 @@ def memory(plan: Plan) -> dict[str, int]:
     pre_activations = 4 * plan.tokens_at_once * config.num_features // n
     encoders = 4 * layers * config.num_features // n * width
     revives = plan.revived_per_layer > 0
+    parameters = plan.parameters()
+    block = 4 * min(GPU_BLOCK, max(p.numel() for p in parameters)) if plan.optimizer == "adam_compact" else 0
     in_buffer = plan.buffer_batches * plan.prompts * (plan.context_size - 1)
     buffer_bytes = BYTES[plan.buffer_dtype or plan.model_dtype]
-    parts = state_bytes(plan.parameters(), plan.optimizer)
+    parts = state_bytes(parameters, plan.optimizer)
     copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
     moments = {
         "forward": (4 + 3 * revives) * batch + (3 + revives) * pre_activations + copies - parts["gradients"],
         "decoders": (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
-        "encoders": (4 + revives) * batch + (2 * encoders // layers if plan.pulled else 0),
+        "all": (4 + revives) * batch + max(2 * encoders // layers if plan.pulled else 0, block),
     }
     parts["step"] = round(max(moments.values()) + entries)
     parts["buffer"] = in_buffer * row * buffer_bytes if plan.buffer_on_device else 0
@@ -433,7 +436,11 @@ def smallest_that_fits(plan: Plan, available: float, tokens_at_once: int | None 
 
 
 def format_plan(plan: Plan, rates: dict[str, float], tokens: float | None = None) -> str:
-    """What a plan needs, as plain text: memory of a process by part, time of an update by phase, time for `tokens`."""
+    """
+    What a plan needs, as plain text: memory of a process by part, time of an update by phase, time for `tokens`. All
+    of it without dead features; then memory and time with those of the plan.
+    """
+    with_dead, plan = plan, replace(plan, dead=0.0)
     sizes, spent = memory(plan), seconds(plan, rates)
     n, config = plan.feature_parallel_size, plan.config
     count = sum(p.numel() for p in plan.parameters())
@@ -455,6 +462,12 @@ def format_plan(plan: Plan, rates: dict[str, float], tokens: float | None = None
     lines += ["", f"{speed:,.0f} tokens per second"]
     if tokens is not None:
         lines[-1] += f", {tokens / speed / 3600:,.1f} hours for {tokens:,.0f} tokens"
+    if with_dead.dead:
+        size, time = memory(with_dead)["total"], seconds(with_dead, rates)["total"]
+        lines.append(
+            f"with {with_dead.dead:.0%} of the features dead and revived: {gigabytes(size)} "
+            f"({size / sizes['total'] - 1:+.1%}), an update {time * 1000:,.1f} ms ({time / spent['total'] - 1:+.1%})"
+        )
     return "\n".join(lines)
 
 

@@ -47,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     clt.add_argument("--num-features", type=int, help="features per layer (default: 8 times the width)")
     clt.add_argument("--activation-fn", default="batchtopk", help="relu, jumprelu, topk or batchtopk (default)")
     clt.add_argument("--l0", type=float, default=32, help="active features per layer and token (default 32)")
+    clt.add_argument("--dead", type=float, default=0.0, help="share of the features that are dead, to be revived")
+    clt.add_argument("--aux-k", type=int, help="of them, how many per layer and token (topk, batchtopk; default 16)")
     clt.add_argument("--decoder-reach", type=int, help="target layers per source layer (default: all)")
     clt.add_argument("--decoder-tying", default="none", help="none (default), per_source or per_target")
 
@@ -99,6 +101,7 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
         num_features=num_features or 8 * language_model.d_model,
         activation_fn=options.activation_fn,
         k=max(1, round(options.l0)),
+        aux_k=options.aux_k,
         decoder_reach=options.decoder_reach,
         decoder_tying=options.decoder_tying,
     )
@@ -108,6 +111,7 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
         processes=processes,
         batch_size=options.batch_size,
         l0=options.l0,
+        dead=options.dead,
         clt_dtype=options.clt_dtype,
         model_dtype=options.model_dtype,
         buffer_dtype=options.buffer_dtype,

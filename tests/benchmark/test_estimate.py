@@ -78,6 +78,36 @@ def test_counts_by_hand():
     assert work(Plan(make_config(decoder_reach=1), batch_size=10, l0=4))["gather"] == 10 * 4 * 3 * 8 * 4
 
 
+def test_dead_features_by_hand():
+    # As above, on one process with 10 tokens: 3 of the dead features for each token and layer.
+    plan = Plan(make_config(aux_k=3), batch_size=10, l0=4, dead=0.25)
+    none, some = work(replace(plan, dead=0.0)), work(plan)
+    assert some["gather"] == none["gather"] / 4 * (4 + 3)
+    assert some["gather_back"] == none["gather_back"] / 4 * (4 + 3)
+    assert some["select"] == 2 * none["select"]
+    assert work(replace(plan, dead=0.5)) == some  # as many, however many are dead
+    # All gradients and 4 numbers like the batch; with dead features the decoders' alone and 9.
+    batch, encoders = 4 * 10 * 3 * 8, 4 * 3 * 16 * 8
+    assert memory(replace(plan, dead=0.0))["step"] == 4 * batch + 40 * 10 * 3 * 4
+    assert memory(plan)["step"] == 9 * batch - encoders + 40 * 10 * 3 * (4 + 3)
+    # The encoder rows of a quarter of the features are read; zeros, these rows and their sum are written.
+    plan = Plan(make_config(activation_fn="jumprelu"), batch_size=10, l0=4, dead=0.25)
+    none, some = work(replace(plan, dead=0.0)), work(plan)
+    assert some["gather"] - none["gather"] == encoders / 4
+    assert some["gradients"] - none["gradients"] == 3 * encoders
+    changed = {"gather", "gradients"}
+    assert {name for name in some if some[name] != none[name]} == changed
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"aux_k": 0}, {"aux_coef": 0.0}, {"activation_fn": "relu", "preactivation_coef": 0.0}], ids=str
+)
+def test_dead_features_that_no_loss_revives_cost_nothing(kwargs):
+    plan = Plan(make_config(**kwargs), l0=4, dead=0.3)
+    none = replace(plan, dead=0.0)
+    assert (work(plan), memory(plan)) == (work(none), memory(none))
+
+
 def test_jumprelu_lists_more_than_is_active():
     plan = Plan(make_config(activation_fn="jumprelu"), l0=4)
     assert plan.listed_per_layer == 4 * estimate.WINDOW
@@ -153,6 +183,12 @@ def test_the_script_plans(capsys):
     out = capsys.readouterr().out
     assert "12 layers, width 768, 6,144 features" in out and "modelled, not measured" in out
     assert "a CLT on 1 of them" in out and "hours for 1,000,000,000 tokens" in out
+    assert "dead" not in out
+    assert estimate_clt.main([*argv, "--dead", "0.3", "--aux-k", "64"]) == 0
+    with_dead = capsys.readouterr().out.splitlines()
+    line = with_dead.pop(-2)
+    assert with_dead == out.splitlines()  # the row stands beside
+    assert line.startswith("with 30% of the features dead and revived: ")
     assert estimate_clt.main(["--scale"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n| ") == len(SHAPES) * 6 and "does not fit" in out
@@ -175,6 +211,8 @@ def test_the_script_takes_measured_rates(tiny_gpt2, tmp_path, capsys):
         (["--model", "openai-community/gpt2", "--device", "cpu"], ["device='cpu'", "--rates"]),
         (["--model", "openai-community/gpt2", "--processes", "0"], ["processes=0"]),
         (["--model", "openai-community/gpt2", "--l0", "0"], ["l0=0"]),
+        (["--model", "openai-community/gpt2", "--dead", "30"], ["dead=30", "less than 1"]),
+        (["--model", "openai-community/gpt2", "--dead", "0.3", "--aux-k", "-1"], ["aux_k=-1"]),
         (["--model", "openai-community/gpt2", "--processes", "6", "--feature-parallel-size", "4"], ["4", "6"]),
         (["--model", "openai-community/gpt2", "--processes", "2", "--num-features", "15", "--l0", "3"]
          + ["--feature-parallel-size", "2"], ["num_features=15"]),
