@@ -1,0 +1,97 @@
+"""An update on fake tensors of a fake GPU: nothing in it waits for the GPU, and what is put in is noticed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.launches import count, estimated_bytes, fake_gpu, make_case
+from hf_clt import modeling_clt
+from hf_clt.kernels import triton_rows
+
+
+pytestmark = pytest.mark.skipif(triton_rows.triton is None, reason="Triton is not there")
+SHAPE = {"num_layers": 3, "d_model": 64, "num_features": 2048, "tokens": 256, "l0": 8}
+
+
+@pytest.fixture(autouse=True)
+def on_a_fake_gpu():
+    with fake_gpu():
+        yield
+
+
+def total(case):
+    return sum(count(case)["launches"].values())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
+@pytest.mark.parametrize("dead", [0.0, 0.3])
+@pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
+def test_an_update_never_waits(activation_fn, dead, optimizer):
+    found = count(make_case(**SHAPE, activation_fn=activation_fn, dead=dead, optimizer=optimizer))
+    assert found["waits"] == {}
+    assert all(found["launches"].values())
+
+
+@pytest.mark.parametrize("activation_fn", ["relu", "jumprelu"])
+def test_features_above_a_threshold_are_waited_for_once_per_layer(activation_fn):
+    (line, times), *others = count(make_case(**SHAPE, activation_fn=activation_fn))["waits"].items()
+    assert line.startswith("nonzero hf_clt/sparsity.py:")
+    assert times == 3
+    assert not others
+
+
+@pytest.mark.parametrize(
+    "wait, name",
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: bool((x > 0).any()), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x.cpu(), "_to_copy"),
+        (lambda x: torch.zeros(3).to(x.device), "_to_copy"),
+        (lambda x: torch.zeros(3, device=x.device).copy_(torch.zeros(3)), "copy_"),
+        (lambda x: x.clone().index_put_((x > 0,), torch.zeros(5, device=x.device)), "index_put_"),
+        (lambda x: x[0, 0].tolist(), "tolist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wait_that_is_put_in_is_noticed(wait, name, monkeypatch):
+    loss = modeling_clt.reconstruction_loss
+
+    def waiting_loss(targets, reconstruction):
+        wait(targets)
+        return loss(targets, reconstruction)
+
+    monkeypatch.setattr(modeling_clt, "reconstruction_loss", waiting_loss)
+    ((line, times),) = count(make_case(**SHAPE, activation_fn="topk"))["waits"].items()
+    assert line.startswith(f"{name} hf_clt/modeling_clt.py:")
+    assert times == 1
+
+
+@pytest.mark.parametrize("choice", [lambda x: x[x > 0], lambda x: x.unique()], ids=["mask", "unique"])
+def test_a_size_that_nobody_makes_up_stops_the_count(choice, monkeypatch):
+    monkeypatch.setattr(modeling_clt, "reconstruction_loss", lambda targets, reconstruction: choice(targets).sum())
+    with pytest.raises(torch._subclasses.fake_tensor.DynamicOutputShapeException):
+        count(make_case(**SHAPE, activation_fn="topk"))
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.3])
+@pytest.mark.parametrize("activation_fn", ["topk", "batchtopk", "jumprelu"])
+def test_launches_grow_with_layers_not_with_their_square(activation_fn, dead):
+    cases = [make_case(**SHAPE | {"num_layers": n}, activation_fn=activation_fn, dead=dead) for n in (2, 3, 4, 8)]
+    two, three, four, eight = map(total, cases)
+    assert three - two == four - three == (eight - four) / 4 < 300
+
+
+def test_more_dead_features_take_no_more_launches():
+    case = make_case(**SHAPE, activation_fn="topk", dead=0.1)
+    assert total(case) == total(replace(case, dead=0.6))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
+@pytest.mark.parametrize("dead", [0.0, 0.3])
+@pytest.mark.parametrize("activation_fn", ["batchtopk", "jumprelu"])
+def test_memory_is_what_the_plan_says(activation_fn, dead, optimizer):
+    shape = SHAPE | {"d_model": 128, "tokens": 128}  # gradients outweigh a layer's pre-activations, as in real ones
+    case = make_case(**shape, activation_fn=activation_fn, dead=dead, optimizer=optimizer)
+    assert estimated_bytes(case) == pytest.approx(count(case)["peak_bytes"], rel=0.1)
