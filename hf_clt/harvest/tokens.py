@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -449,7 +450,8 @@ class TokenStream:
     def _retried(self, read):
         for retry in range(self.retries + 1):
             try:
-                return read()
+                with _single_tries():
+                    return read()
             except Exception as error:
                 if not may_pass(error):
                     raise
@@ -727,6 +729,20 @@ def _adds_space(tokenizer):
     if tokens(whole) == tokens(start) + tokens(end):
         return False
     return tokens(whole) == tokens(start) + tokens(end[1:])
+
+
+@contextmanager
+def _single_tries():
+    """While text is read, datasets tries once: by itself it tries 20 times, 5 seconds apart, for each of our retries."""
+    names = "STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"
+    before = {name: getattr(datasets.config, name) for name in names if hasattr(datasets.config, name)}
+    try:
+        for name in before:
+            setattr(datasets.config, name, 1)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(datasets.config, name, value)
 
 
 def _digest(ids, documents):

@@ -1,5 +1,5 @@
 """
-An Adam whose state takes a quarter of Adam's memory, or none.
+An Adam whose state takes a quarter of Adam's memory, or none; and Adam for weights in bfloat16.
 
 A CLT's decoders have of the order of L²/2 · F · D parameters, and Adam keeps two float32 numbers for each. What
 [`CompactAdam`] keeps is chosen for decoder and encoder rows, which belong to a feature:
@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 # Elements worked on at a time. On CPU the block of gradients and the float32 copy of its moments stay in each core's
@@ -25,7 +26,60 @@ GPU_BLOCK = 2**24
 HALF_MAX = torch.finfo(torch.float16).max
 
 
-class CompactAdam(torch.optim.Optimizer):
+class _KeepsFormats(torch.optim.Optimizer):
+    def load_state_dict(self, state_dict: dict) -> None:
+        # torch's own converts every state to the parameter's number format, and accelerate loads each optimizer once
+        # to place it: u would become float32, and lose bits under a bfloat16 parameter.
+        super().load_state_dict({**state_dict, "state": {}})
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, parameter in zip(saved["params"], group["params"], strict=True):
+                if index in state_dict["state"]:
+                    entries = state_dict["state"][index].items()
+                    self.state[parameter] = {name: value.to(parameter.device) for name, value in entries}
+
+
+class WideAdam(_KeepsFormats, torch.optim.AdamW):
+    """
+    AdamW for weights of fewer bits than float32, with both moments in float32: in bfloat16 the second one would never
+    fall, since 0.999 v rounds back to v. A step is computed in float32 and rounded once, to the nearest weight.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; `closure`, if given, computes the loss to return."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+        blocks = zip(*(tensor.view(-1).split(_block(parameter)) for tensor in tensors), strict=True)
+        for weights, gradient, *moments in blocks:
+            wide = weights.to(dtype)
+            steps = [state["step"].clone()]  # to which one is added
+            adamw(
+                [wide], [gradient.to(dtype)], *([moment] for moment in moments), [], steps,
+                fused=True, amsgrad=False, maximize=False, **settings,
+            )  # fmt: skip
+            weights.copy_(wide)
+        state["step"] += 1
+
+
+class CompactAdam(_KeepsFormats):
     """
     Adam with one second moment per feature and a first moment in 2 bytes per parameter.
 
@@ -76,16 +130,6 @@ class CompactAdam(torch.optim.Optimizer):
         for parameter in group["params"]:
             _check_range(parameter, *group["betas"])
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        # torch's own converts every state to the parameter's number format, and accelerate loads each optimizer once
-        # to place it: u would become float32, and lose bits under a bfloat16 parameter.
-        super().load_state_dict({**state_dict, "state": {}})
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for index, parameter in zip(saved["params"], group["params"], strict=True):
-                if index in state_dict["state"]:
-                    entries = state_dict["state"][index].items()
-                    self.state[parameter] = {name: value.to(parameter.device) for name, value in entries}
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient; `closure`, if given, computes the loss to return."""
@@ -116,7 +160,7 @@ class CompactAdam(torch.optim.Optimizer):
         state["denominator"].mul_(beta1)  # of the step before: update · denominator = beta1 · m
 
         rows, columns = len(parameter), parameter.numel() // len(parameter)
-        size = max(1, (GPU_BLOCK if parameter.is_cuda else CPU_BLOCK * torch.get_num_threads()) // columns)
+        size = max(1, _block(parameter) // columns)
         tensors = [parameter.view(rows, columns), parameter.grad.reshape(rows, columns)]
         tensors += [state["second_moment"].view(rows, 1), state["denominator"].view(rows, 1)]
         tensors += [state["update"].view(rows, columns)] if beta1 else []
@@ -142,6 +186,11 @@ def state_entries(optimizer: torch.optim.Optimizer) -> set[str]:
         return {"step", "exp_avg", "exp_avg_sq"}
     moments = {"update"} if any(group["betas"][0] for group in optimizer.param_groups) else set()
     return {"step", "second_moment", "denominator"} | moments
+
+
+def _block(parameter: Tensor) -> int:
+    """Elements that are worked on at a time."""
+    return GPU_BLOCK if parameter.is_cuda else CPU_BLOCK * torch.get_num_threads()
 
 
 def _initial_state(parameter: Tensor, beta1: float) -> dict[str, Tensor]:
@@ -175,4 +224,4 @@ def _check_range(parameter: Tensor, beta1: float, beta2: float) -> None:
         )
 
 
-__all__ = ["CompactAdam", "state_entries"]
+__all__ = ["CompactAdam", "WideAdam", "state_entries"]

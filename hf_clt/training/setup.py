@@ -21,7 +21,7 @@ from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CPU_DEFAULTS, CLTTrainingArguments
 from .checkpoints import foreign_checkpoints, list_checkpoints, remove_checkpoint, remove_leftovers
-from .optimizers import CompactAdam
+from .optimizers import CompactAdam, WideAdam
 from .processes import connect_hosts
 from .trackers import foreign_tracked, remove_tracked
 
@@ -371,13 +371,18 @@ def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
 
 
 def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
-    """Adam or AdamW, fused, or [`CompactAdam`]; weight decay only on matrices, never on biases and thresholds."""
+    """
+    Adam or AdamW, fused, with float32 moments whatever the weights' format, or [`CompactAdam`]; weight decay only on
+    matrices, never on biases and thresholds.
+    """
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optimizer == "adam_compact":
         return CompactAdam(groups, **settings)
+    if model.dtype in (torch.bfloat16, torch.float16):
+        return WideAdam(groups, **settings)  # Adam too, which has no weight decay
     optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
     return optimizer(groups, **settings, fused=True)
 

@@ -1,6 +1,7 @@
 """Text to packed token blocks: what goes in comes out once, in order, whatever the files, ranks and interruptions."""
 
 import copy
+import io
 import json
 import random
 import time
@@ -8,6 +9,7 @@ import time
 import datasets
 import pytest
 import torch
+from datasets.utils import file_utils
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -466,6 +468,24 @@ def test_what_stays_wrong_is_not_tried_again(pauses, error):
     with pytest.raises((type(error), ValueError)):
         list(TokenStream(breaking(odd_texts(), {30: 1}, error), TOKENIZER, context_size=16))
     assert pauses == []
+
+
+def test_retries_are_not_multiplied_by_those_of_datasets(pauses):
+    """Which wraps the files that it reads: 20 tries, 5 seconds apart, in each of ours."""
+    tries = []
+
+    class Gone(io.BytesIO):
+        def read(self, *arguments):
+            tries.append(arguments)
+            raise file_utils.httpx.ConnectError("no route")
+
+    def rows():
+        yield {"text": file_utils._add_retries_to_file_obj_read_method(Gone()).read()}
+
+    with pytest.raises(StreamError, match="after 3 retries"):
+        TokenStream(datasets.IterableDataset.from_generator(rows), TOKENIZER, heldout_tokens=5, retries=3)
+    assert len(tries) == 4 and sum(pauses) == 1 + 2 + 4 + 4 * 5
+    assert datasets.config.STREAMING_READ_MAX_RETRIES == 20
 
 
 def test_no_retries(pauses):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.training import optimizers
 from hf_clt.training.checkpoints import list_checkpoints, load_optimizer_tensors, optimizer_tensors
-from hf_clt.training.optimizers import CompactAdam
+from hf_clt.training.optimizers import CompactAdam, WideAdam
 from hf_clt.training.setup import make_optimizer
 
 
@@ -360,3 +360,60 @@ def test_it_learns_as_adam_does():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"optimizer='adam8bit'.*adam, adamw, adam_compact"):
         CLTTrainingArguments(optimizer="adam8bit")
+
+
+# Adam for weights in bfloat16
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_adams_second_moment_falls_in_bfloat16(name):
+    """Of torch's own it stays for ever: 0.999 v rounds back to v."""
+    model = make_model(torch.bfloat16)
+    optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name))
+    for step in range(1001):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float(step == 0))
+        optimizer.step()
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32 and state["step"] == 1001
+        expected = torch.full_like(state["exp_avg_sq"], 0.001 * 0.999**1000)
+        torch.testing.assert_close(state["exp_avg_sq"], expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("block", [7, 2**20])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_in_bfloat16_it_is_a_step_of_float32_rounded(monkeypatch, weight_decay, block):
+    monkeypatch.setattr(optimizers, "CPU_BLOCK", block)
+    model = make_model(torch.bfloat16)
+    optimizer = WideAdam(model.parameters(), lr=0.01, weight_decay=weight_decay)
+    wide = [torch.nn.Parameter(parameter.detach().float()) for parameter in model.parameters()]
+    reference = torch.optim.AdamW(wide, lr=0.01, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for parameter, other in zip(model.parameters(), wide, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            other.grad = parameter.grad.float()
+        optimizer.step()
+        reference.step()
+        for parameter, other in zip(model.parameters(), wide, strict=True):
+            torch.testing.assert_close(parameter.detach(), other.detach().to(parameter.dtype), rtol=2**-7, atol=1e-6)
+            other.data.copy_(parameter)  # a step begins at the rounded weights
+
+
+def test_adam_in_bfloat16_is_saved_and_restored_bit_for_bit(tmp_path, fresh_accelerate):
+    def make():
+        model = make_model(torch.bfloat16)
+        return model, make_optimizer(model, CLTTrainingArguments())
+
+    (model, optimizer), (other, resumed) = make(), make()
+    make_steps(model, optimizer, range(3))
+    save_file(optimizer_tensors(model, optimizer), tmp_path / "optimizer.safetensors")
+    other.load_state_dict(model.state_dict())
+    load_optimizer_tensors(other, resumed, load_file(tmp_path / "optimizer.safetensors"))
+    other, resumed = Accelerator(cpu=True).prepare(other, resumed)
+    make_steps(model, optimizer, (3, 4))
+    make_steps(other, resumed, (3, 4))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    before, after = optimizer_tensors(model, optimizer), optimizer_tensors(other, resumed)
+    assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())
