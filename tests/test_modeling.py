@@ -828,3 +828,33 @@ def test_a_rough_product_leaves_no_activation_below_the_gate(monkeypatch, activa
         gate = clt.thresholds[s]().detach() if hasattr(clt, "thresholds") else torch.zeros(1)
         gate = gate.expand(512)[layer.indices] if activation == "jumprelu" or not training else 0.0
         assert ((layer.values == 0) | (layer.values > gate)).all() and (layer.values >= 0).all()
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["", "dead"])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_a_step_in_bfloat16_with_features_that_always_fire(activation, dead):
+    """
+    Their gradients are sums over 3,000 tokens, which bfloat16 could not add up: 256 + 1 is 256. Against the same
+    weights in float64; what is rounded, activations and gradients of the output, is rounded to 2^-9.
+    """
+    torch.manual_seed(0)
+    num_tokens, hot = 3000, slice(0, 3)
+    config = CLTConfig(num_layers=3, d_model=16, num_features=64, **{**ACTIVATIONS[activation], **LOSSES, "k": 8})
+    clt = CrossLayerTranscoder(config).train()
+    with torch.no_grad():
+        for encoder, decoder in zip(clt.encoders, clt.decoders, strict=True):
+            encoder.bias.uniform_(-0.1, 0.1)[hot] += 2
+            decoder.weight[hot] = decoder.weight[hot].abs()  # so that the sums do not cancel
+    clt.cast_decoders(torch.bfloat16)
+    inputs = torch.randn(num_tokens, 3, 16)
+    labels = 3 + torch.randn(num_tokens, 3, 16)
+    mask = torch.zeros(3, 64, dtype=torch.bool)
+    mask[:, 40:] = dead
+    wide = copy.deepcopy(clt).double()
+    found = gradients(clt, clt(inputs, labels=labels, dead=mask).loss)
+    wanted = gradients(wide, wide(inputs.double(), labels=labels.double(), dead=mask).loss)
+    for name, grad in wanted.items():
+        rows = [found[name], *([found[name][hot]] if found[name].shape[0] == 64 else [])]
+        for part, exact in zip(rows, [grad, grad[hot]], strict=False):
+            error = (part.double() - exact).norm() / exact.norm().clamp_min(1e-12)
+            assert error < 1e-2, (name, float(error))

@@ -733,7 +733,7 @@ def _adds_space(tokenizer):
 
 @contextmanager
 def _single_tries():
-    """While text is read, datasets tries once: by itself it tries 20 times, 5 seconds apart, for each of our retries."""
+    """While text is read datasets tries once: by itself it tries 20 times, 5 seconds apart, in each of our retries."""
     names = "STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"
     before = {name: getattr(datasets.config, name) for name in names if hasattr(datasets.config, name)}
     try:
