@@ -214,6 +214,9 @@ def load_initial_clt(args: CLTTrainingArguments, config_kwargs: dict) -> CrossLa
     shard = None
     if args.feature_parallel_size > 1:
         shard = make_layout(make_accelerator(args), args.feature_parallel_size).shard
+    device = take_device(args.device)
+    if shard is None and device.type == "cuda":  # straight there, not by way of each process's host memory
+        config_kwargs = {**config_kwargs, "device_map": device}
     return CrossLayerTranscoder.from_pretrained(args.init_from, shard=shard, **config_kwargs)
 
 

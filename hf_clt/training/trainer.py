@@ -146,9 +146,9 @@ class CLTTrainer:
                 )
         elif self._progress:
             tqdm.write(
-                f"on a GPU: mixed_precision={args.mixed_precision} with float32 weights and sums, model_dtype="
-                f"{args.model_dtype}, store_batch_size_prompts={args.store_batch_size_prompts}, n_batches_in_buffer="
-                f"{args.n_batches_in_buffer}"
+                f"on a GPU: mixed_precision={args.mixed_precision} (with TF32, unless it is no; weights and sums in "
+                f"float32), model_dtype={args.model_dtype}, store_batch_size_prompts={args.store_batch_size_prompts}, "
+                f"n_batches_in_buffer={args.n_batches_in_buffer}"
             )
         # Going on from another run's checkpoint is not going on with the run in output_dir.
         self._goes_on = self.resume_from is not None and self.resume_from.resolve().parent == self.output_dir.resolve()
