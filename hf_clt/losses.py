@@ -6,10 +6,12 @@ sparsity, pre-activation loss); Gao et al. 2024, "Scaling and evaluating sparse 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .device import values_at_hand
 from .sharding import FeatureShard
 from .sparsity import (
+    GROUPS,
     AtEntries,
     LayerFeatures,
     among_largest,
@@ -92,11 +94,12 @@ def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None
     num_tokens, num_features = h.shape
     if values_at_hand(h):  # the dead columns alone are looked through
         features = true_positions(dead)
-        columns = columns_of(h, features)
+        per_token = min(aux_k, len(features))
+        whole_groups = (0, 0, 0, -len(features) % max(GROUPS))  # in which `positions_topk` looks through them
+        columns = pad(columns_of(h, features).T, whole_groups, value=-torch.inf).T
     else:
-        features = None
+        features, per_token = None, min(aux_k, num_features)
         columns = h.masked_fill(~dead, -torch.inf)
-    per_token = min(aux_k, columns.shape[1])
     entries = entries_at(columns, positions_topk(columns, per_token))
     indices = entries.indices if features is None else features[entries.indices]
     found = LayerFeatures(entries.values, indices, entries.offsets, num_features)

@@ -211,7 +211,7 @@ def state_bytes(parameters: list[torch.Tensor], optimizer: str) -> dict[str, int
         rows = sum(p.numel() * 2 if p.dim() > 1 else p.numel() * 4 for p in parameters)
         state = rows + sum(2 * 4 * len(p) for p in parameters)
     else:
-        state = 2 * size
+        state = sum(p.numel() * 8 for p in parameters)
     return {"parameters": size, "gradients": size, "optimizer": state}
 
 
@@ -225,7 +225,7 @@ def memory(plan: Plan) -> dict[str, int]:
       are no gradients, but 3 numbers of the size of a layer's pre-activations, (n·N, F / n) (themselves, those above
       the threshold, the order in which they are compared), and autocast's copies of the encoders. When the decoders'
       gradients are there, that of the reconstruction stands in place of the encoders'. When all are there, the block
-      of weights that adam_compact works on.
+      of weights that adam_compact works on, or Adam in bfloat16.
       Where topk and batchtopk revive dead features, they have aux_k more entries, reconstruct twice as many tokens
       and keep the inputs twice more until the encoders have gradients. relu and jumprelu keep the dead features'
       encoder rows so long, and write the gradient of one layer's encoder twice more.
@@ -242,7 +242,8 @@ def memory(plan: Plan) -> dict[str, int]:
     encoders = 4 * layers * config.num_features // n * width
     revives = plan.revived_per_layer > 0
     parameters = plan.parameters()
-    block = 4 * min(GPU_BLOCK, max(p.numel() for p in parameters)) if plan.optimizer == "adam_compact" else 0
+    block = min(GPU_BLOCK, max(p.numel() for p in parameters))
+    block *= 4 if plan.optimizer == "adam_compact" else 8 if plan.clt_dtype != "float32" else 0
     in_buffer = plan.buffer_batches * plan.prompts * (plan.context_size - 1)
     buffer_bytes = BYTES[plan.buffer_dtype or plan.model_dtype]
     parts = state_bytes(parameters, plan.optimizer)

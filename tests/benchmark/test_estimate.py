@@ -27,6 +27,7 @@ def make_config(**kwargs):
 LM = LanguageModel(num_layers=3, d_model=8, num_parameters=1000, flops_per_token=500.0, intermediate_size=32)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "adam_compact"])
 @pytest.mark.parametrize(
     "kwargs",
@@ -34,15 +35,16 @@ LM = LanguageModel(num_layers=3, d_model=8, num_parameters=1000, flops_per_token
     + [{"skip_connection": True}, {"decoder_reach": 1}],
     ids=str,
 )
-def test_the_state_is_that_of_a_real_run(kwargs, optimizer):
-    plan = Plan(make_config(**kwargs), l0=4, optimizer=optimizer)
+def test_the_state_is_that_of_a_real_run(kwargs, optimizer, dtype):
+    plan = Plan(make_config(**kwargs), l0=4, optimizer=optimizer, clt_dtype=dtype)
     clt = CrossLayerTranscoder(plan.config)
+    clt.cast_decoders(getattr(torch, dtype))
     made = make_optimizer(clt, CLTTrainingArguments(optimizer=optimizer))
     clt(torch.randn(5, 3, 8), labels=torch.randn(5, 3, 8)).loss.backward()
     made.step()
     parts = memory(plan)
-    assert parts["parameters"] == sum(p.numel() * 4 for p in clt.parameters())
-    assert parts["gradients"] == sum(p.grad.numel() * 4 for p in clt.parameters() if p.grad is not None)
+    assert parts["parameters"] == sum(p.nbytes for p in clt.parameters())
+    assert parts["gradients"] == sum(p.grad.nbytes for p in clt.parameters() if p.grad is not None)
     steps = sum(4 for state in made.state.values() if "step" in state)
     assert parts["optimizer"] == optimizer_bytes(made) - steps
 

@@ -88,10 +88,13 @@ def test_more_dead_features_take_no_more_launches():
     assert total(case) == total(replace(case, dead=0.6))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
+@pytest.mark.parametrize(
+    "optimizer, dtype",
+    [("adam", "float32"), ("adam", "bfloat16"), ("adam_compact", "float32"), ("adam_compact", "bfloat16")],
+)
 @pytest.mark.parametrize("dead", [0.0, 0.3])
 @pytest.mark.parametrize("activation_fn", ["batchtopk", "jumprelu"])
-def test_memory_is_what_the_plan_says(activation_fn, dead, optimizer):
+def test_memory_is_what_the_plan_says(activation_fn, dead, optimizer, dtype):
     shape = SHAPE | {"d_model": 128, "tokens": 128}  # gradients outweigh a layer's pre-activations, as in real ones
-    case = make_case(**shape, activation_fn=activation_fn, dead=dead, optimizer=optimizer)
+    case = make_case(**shape, activation_fn=activation_fn, dead=dead, optimizer=optimizer, dtype=dtype)
     assert estimated_bytes(case) == pytest.approx(count(case)["peak_bytes"], rel=0.1)
