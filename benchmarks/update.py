@@ -1,4 +1,4 @@
-"""One update as the trainer makes it, alone: to measure it (gpu_check.py), and to count its operators (launches.py)."""
+"""One update as the trainer makes it, alone: to be measured (gpu_check.py), and counted (launches.py)."""
 
 from collections.abc import Callable
 
