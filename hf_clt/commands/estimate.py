@@ -33,6 +33,7 @@ from ..benchmark.estimate import (
 )
 from ..command import OneLineParser, one_line_errors
 from ..files import write_text
+from ..training.arguments import CPU_DEFAULTS, CLTTrainingArguments
 
 
 SCALE_GPUS = (1, 8, 64)
@@ -64,11 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{name}-dtype", choices=choices, default=default, help=f"default: {default or 'as the model'}"
         )
     run.add_argument(
-        "--mixed-precision", choices=["no", "bf16"], default="no", help="of the CLT's products (default no)"
+        "--mixed-precision", choices=["no", "bf16"], help="of the CLT's products (default: bf16 on a GPU, else no)"
     )
     run.add_argument("--context-size", type=int, default=128, help="tokens per block (default 128)")
-    run.add_argument("--store-batch-size-prompts", type=int, default=8, help="default 8")
-    run.add_argument("--n-batches-in-buffer", type=int, default=32, help="default 32")
+    run.add_argument("--store-batch-size-prompts", type=int, help="default: 8 on a CPU, on a GPU by its memory")
+    run.add_argument("--n-batches-in-buffer", type=int, help="default: 32 on a CPU, on a GPU by its memory")
     run.add_argument("--buffer-device", choices=["device", "cpu"], default="device", help="default: with the CLT")
 
     machine = parser.add_argument_group("the machine")
@@ -94,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_plan(options: argparse.Namespace, model: str, num_features: int | None, processes: int) -> Plan:
+    from ..training.setup import gpu_defaults  # --help answers without what it brings in
+
     language_model = read_language_model(model, options.context_size)
     config = CLTConfig(
         num_layers=language_model.num_layers,
@@ -105,6 +108,13 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
         decoder_reach=options.decoder_reach,
         decoder_tying=options.decoder_tying,
     )
+    names = "context_size", "batch_size", "store_batch_size_prompts", "n_batches_in_buffer", "mixed_precision"
+    run = CLTTrainingArguments(**{name: getattr(options, name) for name in names})
+    usual = CPU_DEFAULTS
+    if options.device in DEVICES:
+        sizes = gpu_defaults(run, config.num_layers, config.d_model, round(DEVICES[options.device]["memory"]))
+        usual = {**sizes, "mixed_precision": "bf16"}
+    run = replace(run, **{name: value for name, value in usual.items() if getattr(run, name) is None})
     return Plan(
         config=config,
         language_model=language_model,
@@ -115,11 +125,11 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
         clt_dtype=options.clt_dtype,
         model_dtype=options.model_dtype,
         buffer_dtype=options.buffer_dtype,
-        product_dtype="bfloat16" if options.mixed_precision == "bf16" else "float32",
+        product_dtype="bfloat16" if run.mixed_precision == "bf16" else "float32",
         optimizer=options.optimizer,
         context_size=options.context_size,
-        prompts=options.store_batch_size_prompts,
-        buffer_batches=options.n_batches_in_buffer,
+        prompts=run.store_batch_size_prompts,
+        buffer_batches=run.n_batches_in_buffer,
         buffer_on_device=options.buffer_device == "device",
     )
 

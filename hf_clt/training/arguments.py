@@ -107,7 +107,7 @@ class CLTTrainingArguments:
         "buffer",
         None,
         "Extraction batches that the activation buffer holds. It is refilled when half read and sampled at random, so "
-        "more batches mix documents better and take more memory. None: 32 on a CPU; on a GPU 4 to 32, an eighth of "
+        "more batches mix documents better and take more memory. None: 32 on a CPU; on a GPU 2 to 32, a sixteenth of "
         "its memory.",
     )
     batch_size: int = _arg(

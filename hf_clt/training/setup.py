@@ -99,7 +99,7 @@ def gpu_defaults(args: CLTTrainingArguments, num_layers: int, d_model: int, memo
     """What else `None` means on a GPU of `memory` bytes; the language model's activations are counted in bfloat16."""
     block_bytes = 2 * 2 * num_layers * d_model * args.context_size  # inputs and labels
     prompts = args.store_batch_size_prompts or prompts_by_memory(block_bytes, memory)
-    batches = min(32, max(4, memory // 8 // (prompts * block_bytes)))
+    batches = min(32, max(2, memory // 16 // (prompts * block_bytes)))
     enough = -(-2 * args.batch_size // (prompts * (args.context_size - 1)))
     return {
         "model_dtype": usual_model_dtype(torch.device("cuda")),
