@@ -60,7 +60,7 @@ def measure(environment: dict[str, str], shape: list[int], busy: bool) -> list[f
     return [float(line) for line in done.stdout.split()]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each kind (default 3)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each process (default 8)")
@@ -68,7 +68,7 @@ def main() -> None:
         "--shape", type=int, nargs=5, default=[30, 576, 1024, 256, 16], metavar="N",
         help="layers, width, features, tokens, k (default: those of the quickstart)",
     )  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     found = {(name, busy): [] for name in SETTINGS for busy in (False, True)}
     for number in range(options.rounds):
         for name, busy in found:

@@ -19,21 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_report
-from benchmarks.gpu_report import attempt
-from benchmarks.update import Update
-from hf_clt.benchmark.cases import Case
-from hf_clt.benchmark.crossover import random_entries
-from hf_clt.benchmark.estimate import Plan, memory
-from hf_clt.benchmark.machine import measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize
-from hf_clt.benchmark.measure import Clock, batches, make_clt
 from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import TOPK_FAMILY
+from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
 from hf_clt.kernels import triton_rows
 from hf_clt.losses import largest_dead
 from hf_clt.sparsity import LayerFeatures, features_at, positions_batchtopk, positions_topk, true_positions
 from hf_clt.training.optimizers import CompactAdam
+
+from . import gpu_report
+from .cases import Case
+from .crossover import random_entries
+from .gpu_report import attempt
+from .machine import measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize
+from .measure import Clock, batches, make_clt
+from .update import Update
 
 
 SHAPES = {  # L, D, F, N, k

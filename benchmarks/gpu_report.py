@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from hf_clt.benchmark.machine import device_name, synchronize
 from hf_clt.files import as_json, write_text
 from hf_clt.training.reporting import versions
 from hf_clt.training.setup import prepare_cpu, take_device
+
+from .machine import device_name, synchronize
 
 
 def add_options(parser: argparse.ArgumentParser, json: str) -> None:

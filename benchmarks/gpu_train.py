@@ -17,12 +17,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.gpu_report import Report, add_options, device_of, make_profiler, print_kernels, profile_figures
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
-from hf_clt.benchmark.machine import peak_memory, reset_peak_memory, synchronize
 from hf_clt.command import one_line_errors
 from hf_clt.evaluation.evaluate import read_history
 from hf_clt.harvest.harvester import Harvester, load_language_model
+
+from .gpu_report import Report, add_options, device_of, make_profiler, print_kernels, profile_figures
+from .machine import peak_memory, reset_peak_memory, synchronize
 
 
 PROBES = [(8, False), (256, False), (256, True)]  # prompts per extraction batch, overlap_harvest

@@ -34,13 +34,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_clt.benchmark.cases import Case
-from hf_clt.benchmark.estimate import memory
-from hf_clt.benchmark.measure import PHASES
-from hf_clt.benchmark.rates import plan_of
+from hf_clt.estimate import memory
 from hf_clt.files import write_text
 from hf_clt.kernels import triton_rows
 
+from .cases import Case
+from .measure import PHASES
+from .rates import plan_of
 from .update import Update
 
 
@@ -94,7 +94,7 @@ def fake_gpu():
                 "torch.cuda.device_of": lambda tensor: nullcontext(),
                 "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
                 "torch.utils._foreach_utils._foreach_supported_types": [FakeTensor, torch.Tensor],
-                "hf_clt.benchmark.cases.chosen_device": torch.device,
+                "benchmarks.cases.chosen_device": torch.device,
             }.items():
                 stack.enter_context(patch(name, value))
             is_cuda = property(lambda tensor: tensor.device.type == "cuda")

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_clt import CLTTrainingArguments
-from hf_clt.benchmark.cases import Case
-from hf_clt.benchmark.dense_reference import dense_losses
-from hf_clt.benchmark.measure import make_clt, silenced
 from hf_clt.training.setup import make_optimizer
+
+from .cases import Case
+from .dense_reference import dense_losses
+from .measure import make_clt, silenced
 
 
 class Update:

@@ -92,14 +92,14 @@ def check_readable(folder: Path) -> None:
     if config.get("activation_fn") == "topk":
         raise ValueError(
             f"activation_fn='topk' in {path}: circuit-tracer would take a ReLU; make a jumprelu CLT of it with "
-            "scripts/to_jumprelu.py"
+            "hf-clt jumprelu"
         )
     if config.get("skip_connection"):
         raise ValueError(f"skip_connection=True in {path}: circuit-tracer would leave it out; train a CLT without")
     if (config.get("decoder_reach") or config.get("num_layers", 0)) < config.get("num_layers", 0):
         raise ValueError(
             f"decoder_reach={config['decoder_reach']} in {path}: circuit-tracer needs decoders that reach the last "
-            "layer; convert it with scripts/convert_clt.py --to circuit-tracer, or circuit-tracer-plt for a reach of 1"
+            "layer; convert it with hf-clt convert --to circuit-tracer, or circuit-tracer-plt for a reach of 1"
         )
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.cases import Case
 from hf_clt import CLTConfig, CLTTrainingArguments
-from hf_clt.benchmark.cases import Case
 from hf_clt.commands import cache
 from hf_clt.device import Stopwatch, chosen_device, rounded_products
 from hf_clt.training.setup import as_before, settled, take_device

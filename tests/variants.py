@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.sweep import read_sweep, run_sweep
 from hf_clt import CLTTrainer, CrossLayerTranscoder
 from hf_clt.evaluation.evaluate import activations
-from hf_clt.training.sweep import read_sweep, run_sweep
 from tests.reference import parameters_of, reference
 
 

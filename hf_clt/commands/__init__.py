@@ -1,6 +1,6 @@
 """
 The command line: `hf-clt COMMAND ...`. Each command is a module of this folder with the words that it takes
-(`make_parser`, and for `train` the fields of its dataclasses) and `main`; the programs in `scripts/` call the same.
+(`make_parser`, and for `train` the fields of its dataclasses) and `main`.
 """
 
 import importlib
@@ -18,7 +18,6 @@ COMMANDS = {
     "cache": "harvest activations to disk, to train many CLTs on them",
     "features": "pages that show what the features are",
     "jumprelu": "make a topk or batchtopk CLT a jumprelu CLT",
-    "sweep": "train many CLTs on the same tokens, to choose settings by",
     "estimate": "memory and time of a training, before it is started",
 }
 USAGE = f"""\

@@ -4,7 +4,6 @@ What training a cross-layer transcoder needs: memory of each process, and time p
   hf-clt estimate --model meta-llama/Llama-3.2-1B --num-features 16384 --processes 8
   hf-clt estimate --model quickstart/model --num-features 1024 --device cpu --rates rates.json
   hf-clt estimate --scale                    # the table of docs/scale.md
-  hf-clt estimate --calibrate rates.json     # measures this machine, and how far off the formulas are
 
 A device's rates come from its data sheet and an assumed share of them, or, with --rates, from measurements.
 """
@@ -12,13 +11,12 @@ A device's rates come from its data sheet and an assumed share of them, or, with
 import argparse
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from .. import CLTConfig
-from ..benchmark.cases import Case
-from ..benchmark.estimate import (
+from ..command import OneLineParser, one_line_errors
+from ..estimate import (
     ASSUMED,
     DEVICES,
     SHAPES,
@@ -31,8 +29,6 @@ from ..benchmark.estimate import (
     read_language_model,
     smallest_that_fits,
 )
-from ..command import OneLineParser, one_line_errors
-from ..files import write_text
 from ..training.arguments import CPU_DEFAULTS, CLTTrainingArguments
 
 
@@ -74,23 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", choices=[*DEVICES, "cpu"], default="H100", help="default H100; cpu needs --rates")
-    machine.add_argument("--rates", type=Path, help="file that --calibrate wrote, in place of a data sheet")
+    machine.add_argument(
+        "--rates", type=Path, help="measured by `python -m benchmarks.calibrate`, in place of a data sheet"
+    )
 
     other = parser.add_argument_group("instead of a single plan")
     other.add_argument("--scale", action="store_true", help="all known models on 1, 8 and 64 GPUs, as Markdown")
-    other.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="FILE",
-        help="measure rates on this machine with smaller shapes than the one given (--layers --d-model --num-features "
-        "--batch-size --l0), compare the estimates with it and others, write all of it; with --model and --dataset a "
-        "run of the trainer as well",
-    )
-    other.add_argument("--rounds", type=int, default=3, help="how often, the fastest counts (default 3)")
-    other.add_argument("--dataset", help="text for that run")
-    other.add_argument("--layers", type=int, default=12, help="of the shape to calibrate for (default 12)")
-    other.add_argument("--d-model", type=int, default=768, help="of the shape to calibrate for (default 768)")
-    other.add_argument("--calibration-device", default="cpu", help="cpu (default), cuda or cuda:n")
     return parser
 
 
@@ -148,52 +133,11 @@ def print_scale(options: argparse.Namespace) -> None:
     print(format_scale(plans, options.device, options.tokens))
 
 
-def calibrate(options: argparse.Namespace) -> None:
-    from ..benchmark.machine import device_name, versions
-    from ..benchmark.measure import Source
-    from ..benchmark.rates import check_run, format_checks, measure_rates
-
-    def say(text):
-        print(text, file=sys.stderr)
-
-    if (options.model is None) != (options.dataset is None):
-        raise ValueError("a run of the trainer needs both --model and --dataset; give the other one too")
-    if options.rounds < 1:
-        raise ValueError(f"rounds={options.rounds} is below 1; give how often to measure")
-    shape = {"num_layers": options.layers, "d_model": options.d_model, "num_features": options.num_features or 6144}
-    base = Case(
-        **shape,
-        tokens=options.batch_size,
-        l0=round(options.l0),
-        activation_fn=options.activation_fn,
-        device=options.calibration_device,
-        optimizer=options.optimizer,
-        steps=8,
-    )
-    rates, calibration, checks = measure_rates(base, options.rounds, say)
-    if options.model is not None:
-        say("the trainer")
-        source = Source(model=options.model, dataset=options.dataset)
-        model = read_language_model(options.model, source.context_size)
-        checks.append(check_run(base, source, model, rates, options.rounds))
-    record = {
-        "device": device_name(base.device),
-        "versions": versions(),
-        "case": base.to_dict(),
-        "rates": {name: None if math.isinf(rate) else rate for name, rate in rates.items()},
-        "calibration": calibration,
-        "checks": checks,
-    }
-    write_text(options.calibrate, json.dumps(record, indent=1) + "\n")
-    print(format_checks(checks))
-    print(f"rates: {options.calibrate}")
-
-
 def estimate(options: argparse.Namespace) -> None:
     if options.model is None:
-        raise ValueError("model is missing; give --model, --scale or --calibrate")
+        raise ValueError("model is missing; give --model or --scale")
     if options.device == "cpu" and options.rates is None:
-        raise ValueError("device='cpu' has no data sheet; give --rates, which --calibrate writes")
+        raise ValueError("device='cpu' has no data sheet; give --rates, measured by `python -m benchmarks.calibrate`")
     plan = make_plan(options, options.model, options.num_features, options.processes)
     if options.feature_parallel_size is not None:
         plan = replace(plan, feature_parallel_size=options.feature_parallel_size)
@@ -225,9 +169,7 @@ def estimate(options: argparse.Namespace) -> None:
 @one_line_errors(RuntimeError)
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    if options.calibrate is not None:
-        calibrate(options)
-    elif options.scale:
+    if options.scale:
         print_scale(options)
     else:
         estimate(options)

@@ -143,7 +143,7 @@ def check_update(folder: str | Path, evaluation: dict) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"update_card: {str(folder)!r} is no folder with a config.json; download a CLT of the Hub into a folder, "
-            "update its card there, and push it with scripts/push_clt.py"
+            "update its card there, and push it with hf-clt push"
         )
     facts, readme = read_facts(folder), folder / "README.md"
     if facts is None and readme.is_file():

@@ -16,7 +16,7 @@ from . import triton_rows
 
 
 # Above this share of listed entries one matrix product is faster than gathering rows: measured on a CPU
-# (scripts/measure_crossover.py); on a GPU only modelled, from the rates of tensor cores and memory of an H100.
+# (benchmarks/measure_crossover.py); on a GPU only modelled, from the rates of tensor cores and memory of an H100.
 DENSE_ABOVE, DENSE_ABOVE_GPU = 0.15, 0.01
 
 # What a CPU gathers from again and again shall stay in its last-level cache: of a larger matrix, that many bytes of

@@ -457,8 +457,7 @@ class CLTTrainingArguments:
 
     def _check_eval_replacement(self):
         later = (
-            "leave it out, and afterwards run `python scripts/evaluate_clt.py OUTPUT_DIR --dataset ... --replacement "
-            "--update-card`"
+            "leave it out, and afterwards run `hf-clt evaluate OUTPUT_DIR --dataset ... --replacement --update-card`"
         )
         if self.eval_tokens == 0:
             raise ValueError("eval_replacement=True has no effect with eval_tokens=0; give some thousand eval_tokens")

@@ -146,7 +146,7 @@ def check_skip(work: Path, expected: dict) -> None:
 
 @torch.no_grad()
 def check_plt(work: Path, name: str, expected: dict) -> None:
-    """A CLT of reach 1 that scripts/convert_clt.py wrote as per-layer transcoders."""
+    """A CLT of reach 1 that hf-clt convert wrote as per-layer transcoders."""
     for dtype in (torch.float64, torch.float32):
         for lazy in (True, False):
             transcoders = load_transcoders(str(work / "clts" / name), dtype, lazy)

@@ -123,11 +123,11 @@ def test_the_entry_point_on_two(options, tmp_path):
     [[*ACCELERATE, "--cpu", "--num_processes", "2"], [*ACCELERATE, "--config_file", "MULTI_CPU"]],
     ids=["--cpu --num_processes 2", "MULTI_CPU in a file"],
 )
-@pytest.mark.parametrize("script", ["train_clt.py", "cache_activations.py"])
-def test_one_process_where_two_were_asked_for_is_refused(command, script, options, tmp_path):
+@pytest.mark.parametrize("name", ["train", "cache"])
+def test_one_process_where_two_were_asked_for_is_refused(command, name, options, tmp_path):
     words = options()
-    if script == "cache_activations.py":
-        words = [str(ROOT / "scripts" / script), str(tmp_path / "run"), *words[1:5]]
+    if name == "cache":
+        words = ["-m", "hf_clt", "cache", str(tmp_path / "run"), *words[1:5]]
     log = tmp_path / "log.txt"
     assert start([*config_files(command, tmp_path), *words], log).wait(timeout=120) == 1
     errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
@@ -156,7 +156,7 @@ def test_two_machines(launcher, options, tmp_path):
 
 
 def test_a_cache_written_by_two_processes(tiny_gpt2, text_file, options, tmp_path):
-    cache = [str(ROOT / "scripts" / "cache_activations.py"), str(tmp_path / "cache"), "--model", tiny_gpt2]
+    cache = ["-m", "hf_clt", "cache", str(tmp_path / "cache"), "--model", tiny_gpt2]
     cache += ["--dataset", text_file, "--eval-tokens", "300", "--context-size", "32", "--disable-progress-bar"]
     log = tmp_path / "log.txt"
     assert start([*ON_TWO, *cache], log).wait(timeout=120) == 0, log.read_text()[-3000:]

@@ -1,4 +1,4 @@
-"""`scripts/convert_clt.py`: what it prints, what it writes, and one line for what it refuses."""
+"""`hf-clt convert`: what it prints, what it writes, and one line for what it refuses."""
 
 import re
 

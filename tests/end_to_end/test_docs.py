@@ -7,7 +7,6 @@ docs/hub.md against a Hub in tests/hub.)
 import argparse
 import contextlib
 import importlib
-import inspect
 import json
 import re
 import shlex
@@ -21,11 +20,11 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from hf_clt import CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
+from hf_clt.commands import cache, estimate
 from hf_clt.harvest import sites
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.training.arguments import training_options
 from hf_clt.training.command_line import build_config, config_options, parse_train_args
-from scripts import cache_activations, estimate_clt
 from tests.end_to_end.small_quickstart import write_quickstart
 
 
@@ -83,7 +82,7 @@ def folder(tiny_gpt2, text, tmp_path_factory):
         words = ["gpt2-cache", "--max-tokens", "1000", "--eval-tokens", "100", "--disable-progress-bar"]
         for flag in ("--model", "--dataset"):
             words += [flag, NEEDED[flag]]
-        assert cache_activations.main(words) == 0
+        assert cache.main(words) == 0
     return root
 
 
@@ -159,7 +158,7 @@ def commands():
         shell = [code for kind, code in blocks(text) if kind == "bash"]
         lines = [line.partition(" # ")[0] for code in shell for line in code.replace("\\\n", " ").splitlines()]
         for line in [*lines, *inline_code(text)]:
-            found = re.search(r"(^hf-clt \w+|(?:^|[\s/])scripts/\w+\.py)( .*)?$", line.strip())
+            found = re.search(r"(^hf-clt \w+|(?:^|[\s/])(scripts|benchmarks)(/\w+\.py|\.\w+))( .*)?$", line.strip())
             if found and "..." not in line and not line.startswith("#SBATCH"):
                 yield page, line.strip()
 
@@ -175,15 +174,17 @@ def test_command_is_understood(page, command, folder, monkeypatch):
         name, words = words[1], words[2:]
         main, trains = importlib.import_module(f"hf_clt.commands.{name}").main, name == "train"
     else:
-        place = next(number for number, word in enumerate(words) if word.startswith("scripts/"))
-        name, words = Path(words[place]).stem, words[place + 1 :]
-        source = ROOT / "scripts" / f"{name}.py"
+        place = next(n for n, word in enumerate(words) if re.match(r"(scripts|benchmarks)(/\w+\.py|\.\w+)$", word))
+        where, name = words[place].removesuffix(".py").replace("/", ".").split(".")
+        words = words[place + 1 :]
+        source = ROOT / where / f"{name}.py"
         assert source.is_file()
         if name in OTHER_ENVIRONMENTS:
             for flag in (word for word in words if word.startswith("--")):
                 assert f'"{flag}"' in source.read_text(encoding="utf-8"), flag
             return
-        main, trains = importlib.import_module(f"scripts.{name}").main, name == "train_clt"
+        if words:
+            main, trains = importlib.import_module(f"{where}.{name}").main, name == "train_clt"
     if not words or "--help" in words:  # it is only named
         return
     if not trains:
@@ -290,13 +291,17 @@ def test_flags_in_the_text_exist(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", collect)
-    for path in (ROOT / "scripts").glob("*.py"):
+    programs = [
+        path for folder in ("scripts", "benchmarks", "hf_clt/commands") for path in (ROOT / folder).glob("*.py")
+    ]
+    for path in programs:
+        text = path.read_text(encoding="utf-8")
+        has_options = "def main(" in text and re.search("add_argument|make_parser", text)
         if path.stem in OTHER_ENVIRONMENTS:
-            known.update(re.findall(r'"(--[a-z-]+)"', path.read_text(encoding="utf-8")))
-        elif path.stem != "train_clt":
+            known.update(re.findall(r'"(--[a-z-]+)"', text))
+        elif has_options and path.stem != "__init__":
             with pytest.raises(Parsed):
-                main = importlib.import_module(f"scripts.{path.stem}").main
-                main([]) if inspect.signature(main).parameters else main()
+                importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)).main([])
     known |= {flag.replace("-", "_").replace("__", "--", 1) for flag in known}
     for page, text in TEXTS.items():
         for code in inline_code(text):
@@ -323,7 +328,7 @@ def test_settings_need_what_the_table_says(row, tmp_path, monkeypatch, capsys):
     words += ["--clt-dtype", weights, "--mixed-precision", mixed, "--optimizer", optimizer]
     buffer, _, buffer_device = buffer.partition(", ")
     words += ["--buffer-dtype", buffer, "--buffer-device", buffer_device or "device"]
-    assert estimate_clt.main(words) == 0
+    assert estimate.main(words) == 0
     said = capsys.readouterr().out
     memory, milliseconds = re.findall(r"total +([\d,.]+ (?:GB|ms))", said)
     speed, hours = re.search(r"([\d,]+) tokens per second, ([\d.]+) hours", said).groups()

@@ -1,4 +1,4 @@
-"""`scripts/evaluate_clt.py` and `scripts/to_jumprelu.py` on a CLT that the trainer made."""
+"""`hf-clt evaluate` and `hf-clt jumprelu` on a CLT that the trainer made."""
 
 import json
 import shutil

@@ -57,11 +57,11 @@ def commands():
             yield from (line for line in code.replace("\\\n", " ").splitlines() if line.strip())
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "scripts/cache_activations.py" in c])
+@pytest.mark.parametrize("command", [c for c in commands() if "hf-clt cache" in c])
 def test_caching_command_runs(command, folder, monkeypatch, capsys, fresh_accelerate):
     words = shlex.split(command)
     monkeypatch.chdir(folder)
-    options = words[words.index("scripts/cache_activations.py") + 1 :]
+    options = words[words.index("cache") + 1 :]
     assert cache_activations.main([*options, "--eval-tokens", "200", "--max-tokens", "2000"]) == 0
     assert "tokens to train on" in capsys.readouterr().out
 
@@ -84,5 +84,5 @@ def test_make_target_exists(command):
 
 def test_every_block_is_covered():
     assert {kind for kind, _ in BLOCKS} == {"python", "bash"}
-    covered = ("scripts/train_clt.py", "scripts/cache_activations.py")
+    covered = ("scripts/train_clt.py", "hf-clt cache")
     assert all(c.startswith("make ") or any(script in c for script in covered) for c in commands())

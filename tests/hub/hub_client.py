@@ -9,13 +9,13 @@ the working folder select some cases, which run in the order of this file, since
 import contextlib
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import logging
 import os
 import random
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -78,11 +78,11 @@ def ask(what, **spec):
         return json.load(answer)
 
 
-def run_script(name, *arguments):
-    """The exit status of a script, and what it printed."""
+def run_command(name, *arguments):
+    """The exit status of a command of `hf-clt`, and what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = runpy.run_path(str(ROOT / "scripts" / f"{name}.py"))["main"]([str(word) for word in arguments])
+        status = importlib.import_module(f"hf_clt.commands.{name}").main([str(word) for word in arguments])
     SAID.write(printed.getvalue())
     return status, printed.getvalue()
 
@@ -239,8 +239,8 @@ def check_plots_and_what_the_card_is_made_from(work):
     assert push_folder(folder, "tester/plots", token=TOKEN).oid == before
 
     with logged_in():
-        assert run_script("push_clt", folder, "tester/plots", "--license", "apache-2.0")[0] == 0
-        status, said = run_script("push_clt", folder, "tester/plots", "--license", "none of these")
+        assert run_command("push", folder, "tester/plots", "--license", "apache-2.0")[0] == 0
+        status, said = run_command("push", folder, "tester/plots", "--license", "none of these")
     assert status == 2 and "is no name that the Hub has" in said
     assert ModelCard.load("tester/plots").data.license == "apache-2.0"
     facts = hf_hub_download("tester/plots", "metrics.json", cache_dir=work / "cache")
@@ -563,11 +563,11 @@ def check_features(work):
         return {name for name in API.list_repo_files("tester/described") if "features" in name or "html" in name}
 
     with logged_in():
-        assert run_script("push_clt", work / "described", "tester/described", "--features", work / "pages")[0] == 0
+        assert run_command("push", work / "described", "tester/described", "--features", work / "pages")[0] == 0
         assert files() == {"features/index.json.gz", *(f"features/layer_{layer}.bin" for layer in range(3))}
         assert len(API.list_repo_commits("tester/described")) == 2  # the first is the empty repository
         said = len(SAID.getvalue())
-        assert run_script("push_clt", work / "described", "tester/described")[0] == 0
+        assert run_command("push", work / "described", "tester/described")[0] == 0
         assert len(files()) == 4 and "features/ of tester/described stay" in SAID.getvalue()[said:]
         push_folder(work / "described", "tester/described", features=work / "fewer-pages")
         assert files() == {"features/index.json.gz", "features/layer_0.bin", "features/layer_1.bin"}
@@ -710,7 +710,7 @@ def check_code_in_the_repository(work):
         clt.save_pretrained(folder)
         before = digests(folder)
         with logged_in():
-            status, said = run_script("push_clt", folder, name, "--with-code")
+            status, said = run_command("push", folder, name, "--with-code")
         assert status == 0 and f"{name}/commit/" in said, said
         assert digests(folder) == before
         with torch.no_grad():
@@ -845,7 +845,7 @@ def check_a_bad_token_is_found_before_training(work):
         with contextlib.ExitStack() as stack:
             if token is not None:
                 stack.enter_context(logged_in(token))
-            status, said = run_script("train_clt", *pushing, repo_id)
+            status, said = run_command("train", *pushing, repo_id)
         assert status == 2 and message in said and "error: " in said, said
         assert not (work / "refused").exists()
 
@@ -866,9 +866,7 @@ def check_a_push_that_fails_at_the_end_of_training(work):
             ask("unavailable", times=0)
         assert f"push it with `hf-clt push {folder} tester/kept`" in failed.value.__notes__[0]
         assert API.list_repo_files("tester/kept") == [".gitattributes"]
-        status, said = run_script(
-            "push_clt", folder, "tester/kept", "--branch", "dev", "--tag", "v1", "--message", "It"
-        )
+        status, said = run_command("push", folder, "tester/kept", "--branch", "dev", "--tag", "v1", "--message", "It")
     assert status == 0 and API.list_repo_commits("tester/kept", revision="dev")[0].title == "It", said
     assert "topk" in pull("tester/kept", work, revision="v1").config.activation_fn
 
@@ -881,13 +879,13 @@ def check_going_on_with_a_published_clt(work):
     with logged_in():
         before = pull("tester/trained", work)
         words = [*flags(options), "--push-to-hub", "--hub-model-id", "tester/trained"]
-        status, said = run_script("train_clt", *words)
+        status, said = run_command("train", *words)
         assert status == 0, said
         after = pull("tester/trained", work)
         assert after.config.activation_fn == "batchtopk" and not same_encoder(after, before)
         figures = work / "figures.json"
         words = ["--dataset", text["dataset"], "--context-size", 16, "--eval-tokens", 60, "--json", figures]
-        status, said = run_script("evaluate_clt", "tester/trained", *words)
+        status, said = run_command("evaluate", "tester/trained", *words)
         assert status == 0, said
         measured = json.loads(figures.read_text())
     card = ModelCard.load("tester/trained", token=TOKEN)
@@ -910,15 +908,14 @@ def check_the_documentation(work):
                 exec(compile(block, "docs/hub.md", "exec"), names)
                 continue
             for line in block.replace("\\\n", " ").splitlines():
-                program, script, *words = shlex.split(line)
-                assert program == "python" and (ROOT / script).is_file()
-                if script == "scripts/push_clt.py":
-                    assert run_script("push_clt", *words)[0] == 0
-                elif script == "scripts/train_clt.py":
+                program, name, *words = shlex.split(line)
+                if (program, name) == ("hf-clt", "push"):
+                    assert run_command("push", *words)[0] == 0
+                elif name == "scripts/train_clt.py":
                     args, _ = parse_train_args(words)
                     assert args.push_to_hub or args.init_from
                 else:
-                    assert script == "scripts/evaluate_clt.py"
+                    assert (program, name) == ("hf-clt", "evaluate")
                     assert hf_clt.commands.evaluate.make_parser().parse_args(words).dataset
     assert names["acts"][..., [0, 3], :].count_nonzero() and names["written"].shape == names["inputs"].shape
     assert names["lazy"].lazy and type(names["clt"]).__module__ == "hf_clt.modeling_clt"

@@ -2,7 +2,7 @@
 What each process of a run takes, in several layouts: one process, two that average their gradients, two that share
 the features. The trainer itself, on an activation cache, so that no language model is in the figures.
 
-`python -m hf_clt.benchmark.layouts JOB RESULT` is one process of a run: it reads the job from a JSON file and writes
+`python -m benchmarks.layouts JOB RESULT` is one process of a run: it reads the job from a JSON file and writes
 `RESULT-<rank>.json`.
 """
 
@@ -17,9 +17,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..configuration_clt import CLTConfig
-from ..training.arguments import CLTTrainingArguments
-from .estimate import Plan, memory
+from hf_clt.configuration_clt import CLTConfig
+from hf_clt.estimate import Plan, memory
+from hf_clt.training.arguments import CLTTrainingArguments
+
 from .machine import memory_in_use, peak_memory, reset_peak_memory
 from .measure import TimedTrainer
 
@@ -106,7 +107,7 @@ def run_layout(cache: str, config: dict, tokens: int, updates: int, processes: i
         job, result = Path(folder, "job.json"), Path(folder, "result")
         job.write_text(json.dumps({"arguments": arguments, "config": config}))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command += ["-m", "hf_clt.benchmark.layouts", str(job), str(result)]
+        command += ["-m", "benchmarks.layouts", str(job), str(result)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(cores // processes), "ACCELERATE_USE_CPU": "true"}
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
         status = subprocess.run(command, stdout=sys.stderr, env=environment).returncode

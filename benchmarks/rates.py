@@ -1,13 +1,14 @@
 """
-Rates of this machine for [`hf_clt.benchmark.estimate`], solved from small measured steps; and the estimates beside
+Rates of this machine for [`hf_clt.estimate`], solved from small measured steps; and the estimates beside
 measured runs of other shapes.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from hf_clt.estimate import LanguageModel, Plan, memory, seconds, solve_rates
+
 from .cases import Case
-from .estimate import LanguageModel, Plan, memory, seconds, solve_rates
 from .measure import PHASES, Source
 from .run import measure_in_process
 
@@ -73,7 +74,7 @@ def measure_rates(
         rounds: How often all of it is measured, in turn, so that a slow minute of a machine that others use as well
             does not fall on some shapes alone; the fastest of each counts.
         say: Gets a line before each measurement.
-        measure: Does a job of [`hf_clt.benchmark.measure`].
+        measure: Does a job of [`benchmarks.measure`].
 
     Returns:
         `tuple[dict, list, list]`: The rates that [`seconds`] takes, those of a language model too; and the measured

@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..configuration_clt import TOPK_FAMILY, CLTConfig
-from ..evaluation.metrics import MetricSums
-from ..evaluation.report import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
-from ..harvest.buffer import ActivationBuffer
-from ..harvest.harvester import Harvester, check_context_size, load_language_model
-from ..harvest.normalization import STATISTICS, estimate_statistics, set_firing_rate
-from ..harvest.tokens import open_text
-from ..kernels.encode import multiplies_bfloat16
-from ..modeling_clt import MIN_STD, CrossLayerTranscoder
-from ..training.arguments import CLTTrainingArguments
-from ..training.schedules import learning_rate_scale, sparsity_scale
-from ..training.setup import make_optimizer, prepare_cpu, settled
+from hf_clt.configuration_clt import TOPK_FAMILY, CLTConfig
+from hf_clt.evaluation.metrics import MetricSums
+from hf_clt.evaluation.report import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
+from hf_clt.harvest.buffer import ActivationBuffer
+from hf_clt.harvest.harvester import Harvester, check_context_size, load_language_model
+from hf_clt.harvest.normalization import STATISTICS, estimate_statistics, set_firing_rate
+from hf_clt.harvest.tokens import open_text
+from hf_clt.kernels.encode import multiplies_bfloat16
+from hf_clt.modeling_clt import MIN_STD, CrossLayerTranscoder
+from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
+from hf_clt.training.setup import make_optimizer, prepare_cpu, settled
+
 from .dense_reference import dense_losses
 from .machine import device_name, versions
 from .measure import RATE_SAMPLE

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """
 Trains the same CLT on the same batches once per variant of the training step, and shows where each ends.
 
@@ -6,7 +5,7 @@ Variants: dense (the dense reference), dense_reversed (the same with every sum i
 does), ours, autocast (ours with matrix products in bfloat16), adam_compact and adam_compact_beta1_0
 (ours with compact optimizer state). Example:
 
-  python scripts/compare_training.py --model FOLDER --dataset text.jsonl --num-features 1024 --k 16 \\
+  python -m benchmarks.compare_training --model FOLDER --dataset text.jsonl --num-features 1024 --k 16 \\
       --json curves.json --plot curves.png
 """
 
@@ -17,11 +16,12 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from hf_clt.benchmark.curves import VARIANTS, compare, format_comparison, plot_comparison
 from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.command_line import build_config
+
+from .curves import VARIANTS, compare, format_comparison, plot_comparison
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def run(argv: list[str] | None = None) -> None:
     training = {field.name for field in fields(CLTTrainingArguments)}
     args = CLTTrainingArguments(**{name: value for name, value in options.items() if name in training})
     config = build_config(args, {name: value for name, value in options.items() if name in CLT_CONFIG_HELP})
-    command = shlex.join(["python", "scripts/compare_training.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "benchmarks.compare_training", *(sys.argv[1:] if argv is None else argv)])
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

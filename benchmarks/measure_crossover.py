@@ -5,11 +5,12 @@ import json
 import sys
 from pathlib import Path
 
-from hf_clt.benchmark.crossover import measure_crossover
-from hf_clt.benchmark.machine import device_name
 from hf_clt.command import one_line_errors
 from hf_clt.device import chosen_device
 from hf_clt.training.setup import prepare_cpu
+
+from .crossover import measure_crossover
+from .machine import device_name
 
 
 def make_parser() -> argparse.ArgumentParser:

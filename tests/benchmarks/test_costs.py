@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_clt.benchmark.cases import Case
-from hf_clt.benchmark.costs import active_costs, dense_flops, limit_seconds
+from benchmarks.cases import Case
+from benchmarks.costs import active_costs, dense_flops, limit_seconds
 
 
 CASE = Case(num_layers=2, d_model=4, num_features=8, tokens=3, l0=2)

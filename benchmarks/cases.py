@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
-from ..configuration_clt import TOPK_FAMILY, CLTConfig
-from ..device import chosen_device
-from ..kernels.encode import multiplies_bfloat16
-from ..training.arguments import CLTTrainingArguments
+from hf_clt.configuration_clt import TOPK_FAMILY, CLTConfig
+from hf_clt.device import chosen_device
+from hf_clt.kernels.encode import multiplies_bfloat16
+from hf_clt.training.arguments import CLTTrainingArguments
 
 
 # How --grow changes a field: multiples of the given value. L0 grows upwards, towards the density at which dense wins.

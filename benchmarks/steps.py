@@ -1,13 +1,12 @@
-#!/usr/bin/env python
 """
 Measures what a training step of a cross-layer transcoder costs, beside a dense step on the same machine.
 
 Each side runs in fresh processes, in turns; every figure is the median of the timed steps. Examples:
 
-  python scripts/benchmark_clt.py --layers 12 --d-model 768 --num-features 6144 --tokens 512 --l0 32
-  python scripts/benchmark_clt.py --preset issue --json benchmarks/cpu.json
-  python scripts/benchmark_clt.py --layers 6 --d-model 256 --grow F k --plot growth.png
-  python scripts/benchmark_clt.py --model FOLDER --dataset text.jsonl --num-features 4096 --activation-fn batchtopk
+  python -m benchmarks.steps --layers 12 --d-model 768 --num-features 6144 --tokens 512 --l0 32
+  python -m benchmarks.steps --preset issue --json benchmarks/cpu.json
+  python -m benchmarks.steps --layers 6 --d-model 256 --grow F k --plot growth.png
+  python -m benchmarks.steps --model FOLDER --dataset text.jsonl --num-features 4096 --activation-fn batchtopk
 """
 
 import argparse
@@ -17,11 +16,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hf_clt.benchmark.cases import CASE_FIELDS, GROWTH, PRESETS, Case, grown_cases, preset_cases
-from hf_clt.benchmark.measure import Source
-from hf_clt.benchmark.report import format_machine, format_table, plot_growth
-from hf_clt.benchmark.run import run_case, run_harvest
 from hf_clt.command import one_line_errors
+
+from .cases import CASE_FIELDS, GROWTH, PRESETS, Case, grown_cases, preset_cases
+from .measure import Source
+from .report import format_machine, format_table, plot_growth
+from .run import run_case, run_harvest
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def benchmark(argv: list[str] | None = None) -> None:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
 
-    command = shlex.join(["python", "scripts/benchmark_clt.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "-m", "benchmarks.steps", *(sys.argv[1:] if argv is None else argv)])
 
     def say(text):
         print(text, file=sys.stderr)

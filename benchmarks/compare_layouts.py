@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """
 Measures memory and time of each process in several layouts, on an activation cache and the same cores.
 
-  python scripts/cache_activations.py CACHE --model quickstart/first-10-layers --dataset quickstart/text.jsonl \\
+  hf-clt cache CACHE --model quickstart/first-10-layers --dataset quickstart/text.jsonl \\
       --max-tokens 20000
-  python scripts/benchmark_layouts.py CACHE --num-features 4096 --json benchmarks/layouts.json
+  python -m benchmarks.compare_layouts CACHE --num-features 4096 --json benchmarks/layouts.json
 """
 
 import argparse
@@ -13,16 +12,17 @@ import os
 import sys
 from pathlib import Path
 
-from hf_clt.benchmark.layouts import LAYOUTS, format_layouts, run_layout
-from hf_clt.benchmark.machine import device_name, versions
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.files import write_text
 from hf_clt.harvest.cache import read_manifest
 
+from .layouts import LAYOUTS, format_layouts, run_layout
+from .machine import device_name, versions
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", metavar="CACHE", help="what scripts/cache_activations.py wrote")
+    parser.add_argument("cache", metavar="CACHE", help="what hf-clt cache wrote")
     parser.add_argument("--num-features", type=int, default=4096, help="F per layer (default 4096)")
     parser.add_argument("--activation-fn", default="topk", help="default topk")
     parser.add_argument("--k", type=int, default=16, help="default 16")

@@ -16,7 +16,7 @@ from .report import summarize
 
 def measure_in_process(job: dict) -> dict:
     """
-    Does a job of [`hf_clt.benchmark.measure`] in a fresh process.
+    Does a job of [`benchmarks.measure`] in a fresh process.
 
     Raises:
         ValueError: What the process found wrong with the job.
@@ -25,7 +25,7 @@ def measure_in_process(job: dict) -> dict:
     with TemporaryDirectory() as folder:
         job_file, result_file = Path(folder, "job.json"), Path(folder, "result.json")
         job_file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "hf_clt.benchmark.measure", str(job_file), str(result_file)]
+        command = [sys.executable, "-m", "benchmarks.measure", str(job_file), str(result_file)]
         environment = {"KINETO_LOG_LEVEL": "9", **os.environ}  # the profiler tells when it starts and stops
         status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment).returncode
         if not result_file.is_file():
@@ -78,7 +78,7 @@ def run_case(
 
 
 def run_harvest(source: Source, tokens: int, device: str, path: str, measure=measure_in_process) -> dict:
-    """Harvests real activations into a file; see [`hf_clt.benchmark.measure.harvest`]."""
+    """Harvests real activations into a file; see [`benchmarks.measure.harvest`]."""
     return measure({"kind": "harvest", "source": asdict(source), "tokens": tokens, "device": device, "path": path})
 
 

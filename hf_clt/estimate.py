@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..configuration_clt import TOPK_FAMILY, CLTConfig
-from ..sharding import FeatureShard
-from ..training.optimizers import GPU_BLOCK
+from .configuration_clt import TOPK_FAMILY, CLTConfig
+from .sharding import FeatureShard
+from .training.optimizers import GPU_BLOCK
 
 
 # Shapes that can be planned with before anything is downloaded, as their authors published them.
@@ -192,7 +192,7 @@ class Plan:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Those of one process, without storage."""
-        from ..modeling_clt import CrossLayerTranscoder  # --help answers without it
+        from .modeling_clt import CrossLayerTranscoder  # --help answers without it
 
         n = self.feature_parallel_size
         with torch.device("meta"):

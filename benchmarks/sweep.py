@@ -1,12 +1,18 @@
 """
-Many trainings on the same tokens, to choose settings by: every trial is a whole run of [`CLTTrainer`], but the
-language model reads the text once for all of them.
+Trains many cross-layer transcoders on the same tokens, to choose settings by: every trial is a whole run of
+[`CLTTrainer`], but the language model reads the text once for all of them.
+
+  python benchmarks/sweep.py benchmarks/sweep_smollm2.yaml --records benchmarks/sweep.jsonl --table docs/sweep.md
+
+A trial that is recorded already is not run again, so an interrupted sweep goes on where it stopped.
 """
 
+import argparse
 import gc
 import hashlib
 import itertools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,15 +21,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..configuration_clt import CLT_CONFIG_HELP
-from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
-from ..files import as_json, write_text
-from ..harvest.harvester import Harvester, load_language_model
-from .arguments import CLTTrainingArguments
-from .command_line import SettingsLoader, build_config, parse_train_args
-from .options import as_text
-from .reporting import versions
-from .trainer import CLTTrainer
+from hf_clt.command import OneLineParser, one_line_errors
+from hf_clt.configuration_clt import CLT_CONFIG_HELP
+from hf_clt.evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
+from hf_clt.files import as_json, write_text
+from hf_clt.harvest.harvester import Harvester, load_language_model
+from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.command_line import SettingsLoader, build_config, parse_train_args
+from hf_clt.training.options import as_text
+from hf_clt.training.reporting import versions
+from hf_clt.training.trainer import CLTTrainer
 
 
 MEASURED = ("nmse", "l0", "dead_fraction", "num_tokens", "nmse_per_layer", "l0_per_layer", "dead_fraction_per_layer")
@@ -51,7 +58,7 @@ def read_sweep(path: str | Path) -> list[dict]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(sweep, dict) or set(sweep) != {"base", "groups"} or not isinstance(sweep["groups"], dict):
-        raise ValueError(f"{path} must hold the keys base and groups; see scripts/sweep_smollm2.yaml")
+        raise ValueError(f"{path} must hold the keys base and groups; see benchmarks/sweep_smollm2.yaml")
     base = {name.replace("-", "_"): value for name, value in (sweep["base"] or {}).items()}
     trials = []
     for group, options in sweep["groups"].items():
@@ -239,6 +246,45 @@ def plot_frontier(records: list[dict], path: str | Path) -> None:
         if axes.lines:
             axes.legend()
         figure.savefig(path, dpi=150)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="base settings and groups of trials")
+    parser.add_argument("--records", type=Path, required=True, help="JSONL file, a line per finished trial")
+    parser.add_argument("--table", type=Path, help="Markdown file to write the table to (default: print it)")
+    parser.add_argument("--plot", type=Path, help="PNG file: NMSE against L0, a line per activation function")
+    parser.add_argument("--groups", nargs="+", metavar="NAME", help="only these groups of the sweep")
+    return parser
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    trials = read_sweep(options.sweep)
+    if options.groups:
+        known = {trial["group"] for trial in trials}
+        for name in options.groups:
+            if name not in known:
+                raise ValueError(f"groups={name!r} is not in {options.sweep}; it has {', '.join(sorted(known))}")
+        trials = [trial for trial in trials if trial["group"] in options.groups]
+    try:
+        records = run_sweep(trials, options.records)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the next trial", file=sys.stderr)
+        return 130
+    if options.plot is not None:
+        plot_frontier(records, options.plot)
+    if options.table is None:
+        print(format_sweep(records))
+    else:
+        write_text(options.table, format_sweep(records))
+        print(f"the table of {len(records)} trials is in {options.table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 
 __all__ = ["format_sweep", "plot_frontier", "read_sweep", "run_sweep"]

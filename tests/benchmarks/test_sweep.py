@@ -6,11 +6,8 @@ import weakref
 import pytest
 import torch
 
-from hf_clt import CLTTrainer
-from hf_clt.commands import sweep as sweep_clt
-from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.training.command_line import build_config, parse_train_args
-from hf_clt.training.sweep import (
+from benchmarks import sweep
+from benchmarks.sweep import (
     arguments_of,
     format_sweep,
     plot_frontier,
@@ -19,6 +16,9 @@ from hf_clt.training.sweep import (
     remember,
     run_sweep,
 )
+from hf_clt import CLTTrainer
+from hf_clt.harvest.harvester import Harvester, load_language_model
+from hf_clt.training.command_line import build_config, parse_train_args
 
 
 SWEEP = """
@@ -77,12 +77,12 @@ def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(sweep_file, tm
     # What was recorded is enough for table and plot.
     capsys.readouterr()
     options = ["--records", str(records), "--plot", str(tmp_path / "frontier.png")]
-    assert sweep_clt.main([str(sweep_file), *options]) == 0
+    assert sweep.main([str(sweep_file), *options]) == 0
     table = capsys.readouterr().out
     assert table.count("\n| topk |") == table.count("\n| relu |") == 2
     assert table.count("**") == 4  # the best of each group
     assert (tmp_path / "frontier.png").stat().st_size > 5000
-    assert sweep_clt.main([str(sweep_file), *options, "--groups", "k", "--table", str(tmp_path / "k.md")]) == 0
+    assert sweep.main([str(sweep_file), *options, "--groups", "k", "--table", str(tmp_path / "k.md")]) == 0
     assert "lambda" not in (tmp_path / "k.md").read_text()
     assert len(read_records(records)) == 4
 
@@ -155,14 +155,14 @@ def test_wrong_sweeps_are_refused_in_one_line(sweep_file, tmp_path, capsys, old,
     if message is not None:
         with pytest.raises(ValueError, match=message):
             read_sweep(sweep_file)
-    assert sweep_clt.main([str(sweep_file), "--records", str(records)]) == 2
+    assert sweep.main([str(sweep_file), "--records", str(records)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not records.exists()  # before any trial ran
 
 
 def test_groups_that_are_not_there_are_refused(sweep_file, tmp_path, capsys):
-    assert sweep_clt.main([str(sweep_file), "--records", str(tmp_path / "r"), "--groups", "k", "q"]) == 2
+    assert sweep.main([str(sweep_file), "--records", str(tmp_path / "r"), "--groups", "k", "q"]) == 2
     assert "groups='q'" in capsys.readouterr().err
-    assert sweep_clt.main([str(sweep_file)]) == 2
+    assert sweep.main([str(sweep_file)]) == 2
     assert "--records" in capsys.readouterr().err

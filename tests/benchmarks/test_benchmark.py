@@ -1,24 +1,21 @@
 """The benchmark from the command line to its table, figures and plot. What is timed is not asserted."""
 
-import importlib.util
 import json
 import math
 import mmap
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from hf_clt.benchmark import machine, measure, run
-from hf_clt.benchmark.cases import Case
-from hf_clt.benchmark.measure import Source, make_clt, measure_step
-from hf_clt.benchmark.report import check_same_loss, format_table, summarize
+from benchmarks import machine, measure, run, steps
+from benchmarks.cases import Case
+from benchmarks.measure import Source, make_clt, measure_step
+from benchmarks.report import check_same_loss, format_table, summarize
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_clt.py"
 SMALL = {"num_layers": 3, "d_model": 16, "num_features": 256, "tokens": 64, "l0": 8, "rounds": 1, "steps": 2}
 FLAGS = "--layers 3 --d-model 16 --num-features 256 --tokens 64 --l0 8 --rounds 1 --steps 2"
 REAL_FLAGS = "--num-features 128 --tokens 64 --l0 8 --rounds 1 --steps 2 --context-size 16 --prompts 4"
@@ -34,13 +31,10 @@ def script(monkeypatch):
             job = {**job, "stream_bytes": 2**20, "at_least": 0.0}
         return json.loads(json.dumps(measure.measure(json.loads(json.dumps(job)))))
 
-    spec = importlib.util.spec_from_file_location("benchmark_clt", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     for name in ("run_case", "run_harvest"):
         function = getattr(run, name)
-        monkeypatch.setattr(module, name, lambda *a, function=function, **k: function(*a, **k, measure=here))
-    return module
+        monkeypatch.setattr(steps, name, lambda *a, function=function, **k: function(*a, **k, measure=here))
+    return steps
 
 
 def check_row(row, dense=True):
@@ -69,7 +63,7 @@ def test_a_row_of_each_activation_function(script, activation_fn, tmp_path, caps
     assert row["l0_first"] == pytest.approx(8, rel=0.15)
     assert row["l0_last"] == pytest.approx(8, rel=0.15)
     assert row["listed_share"] >= row["l0_last"] / 256 - 1e-6
-    assert record["command"].startswith("python scripts/benchmark_clt.py --layers 3 ")
+    assert record["command"].startswith("python -m benchmarks.steps --layers 3 ")
     assert record["versions"]["torch"] and record["device"]
     output = capsys.readouterr().out
     for title in ("dense step (ms)", "ratio dense / ours", "share of the limit (%)", "encode (ms)", "optimizer (ms)"):
@@ -166,7 +160,7 @@ def test_a_text_that_is_too_short(tiny_gpt2, small_text_file, tmp_path):
 @pytest.mark.slow
 def test_the_script_measures_in_processes_of_their_own(tmp_path):
     figures = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPT, *FLAGS.split(), "--json", figures]
+    command = [sys.executable, "-m", "benchmarks.steps", *FLAGS.split(), "--json", figures]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(figures.read_text())["rows"]

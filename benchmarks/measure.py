@@ -1,7 +1,7 @@
 """
 One measurement in one process: a training step of one side, the rates of the machine, a harvest, or a run end to end.
 
-`python -m hf_clt.benchmark.measure JOB RESULT` reads the job from a JSON file and writes the result to another: each
+`python -m benchmarks.measure JOB RESULT` reads the job from a JSON file and writes the result to another: each
 side gets a process of its own, so that neither finds the other's memory, nor do both have to fit at once.
 """
 
@@ -18,18 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..configuration_clt import TOPK_FAMILY
-from ..device import chosen_device
-from ..harvest.harvester import Harvester, load_language_model
-from ..harvest.normalization import set_firing_rate
-from ..harvest.tokens import TokenStream, load_text_dataset
-from ..modeling_clt import CrossLayerTranscoder
-from ..training.arguments import CLTTrainingArguments
-from ..training.setup import make_optimizer, prepare_cpu
-from ..training.trainer import CLTTrainer
+from hf_clt.configuration_clt import TOPK_FAMILY
+from hf_clt.device import chosen_device
+from hf_clt.estimate import flops_per_token
+from hf_clt.harvest.harvester import Harvester, load_language_model
+from hf_clt.harvest.normalization import set_firing_rate
+from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.modeling_clt import CrossLayerTranscoder
+from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.setup import make_optimizer, prepare_cpu
+from hf_clt.training.trainer import CLTTrainer
+
 from .cases import Case
 from .dense_reference import dense_losses
-from .estimate import flops_per_token
 from .machine import (
     best_seconds,
     device_name,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_clt.benchmark.cases import PRESETS, Case, grown_cases, preset_cases
+from benchmarks.cases import PRESETS, Case, grown_cases, preset_cases
 
 
 SMALL = {"num_layers": 8, "d_model": 4, "num_features": 512, "tokens": 64, "l0": 4}

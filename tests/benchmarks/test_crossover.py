@@ -1,12 +1,10 @@
 """The crossover measurement times the two ways that it says."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-from hf_clt.benchmark import crossover
+from benchmarks import crossover, measure_crossover
 from hf_clt.kernels import rows
 
 
@@ -28,19 +26,10 @@ def test_each_density_is_timed_both_ways(monkeypatch):
     assert rows.DENSE_ABOVE == 0.15  # as it was
 
 
-@pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parents[2] / "scripts" / "measure_crossover.py"
-    spec = importlib.util.spec_from_file_location("measure_crossover", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_prints_and_writes_the_table(script, tmp_path, capsys):
+def test_the_script_prints_and_writes_the_table(tmp_path, capsys):
     figures = tmp_path / "crossover.json"
     flags = ["--tokens", "16", "--num-features", "200", "--targets", "2", "--d-model", "8", "--json"]
-    assert script.main([*flags, str(figures)]) == 0
+    assert measure_crossover.main([*flags, str(figures)]) == 0
     record = json.loads(figures.read_text())
     assert record["shape"] == {"N": 16, "F": 200, "J": 2, "D": 8}
     assert len(record["rows"]) == len(crossover.DENSITIES)
@@ -55,7 +44,7 @@ def test_the_script_prints_and_writes_the_table(script, tmp_path, capsys):
         (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder; make it first"),
     ],
 )
-def test_wrong_options_give_one_line(script, flags, message, capsys):
-    assert script.main(flags) == 2
+def test_wrong_options_give_one_line(flags, message, capsys):
+    assert measure_crossover.main(flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

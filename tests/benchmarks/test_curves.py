@@ -1,18 +1,16 @@
 """Fast training is dense training: the same curve and the same weights in float64; and the comparison end to end."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import compare_training
+from benchmarks.curves import VARIANTS, compare, evaluate, make_clt, reverse, train
 from hf_clt import CLTConfig, CLTTrainingArguments
-from hf_clt.benchmark.curves import VARIANTS, compare, evaluate, make_clt, reverse, train
 from hf_clt.kernels import encode
 
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_training.py"
 STEPS = 30
 ACTIVATION_FUNCTIONS = ("relu", "jumprelu", "topk", "batchtopk")
 
@@ -108,27 +106,19 @@ def test_the_first_rate_is_the_trainers():
     torch.testing.assert_close((acts > 0).float().mean(dim=0), torch.full((3, 512), 0.02), rtol=0.05, atol=0)
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("compare_training", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def flags(model, dataset, *more):
     small = "--num-features 64 --k 4 --batch-size 32 --steps 6 --context-size 16 --store-batch-size-prompts 4"
     return ["--model", model, "--dataset", dataset, *small.split(), "--eval-tokens", "100", *more]
 
 
 @pytest.mark.parametrize("activation_fn", ["batchtopk", "jumprelu"])
-def test_a_comparison_on_a_language_model(script, tiny_gpt2, text_file, tmp_path, activation_fn, capsys, monkeypatch):
+def test_a_comparison_on_a_language_model(tiny_gpt2, text_file, tmp_path, activation_fn, capsys, monkeypatch):
     monkeypatch.setattr(encode, "multiplies_bfloat16", lambda: True)  # elsewhere autocast computes in float32
     figures, plot = tmp_path / "curves.json", tmp_path / "curves.png"
     more = ["--activation-fn", activation_fn, "--buffer-dtype", "bfloat16", "--variants", "ours", "autocast", "dense"]
-    assert script.main(flags(tiny_gpt2, text_file, *more, "--json", str(figures), "--plot", str(plot))) == 0
+    assert compare_training.main(flags(tiny_gpt2, text_file, *more, "--json", str(figures), "--plot", str(plot))) == 0
     record = json.loads(figures.read_text())
-    assert record["command"].startswith("python scripts/compare_training.py --model ")
+    assert record["command"].startswith("python -m benchmarks.compare_training --model ")
     assert record["settings"]["num_layers"] == 2
     assert record["settings"]["activation_fn"] == activation_fn
     variants = record["variants"]
@@ -160,8 +150,8 @@ def test_a_comparison_on_a_language_model(script, tiny_gpt2, text_file, tmp_path
         (["--json", "no/such/curves.json"], "there is no folder no/such; make it first"),
     ],
 )
-def test_wrong_options_give_one_line(script, tiny_gpt2, text_file, more, message, capsys):
-    assert script.main(flags(tiny_gpt2, text_file, *more)) == 2
+def test_wrong_options_give_one_line(tiny_gpt2, text_file, more, message, capsys):
+    assert compare_training.main(flags(tiny_gpt2, text_file, *more)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -175,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_comparison():
 
 
 def test_batches_are_harvested_once(monkeypatch, tiny_gpt2, text_file):
-    from hf_clt.benchmark import curves
+    from benchmarks import curves
     from hf_clt.training.command_line import build_config
 
     args = CLTTrainingArguments(

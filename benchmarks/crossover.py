@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 import torch
 
-from ..kernels import rows as rows_module
-from ..kernels.decode import add_decoded
-from ..sparsity import LayerFeatures
+from hf_clt.kernels import rows as rows_module
+from hf_clt.kernels.decode import add_decoded
+from hf_clt.sparsity import LayerFeatures
+
 from .machine import synchronize
 
 

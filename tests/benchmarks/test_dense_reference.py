@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.dense_reference import dense_losses
 from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.benchmark.dense_reference import dense_losses
 
 
 VARIANTS = {
