@@ -162,6 +162,9 @@ def write_release(folder: Path, config: CLTConfig, layers) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if foreign := foreign_files(folder):
         raise ValueError(f"{foreign[0]} is there and is no file of a CLT; give another folder than {folder}")
+    index_file = folder / INDEX_FILE
+    if not read_digests(folder):  # of an older version, beside whose files the new ones would not be told apart
+        index_file.unlink(missing_ok=True)
     weight_map, digests, total_size, total_parameters = {}, {}, 0, 0
     for layer, tensors in enumerate(layers):
         for file, names in layer_files(config, layer).items():
@@ -184,7 +187,7 @@ def write_release(folder: Path, config: CLTConfig, layers) -> None:
     write_text(folder / CIRCUIT_TRACER_FILE, yaml.safe_dump(circuit_tracer, sort_keys=False))
     write_text(folder / "config.json", config.to_json_string())
     metadata = {"total_size": total_size, "total_parameters": total_parameters, "digests": digests}
-    write_text(folder / INDEX_FILE, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+    write_text(index_file, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
 
 
 def remove_weights(folder: Path, first_layer: int = 0) -> None:
@@ -287,20 +290,28 @@ def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str
 def read_digests(folder: Path) -> dict[str, str]:
     """The digests of the weight files as the index has them; none where other programs, or older ones, wrote it."""
     path = folder / INDEX_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("digests", {}) if path.is_file() else {}
+    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return index.get("metadata", {}).get("digests", {})
 
 
-def check_digest(folder: Path, file: str, expected: str | None) -> None:
+def check_digests(folder: Path, files: list[str]) -> None:
     """
-    Raises ValueError if a weight file says that it is of another release than the index, as when writing one over the
-    other was cut off. What is in the file is not read.
+    Raises ValueError if weight files are of two releases, as when writing one over another was cut off: one has a
+    digest that is not that of the index, or, beside a `config.json` without an index, some have digests and others, of
+    an older version, not. What is in the files is not read.
     """
-    with safe_open(folder / file, "pt") as tensors:
-        found = (tensors.metadata() or {}).get("digest")
-    if None not in (expected, found) and found != expected:
+    expected, found = read_digests(folder), {}
+    for file in files:
+        with safe_open(folder / file, "pt") as tensors:
+            found[file] = (tensors.metadata() or {}).get("digest")
+    bad = [file for file, digest in found.items() if digest not in (None, expected.get(file, digest))]
+    is_cut_off = (folder / "config.json").is_file() and not (folder / INDEX_FILE).is_file()
+    if not bad and is_cut_off and any(found.values()):
+        bad = [file for file, digest in found.items() if digest is None]
+    if bad:
         raise ValueError(
-            f"{file} in {folder} is of another CLT than {INDEX_FILE}: writing one over the other was cut off; save or "
-            "download it again (a training run: --resume-from-checkpoint latest)"
+            f"{bad[0]} in {folder} is of another CLT than {INDEX_FILE} or the other files: writing one over the other "
+            "was cut off; save or download it again (a training run: --resume-from-checkpoint latest)"
         )
 
 
@@ -331,12 +342,10 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iter
             not tied as the configuration says, or files of two releases.
     """
     checked = range(config.num_layers) if layers is None else layers
-    digests = read_digests(folder)
     for layer in checked:
         shapes = expected_shapes(config, layer)
         for file, names in layer_files(config, layer).items():
             header = read_header(folder, file)
-            check_digest(folder, file, digests.get(file))
             for name in names:
                 if name not in header:
                     raise ValueError(
@@ -349,6 +358,7 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iter
                         f"num_features={config.num_features}, d_model={config.d_model}, decoder_reach="
                         f"{config.decoder_reach} need {shapes[name]}; correct the config or the file"
                     )
+    check_digests(folder, [file for layer in checked for file in layer_files(config, layer)])
     if config.activation_fn in ("jumprelu", "batchtopk"):
         for layer in checked:
             theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}", rows)

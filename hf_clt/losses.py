@@ -101,7 +101,9 @@ def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None
         features, per_token = None, min(aux_k, num_features)
         columns = h.masked_fill(~dead, -torch.inf)
     entries = entries_at(columns, positions_topk(columns, per_token))
-    indices = entries.indices if features is None else features[entries.indices]
+    indices = entries.indices
+    if features is not None:  # a column that was added can be chosen where h is -inf itself, in a run that diverges
+        indices = features[indices.clamp(max=max(0, len(features) - 1))]
     found = LayerFeatures(entries.values, indices, entries.offsets, num_features)
     if shard is None:
         return found

@@ -620,6 +620,7 @@ class CrossLayerTranscoder(PreTrainedModel):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected (num_layers, d_model) = {shape}")
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds values that are not finite; estimate it again from finite activations")
+            value = given[name] = value.detach().to(self.device)
             if name.startswith("std"):
                 size = given[name.replace("std", "mean")].abs().clamp_min(1)
                 value = torch.where(value > MIN_STD * size, value, torch.nan)
@@ -636,7 +637,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             self._fold_weights(dict(zip(STATISTICS, files.unfold_statistics(*statistics), strict=True)))
         dtype = promoted(self.dtype)
         for name, value in given.items():
-            setattr(self, name, value.detach().to(self.device, dtype).clone())
+            setattr(self, name, value.to(dtype, copy=True))
 
     @torch.no_grad()
     def fold_normalization(self) -> None:

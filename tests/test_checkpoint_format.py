@@ -824,6 +824,38 @@ def test_what_is_left_of_a_save_over_another_is_the_old_clt_the_new_one_or_refus
                 assert_same((wanted,), (loaded.state_dict(),))
 
 
+@pytest.mark.parametrize("written", [1, 2 * L - 1])
+def test_a_save_over_a_release_of_an_older_version_that_was_cut_off_is_refused(tmp_path, monkeypatch, written):
+    trained(activation_fn="relu").save_pretrained(tmp_path)
+    for path in tmp_path.glob("W_*"):
+        change_tensors(path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    del index["metadata"]["digests"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    CrossLayerTranscoder.from_pretrained(tmp_path)
+    write, left = checkpoint_format.write_tensors, [None] * written
+
+    def cut_off(*arguments, **keywords):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        write(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint_format, "write_tensors", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        trained(activation_fn="relu").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the other files: writing one over the other was cut off"):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+
+
+def test_weights_without_their_index_load(saved, tmp_path):
+    """As circuit-tracer downloads them."""
+    clt, folder = saved(activation_fn="relu")
+    for name in ("model.safetensors.index.json", "config.json"):
+        (folder / name).unlink()
+    assert_same((clt.state_dict(),), (CrossLayerTranscoder.from_pretrained(folder).state_dict(),))
+
+
 def test_files_without_digests_load(saved):
     """As older versions and other programs write them."""
     clt, folder = saved(activation_fn="topk")

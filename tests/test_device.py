@@ -131,9 +131,12 @@ def test_what_was_said_is_not_left_to_the_device(gpus, memory):
     wide = settled(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
     assert wide.tokens_in_buffer >= 2 * wide.batch_size
     # A run that goes on has what it had, on another device too, unless something else is said.
-    before = settled(CLTTrainingArguments(), config, gpu).to_dict()
+    before = {
+        "args": settled(CLTTrainingArguments(), config, gpu).to_dict(),
+        "activations": {"dtype": "torch.bfloat16"},
+    }
     assert values(settled(as_before(CLTTrainingArguments(), before), config, torch.device("cpu"))) == (
-        "auto",
+        "bfloat16",
         "bf16",
         256,
         4,

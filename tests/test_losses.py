@@ -104,6 +104,12 @@ def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
     assert torch.equal(stored_by_feature.to_dense(), dense)
 
 
+def test_pre_activations_of_a_run_that_diverges_are_no_other_error():
+    h = torch.full((128, 9), -torch.inf, dtype=torch.float64).T
+    dead = torch.arange(128) < 20
+    assert (largest_dead(h, dead, 16).indices < 20).all()
+
+
 def test_no_feature_is_revived_where_none_is_dead():
     nothing = torch.zeros(0, dtype=torch.int64)
     assert largest_dead(randn(3, 4), torch.zeros(4, dtype=torch.bool), 2).offsets.tolist() == [0, 0, 0, 0]

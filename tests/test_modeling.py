@@ -858,3 +858,11 @@ def test_a_step_in_bfloat16_with_features_that_always_fire(activation, dead):
         for part, exact in zip(rows, [grad, grad[hot]], strict=False):
             error = (part.double() - exact).norm() / exact.norm().clamp_min(1e-12)
             assert error < 1e-2, (name, float(error))
+
+
+def test_statistics_of_a_host_go_into_a_clt_on_a_device():
+    """They are estimated there and given on the CPU; on the meta device, as on a GPU, the two do not mix."""
+    with torch.device("meta"):
+        clt = CrossLayerTranscoder(CLTConfig(num_layers=2, d_model=3, num_features=4, activation_fn="relu"))
+    clt.set_normalization(**{name: torch.ones(2, 3) for name in STATISTICS}, reparametrize=True)
+    assert all(tensor.device.type == "meta" for tensor in clt.state_dict().values()) and clt.mean_in is not None

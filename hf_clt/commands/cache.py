@@ -11,6 +11,7 @@ the same command goes on where the last shard ended.
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
@@ -53,6 +54,7 @@ def run(argv: list[str] | None) -> int:
     from ..harvest.harvester import Harvester, check_context_size, load_language_model
     from ..harvest.sites import default_hooks
     from ..harvest.tokens import open_text
+    from ..training.processes import connect_hosts, wait_for_all
     from ..training.setup import check_num_processes, lock_folder, take_device
 
     if options.verify:
@@ -68,6 +70,7 @@ def run(argv: list[str] | None) -> int:
             raise ValueError(f"{name}={getattr(options, name)} is below 1; give a positive number")
     state = PartialState(cpu=take_device(options.device).type == "cpu")
     check_num_processes(state.num_processes)
+    connect_hosts(state)
     options.model_dtype = options.model_dtype or usual_model_dtype(state.device)
     model, tokenizer = load_language_model(
         options.model,
@@ -105,7 +108,7 @@ def run(argv: list[str] | None) -> int:
             shard_bytes=options.shard_megabytes * 10**6,
             rank=rank,
             world_size=world_size,
-            wait=state.wait_for_everyone,
+            wait=partial(wait_for_all, state),
             progress=state.is_local_main_process and not options.disable_progress_bar,
         )
     finally:

@@ -10,7 +10,7 @@ from ..training.arguments import CLTTrainingArguments
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-MODEL_DTYPE = "number format (default: on a GPU bfloat16, on a CPU that of its files)"
+MODEL_DTYPE = "number format (default: on a GPU auto, on a CPU that of its files)"
 
 
 def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192) -> None:

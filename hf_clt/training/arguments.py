@@ -212,9 +212,9 @@ class CLTTrainingArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = _arg(
         "optimisation",
         None,
-        "Precision of the CLT's matrix products where its weights are float32; what is selected by them is computed "
-        "again in float32. On a CPU without bfloat16 instructions they stay float32, which is faster there. None: "
-        "bf16 on a GPU that has it, with TF32 for the float32 products that remain; no on a CPU.",
+        "Precision of the CLT's matrix products where its weights are float32; the pre-activations that they select "
+        "are computed again in float32. On a CPU without bfloat16 instructions they stay float32, which is faster "
+        "there. None: bf16 on a GPU that has it, with TF32 for the float32 products that remain; no on a CPU.",
     )
     sparsity_schedule: Literal["linear", "constant"] = _arg(
         "optimisation",

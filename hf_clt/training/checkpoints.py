@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from ..files import as_json
 from ..harvest.dealing import deal_buffers
 from ..sharding import FeatureShard, rows_of
-from .optimizers import state_entries
+from .optimizers import WideAdam, state_entries
 from .processes import OtherProcessFailed, together, wait_for_all
 
 
@@ -106,9 +106,9 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path:
     return folder
 
 
-def saved_arguments(checkpoint: Path) -> dict:
-    """The arguments of the run that wrote a checkpoint."""
-    return _read(checkpoint / "state.json").get("args", {})
+def read_state(checkpoint: Path) -> dict:
+    """`state.json` of a checkpoint; raises ValueError if it is missing or damaged."""
+    return _read(checkpoint / "state.json")
 
 
 def remove_checkpoints_after(output_dir: Path, step: int) -> None:
@@ -370,7 +370,9 @@ def load_optimizer_tensors(model, optimizer: torch.optim.Optimizer, tensors: dic
         )
     for key, value in tensors.items():
         name, _, entry = key.rpartition(":")
-        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device).clone()
+        if isinstance(optimizer, WideAdam):  # older versions kept moments in the weights' format
+            value = value.float() if value.element_size() < 4 else value
+        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device, copy=True)
 
 
 def _read(path: Path) -> dict:
@@ -440,6 +442,6 @@ __all__ = [
     "remove_checkpoint",
     "remove_checkpoints_after",
     "remove_leftovers",
+    "read_state",
     "save_checkpoint",
-    "saved_arguments",
 ]

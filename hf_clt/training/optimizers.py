@@ -26,7 +26,9 @@ GPU_BLOCK = 2**24
 HALF_MAX = torch.finfo(torch.float16).max
 
 
-class _KeepsFormats(torch.optim.Optimizer):
+class _OneByOne(torch.optim.Optimizer):
+    """Updates one parameter after another (`_update`), and keeps the number formats of its state on loading."""
+
     def load_state_dict(self, state_dict: dict) -> None:
         # torch's own converts every state to the parameter's number format, and accelerate loads each optimizer once
         # to place it: u would become float32, and lose bits under a bfloat16 parameter.
@@ -36,13 +38,6 @@ class _KeepsFormats(torch.optim.Optimizer):
                 if index in state_dict["state"]:
                     entries = state_dict["state"][index].items()
                     self.state[parameter] = {name: value.to(parameter.device) for name, value in entries}
-
-
-class WideAdam(_KeepsFormats, torch.optim.AdamW):
-    """
-    AdamW for weights of fewer bits than float32, with both moments in float32: in bfloat16 the second one would never
-    fall, since 0.999 v rounds back to v. A step is computed in float32 and rounded once, to the nearest weight.
-    """
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -56,6 +51,13 @@ class WideAdam(_KeepsFormats, torch.optim.AdamW):
                 if parameter.grad is not None:
                     self._update(parameter, group)
         return loss
+
+
+class WideAdam(_OneByOne, torch.optim.AdamW):
+    """
+    AdamW for weights of fewer bits than float32, with both moments in float32: in bfloat16 the second one would never
+    fall, since 0.999 v rounds back to v. A step is computed in float32 and rounded once, to the nearest weight.
+    """
 
     def _update(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
@@ -79,7 +81,7 @@ class WideAdam(_KeepsFormats, torch.optim.AdamW):
         state["step"] += 1
 
 
-class CompactAdam(_KeepsFormats):
+class CompactAdam(_OneByOne):
     """
     Adam with one second moment per feature and a first moment in 2 bytes per parameter.
 
@@ -129,19 +131,6 @@ class CompactAdam(_KeepsFormats):
         group = self.param_groups[-1]
         for parameter in group["params"]:
             _check_range(parameter, *group["betas"])
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of every parameter that has a gradient; `closure`, if given, computes the loss to return."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
 
     def _update(self, parameter: Tensor, group: dict) -> None:
         beta1, beta2 = group["betas"]

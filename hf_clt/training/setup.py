@@ -20,7 +20,14 @@ from ..hub.card_files import draw_plots
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CPU_DEFAULTS, CLTTrainingArguments
-from .checkpoints import foreign_checkpoints, list_checkpoints, remove_checkpoint, remove_leftovers
+from .checkpoints import (
+    find_checkpoint,
+    foreign_checkpoints,
+    list_checkpoints,
+    read_state,
+    remove_checkpoint,
+    remove_leftovers,
+)
 from .optimizers import CompactAdam, WideAdam
 from .processes import connect_hosts
 from .trackers import foreign_tracked, remove_tracked
@@ -73,8 +80,15 @@ def take_device(name: str | None) -> torch.device:
     return device
 
 
-def as_before(args: CLTTrainingArguments, before: dict) -> CLTTrainingArguments:
-    """The arguments of a run that goes on: what is left to the device has the values `before`, on whatever device."""
+def as_before(args: CLTTrainingArguments, state: dict) -> CLTTrainingArguments:
+    """
+    The arguments of a run that goes on: what is left to the device is as it was when the checkpoint was written, whose
+    `state.json` is given, on whatever device.
+    """
+    before = state.get("args", {})
+    if before.get("activation_cache") is None:
+        dtype = (state.get("activations") or {}).get("dtype")  # as it came out of None or auto
+        before = {**before, "model_dtype": dtype and dtype.removeprefix("torch.")}
     found = {name: before.get(name) for name in (*CPU_DEFAULTS, "model_dtype") if getattr(args, name) is None}
     return replace(args, **found)
 
@@ -212,6 +226,9 @@ def check_shard(config: CLTConfig, size: int, model: CrossLayerTranscoder | None
 def load_initial_clt(args: CLTTrainingArguments, config_kwargs: dict) -> CrossLayerTranscoder:
     """The CLT of `--init-from`; where several processes share its features, the slice of this one."""
     shard = None
+    if args.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
+        args = as_before(args, read_state(checkpoint))
     if args.feature_parallel_size > 1:
         shard = make_layout(make_accelerator(args), args.feature_parallel_size).shard
     device = take_device(args.device)

@@ -46,10 +46,10 @@ from .checkpoints import (
     load_optimizer_tensors,
     newest_usable,
     optimizer_tensors,
+    read_state,
     remove_checkpoints_after,
     remove_leftovers,
     save_checkpoint,
-    saved_arguments,
 )
 from .energy import EnergyMeter
 from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
@@ -131,7 +131,7 @@ class CLTTrainer:
         self.resume_from = None
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
-            args = as_before(args, saved_arguments(self.resume_from))
+            args = as_before(args, read_state(self.resume_from))
         self.accelerator = make_accelerator(args)
         self.args = args = settled(args, self.config, self.accelerator.device)
         self.layout = make_layout(self.accelerator, args.feature_parallel_size)
@@ -146,8 +146,8 @@ class CLTTrainer:
                 )
         elif self._progress:
             tqdm.write(
-                f"on a GPU: mixed_precision={args.mixed_precision} (with TF32, unless it is no; weights and sums in "
-                f"float32), model_dtype={args.model_dtype}, store_batch_size_prompts={args.store_batch_size_prompts}, "
+                f"on a GPU: mixed_precision={args.mixed_precision} for products (and TF32, unless it is no), "
+                f"model_dtype={args.model_dtype}, store_batch_size_prompts={args.store_batch_size_prompts}, "
                 f"n_batches_in_buffer={args.n_batches_in_buffer}"
             )
         # Going on from another run's checkpoint is not going on with the run in output_dir.
@@ -417,7 +417,7 @@ class CLTTrainer:
             self.model.threshold_decay = min(THRESHOLD_DECAY, 1 - 1 / (batches_since + micro_step + 1))
             is_full = self._num_agreed > 0
             with self._checkpoint_on_failure(optimizer, before):
-                batch = self._next_batch(batches, may_stop=micro_step == 0)
+                batch = self._next_batch(batches, micro_step)
             batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
             self._tokens_since_log += len(batch["inputs"])
             batch = gather_tokens(self.shard, batch, equally_many=is_full)
@@ -443,17 +443,18 @@ class CLTTrainer:
         self._updates_since_log += 1
         return batch, output, scale
 
-    def _next_batch(self, batches, may_stop: bool) -> dict:
+    def _next_batch(self, batches, micro_step: int) -> dict:
         """
         The next batch of this process. Reading can fail in one process, and then fails in all, for which they have to
         ask each other; so they agree on a number of batches that all of them have ready, ASK_SECONDS of them at most.
+        The next question then begins an update, where a run may stop.
         """
         if self._num_agreed > 0:
             self._num_agreed -= 1
             return next(batches)
 
         def read() -> dict:
-            if self._interrupted and may_stop:
+            if self._interrupted and micro_step == 0:
                 raise StopRequested
             return next(batches)
 
@@ -462,7 +463,11 @@ class CLTTrainer:
             now = time.perf_counter()
             per_batch = (now - self._asked_at) / (self._num_before + 1)
             in_time = int(ASK_SECONDS / max(per_batch, 1e-6))
-            self._num_agreed = self._num_before = least(self.accelerator, min(self.buffer.num_ready, in_time))
+            steps = self.args.gradient_accumulation_steps
+            number, rest = least(self.accelerator, min(self.buffer.num_ready, in_time)), steps - 1 - micro_step
+            if number >= rest:
+                number -= (number - rest) % steps
+            self._num_agreed = self._num_before = number
             self._asked_at = now
         return batch
 
@@ -790,6 +795,8 @@ class CLTTrainer:
                 f"was trained on, of {state['args'].get(what)!r}; resume with these, or begin a run with init_from"
             )
         changed = self.args.changed_since(state["args"])
+        if isinstance(before, dict) and before["dtype"] == self._fingerprint["dtype"]:
+            changed.pop("model_dtype", None)  # said in another way, or by the device
         for name in FIXED:
             if name in changed:
                 raise ValueError(

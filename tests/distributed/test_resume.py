@@ -83,6 +83,11 @@ def launched(make, one, from_cache):
         "on two": (arguments("on two", resume_from_checkpoint=checkpoint), CONFIG, nothing),
         "broken": (arguments("broken", gradient_accumulation_steps=2), CONFIG, [{}, {"break_at": 2}]),
         "seldom": (arguments("seldom"), CONFIG, [{"ask_seconds": 100.0}, {"ask_seconds": 100.0, "stop_at": 5}]),
+        "several": (
+            arguments("several", gradient_accumulation_steps=2, training_steps=40, batch_size=20),
+            CONFIG,
+            [{"ask_seconds": 100.0}, {"ask_seconds": 100.0, "stop_at": 3}],
+        ),
         "seldom broken": (
             arguments("seldom broken"),
             CONFIG,
@@ -197,6 +202,8 @@ def test_they_ask_each_other_only_where_one_may_have_to_read(make, launched, all
         trained = tokens_of(launched[name])
         assert trained.total() == one["step"] * 2 * 50 and not trained - all_tokens(2)
         assert [path.name for path in (folder / name).glob("checkpoint-*")] == [f"checkpoint-{one['step']}"]
+    assert [process["error"][0] for process in launched["several"]] == ["StopRequested"] * 2
+    assert 3 <= launched["several"][0]["step"] == launched["several"][1]["step"] <= 9  # five updates are ready at most
     assert 5 <= launched["seldom"][0]["step"] <= 8  # the buffer has three batches ready at most
 
 

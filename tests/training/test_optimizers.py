@@ -417,3 +417,13 @@ def test_adam_in_bfloat16_is_saved_and_restored_bit_for_bit(tmp_path, fresh_acce
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
     before, after = optimizer_tensors(model, optimizer), optimizer_tensors(other, resumed)
     assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_moments_that_an_older_version_kept_in_bfloat16_are_widened():
+    model = make_model(torch.bfloat16)
+    old = torch.optim.Adam(model.parameters(), fused=True)
+    make_steps(model, old, range(2))
+    optimizer = make_optimizer(model, CLTTrainingArguments())
+    load_optimizer_tensors(model, optimizer, optimizer_tensors(model, old))
+    make_steps(model, optimizer, (2,))
+    assert {state["exp_avg_sq"].dtype for state in optimizer.state.values()} == {torch.float32}
