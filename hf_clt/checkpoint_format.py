@@ -33,72 +33,12 @@ from .configuration_clt import CLTConfig
 from .files import replacing, write_text
 
 
-STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
 INDEX_FILE = "model.safetensors.index.json"
 CIRCUIT_TRACER_FILE = "config.yaml"
 SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE)
 WEIGHT_FILE = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
 READ_PIECE = 1 << 17  # bytes; the kernel reads no more than its read-ahead window (128 KiB or larger) for one advice
-
-
-# -- fold: normalisation statistics into weights ----------------------------------------------------------------------
-
-
-def fold_encoder(weight: Tensor, bias: Tensor, mean_in: Tensor, std_in: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    W_enc' = W_enc / std_in and b_enc' = b_enc - W_enc' mean_in, for W_enc (F, D), b_enc (F,), statistics (D,).
-
-    Like the others here it computes in float32 or better and gives the weights' own dtype. b_enc' follows from W_enc'
-    as it was rounded, so that W_enc' (x - mean_in) is as exact as its summands, however large the mean is.
-    """
-    folded = _scaled(weight, 1 / std_in)
-    return folded, (bias.double() - folded.double() @ mean_in.double()).to(bias.dtype)
-
-
-def fold_decoder(weight: Tensor, std_out: Tensor) -> Tensor:
-    """W_dec'[:, j] = W_dec[:, j] · std_out[j], for W_dec (F, J, D) and the targets' std_out (J, D)."""
-    return _scaled(weight, std_out)
-
-
-def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) * scale.to(wide)).to(weight.dtype)
-
-
-def fold_output(
-    bias: Tensor, skip: Tensor | None, mean_in: Tensor, std_in: Tensor, mean_out: Tensor, std_out: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """
-    W_skip' = diag(1/std_in) W_skip diag(std_out) and b_dec' = b_dec · std_out + mean_out - mean_in W_skip',
-    for b_dec (D,), W_skip (D, D) or None, statistics (D,).
-    """
-    folded = bias.double() * std_out + mean_out
-    if skip is not None:
-        skip = _scaled(skip, std_out / std_in[:, None])
-        folded = folded - mean_in.double() @ skip.double()
-    return folded.to(bias.dtype), skip
-
-
-def fold_layer(tensors: dict[str, Tensor], statistics: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
-    """The tensors of one layer, named as on disk, with the statistics (L, D) folded in; W_dec and W_skip if given."""
-    mean_in, std_in, mean_out, std_out = (statistics[name][layer] for name in STATISTICS)
-    folded = {}
-    folded["W_enc"], folded["b_enc"] = fold_encoder(tensors["W_enc"], tensors["b_enc"], mean_in, std_in)
-    folded["b_dec"], skip = fold_output(tensors["b_dec"], tensors.get("W_skip"), mean_in, std_in, mean_out, std_out)
-    if skip is not None:
-        folded["W_skip"] = skip
-    if "W_dec" in tensors:
-        num_targets = tensors["W_dec"].shape[1]
-        folded["W_dec"] = fold_decoder(tensors["W_dec"], statistics["std_out"][layer : layer + num_targets])
-    return folded
-
-
-def unfold_statistics(
-    mean_in: Tensor, std_in: Tensor, mean_out: Tensor, std_out: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The statistics whose fold undoes the fold of the given ones: (x - m)/s inverts as (x + m/s)/(1/s)."""
-    return -mean_in / std_in, 1 / std_in, -mean_out / std_out, 1 / std_out
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -603,17 +543,12 @@ __all__ = [
     "check_mapped",
     "foreign_files",
     "config_from_weights",
-    "fold_decoder",
-    "fold_encoder",
-    "fold_layer",
-    "fold_output",
     "lazy_dtype",
     "read_ahead",
     "read_config",
     "read_slice",
     "register_weight_names",
     "remove_release",
-    "unfold_statistics",
     "write_release",
     "write_tensors",
 ]

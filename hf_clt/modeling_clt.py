@@ -11,7 +11,6 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 import copy
 import logging
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,11 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from . import checkpoint_format as files
-from .checkpoint_format import STATISTICS
+from . import folding
 from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from .device import values_at_hand
 from .download import HUB_ARGUMENTS, find_folder
+from .folding import STATISTICS, at_least_float32
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
 from .losses import dead_above, largest_dead, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
@@ -50,7 +50,6 @@ from .sparsity import (
 logger = logging.getLogger(__name__)
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
-MIN_STD = 1e-6  # a dimension with a smaller standard deviation, also of its mean, does not vary: it is rounding
 
 
 @dataclass
@@ -126,7 +125,9 @@ class Encoder(nn.Module):
         return encode_dense(*self._wide(x))
 
     def _wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = promoted(self.weight.dtype)  # less than float32 only in mapped files, and after `clt.to(dtype)`
+        dtype = at_least_float32(
+            self.weight.dtype
+        )  # less than float32 only in mapped files, and after `clt.to(dtype)`
         return x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
 
 
@@ -193,7 +194,7 @@ class Skip(nn.Module):
         self.weight = nn.Parameter(wide_empty(d_model, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = promoted(self.weight.dtype)
+        dtype = at_least_float32(self.weight.dtype)
         return x.to(dtype) @ self.weight.to(dtype)
 
 
@@ -384,7 +385,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     def _normalized_targets(self, labels: Tensor) -> Tensor:
         """ỹ_t = (y_t - mean_out[t]) / std_out[t], flattened to (N, L, D)."""
         y = labels.reshape(-1, *labels.shape[-2:])
-        y = y.to(promoted(y.dtype))
+        y = y.to(at_least_float32(y.dtype))
         return y if self.mean_out is None else (y - self.mean_out) / self.std_out
 
     def _denormalize(self, normalized: Tensor, batch_shape: torch.Size) -> Tensor:
@@ -549,7 +550,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         """
         bias = torch.stack([decoder.bias for decoder in self.decoders])
         num_tokens = features[0].num_tokens if x is None else len(x)
-        start = bias.to(promoted(bias.dtype)).expand(num_tokens, -1, -1)
+        start = bias.to(at_least_float32(bias.dtype)).expand(num_tokens, -1, -1)
         if self.config.skip_connection:
             start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
         if features[0].num_tokens > num_tokens:  # of dead features, which explain what the others leave
@@ -599,10 +600,8 @@ class CrossLayerTranscoder(PreTrainedModel):
         Sets the statistics with which inputs and targets are normalised inside the model.
 
         Args:
-            mean_in, std_in, mean_out, std_out (`Tensor` of shape `(L, D)`): Per layer and dimension, raw units.
-                A dimension that does not vary, whose standard deviation is rounding (at most 1e-6, or 1e-6 of its
-                mean), is scaled as the median dimension of its layer is (by 1 where none varies): folded into the
-                weights, a scale of its own would only multiply rounding.
+            mean_in, std_in, mean_out, std_out (`Tensor` of shape `(L, D)`): Per layer and dimension, raw units;
+                dimensions that do not vary are scaled as the others of their layer, see [`check_statistics`].
             reparametrize (`bool`): Changes the weights so that the function from raw inputs to raw reconstructions
                 stays what it is; for going on with a published CLT. Otherwise the same weights act on normalised
                 values from now on.
@@ -614,32 +613,20 @@ class CrossLayerTranscoder(PreTrainedModel):
         if self.lazy:
             raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to normalise it")
         given = dict(zip(STATISTICS, (mean_in, std_in, mean_out, std_out), strict=True))
-        shape = (self.config.num_layers, self.config.d_model)
-        for name, value in given.items():
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected (num_layers, d_model) = {shape}")
-            if not value.isfinite().all():
-                raise ValueError(f"{name} holds values that are not finite; estimate it again from finite activations")
-            value = given[name] = value.detach().to(self.device)
-            if name.startswith("std"):
-                size = given[name.replace("std", "mean")].abs().clamp_min(1)
-                value = torch.where(value > MIN_STD * size, value, torch.nan)
-                usual = value.nanmedian(dim=1, keepdim=True).values.nan_to_num(1.0)
-                given[name] = torch.where(value.isnan(), usual, value)
+        given = folding.check_statistics(self, given)
         if reparametrize:
-            if any(std is not None and self._scales_untie(std) for std in (given["std_out"], self.std_out)):
-                raise ValueError(
-                    "decoder_tying='per_source' with a std_out that differs between layers cannot be reparametrized: "
-                    "load the CLT with decoder_tying='none'"
-                )
+            for std in (given["std_out"], self.std_out):
+                if std is not None and folding.scales_untie(self.config, std):
+                    raise ValueError(
+                        "decoder_tying='per_source' with a std_out that differs between layers cannot be "
+                        "reparametrized: load the CLT with decoder_tying='none'"
+                    )
             self.fold_normalization()
-            statistics = [given[name].double() for name in STATISTICS]
-            self._fold_weights(dict(zip(STATISTICS, files.unfold_statistics(*statistics), strict=True)))
-        dtype = promoted(self.dtype)
+            inverse = folding.unfold_statistics(*(given[name].double() for name in STATISTICS))
+            folding.fold_into(self, dict(zip(STATISTICS, inverse, strict=True)))
         for name, value in given.items():
-            setattr(self, name, value.to(dtype, copy=True))
+            setattr(self, name, value.to(at_least_float32(self.dtype), copy=True))
 
-    @torch.no_grad()
     def fold_normalization(self) -> None:
         """
         Folds the statistics into the weights, in place: the same function, without statistics.
@@ -648,59 +635,14 @@ class CrossLayerTranscoder(PreTrainedModel):
         output scales; its parameters are replaced (rebuild the optimizer), and `config.trained_decoder_tying`
         remembers the tie.
         """
-        if self.mean_in is None:
-            return
-        self._fold_weights({name: getattr(self, name).double() for name in STATISTICS})
-        for name in STATISTICS:
-            setattr(self, name, None)
+        if self.mean_in is not None:
+            folding.fold_into(self, folding.statistics_of(self))
+            for name in STATISTICS:
+                setattr(self, name, None)
 
-    @contextmanager
     def folded(self):
-        """
-        The CLT as its release has it, for measuring that: `fold_normalization()` while the block runs, then exactly
-        what it was. The weights wait in main memory.
-        """
-        if self.mean_in is None:
-            yield
-            return
-        statistics = [getattr(self, name) for name in STATISTICS]
-        tying = self.config.decoder_tying, self.config.trained_decoder_tying
-        modules = [*self.encoders, *self.decoders, *getattr(self, "skips", ())]
-        kept = [(m, name, p, p.detach().to("cpu", copy=True)) for m in modules for name, p in m.named_parameters()]
-        try:
-            self.fold_normalization()
-            yield
-        finally:
-            for module, name, parameter, values in kept:  # a decoder that was untied has another parameter now
-                parameter.data.copy_(values)
-                setattr(module, name, parameter)
-            for name, value in zip(STATISTICS, statistics, strict=True):
-                setattr(self, name, value)
-            self.config.decoder_tying, self.config.trained_decoder_tying = tying
-
-    def _scales_untie(self, std_out: Tensor) -> bool:
-        return self.config.decoder_tying == "per_source" and not (std_out == std_out[0]).all()
-
-    def _fold_weights(self, statistics: dict[str, Tensor]) -> None:
-        if self._scales_untie(statistics["std_out"]):
-            for s, decoder in enumerate(self.decoders):
-                untied = decoder.weight.expand(-1, self.config.num_targets(s), -1).clone()
-                decoder.weight = nn.Parameter(untied, requires_grad=decoder.weight.requires_grad)
-            self.config.decoder_tying, self.config.trained_decoder_tying = "none", "per_source"
-        for layer in range(self.config.num_layers):
-            parameters = self._narrow_layer(layer)
-            for name, folded in files.fold_layer(parameters, statistics, layer).items():
-                parameters[name].copy_(folded)
-            decoder = self.decoders[layer].weight
-            for j in range(decoder.shape[1]):  # a target at a time: a GPU may have no room for all of it once more
-                std_out = statistics["std_out"][layer + j]
-                decoder[:, j] = files.fold_decoder(decoder[:, j : j + 1], std_out[None])[:, 0]
-
-    def _narrow_layer(self, layer: int) -> dict[str, Tensor]:
-        """The parameters of one layer that are folded, named as on disk; without its decoder, nearly all of it."""
-        encoder = self.encoders[layer]
-        tensors = {"W_enc": encoder.weight, "b_enc": encoder.bias, "b_dec": self.decoders[layer].bias}
-        return {**tensors, "W_skip": self.skips[layer].weight} if self.config.skip_connection else tensors
+        """A context in which the CLT is as its release has it; see [`hf_clt.folding.folded`]."""
+        return folding.folded(self)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -715,7 +657,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             return collect_rows(self.shard, tensor.detach()) if name in PER_FEATURE else tensor.detach().cpu()
 
         config = self.config
-        tensors = {name: on_host(name, tensor) for name, tensor in self._narrow_layer(layer).items()}
+        tensors = {name: on_host(name, tensor) for name, tensor in folding.narrow_tensors(self, layer).items()}
         num_targets = config.num_targets(layer)
         if config.decoder_tying == "per_target":  # with ties written out
             decoders = [on_host("W_dec", self.decoders[layer + j].weight) for j in range(num_targets)]
@@ -723,8 +665,8 @@ class CrossLayerTranscoder(PreTrainedModel):
         else:
             tensors["W_dec"] = on_host("W_dec", self.decoders[layer].weight).expand(-1, num_targets, -1)
         if self.mean_in is not None:  # in host memory, since a GPU that is full of the CLT has no room
-            statistics = {name: getattr(self, name).double().cpu() for name in STATISTICS}
-            tensors = files.fold_layer(tensors, statistics, layer)
+            statistics = {name: value.cpu() for name, value in folding.statistics_of(self).items()}
+            tensors = folding.fold_layer(tensors, statistics, layer)
         if hasattr(self, "thresholds"):
             tensors["threshold"] = on_host("threshold", self.thresholds[layer]().expand(self.num_held).float())
         return {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
@@ -796,7 +738,7 @@ class CrossLayerTranscoder(PreTrainedModel):
 
             config = copy.deepcopy(self.config)
             vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
-            if self.mean_in is not None and self._scales_untie(self.std_out):
+            if self.mean_in is not None and folding.scales_untie(config, self.std_out):
                 config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
             config.dtype = str(self.dtype).removeprefix("torch.")
             config.architectures = [type(self).__name__]
@@ -960,14 +902,9 @@ class CrossLayerTranscoder(PreTrainedModel):
 PER_FEATURE = ("W_enc", "b_enc", "W_dec", "threshold")  # what has a row per feature among what is released
 
 
-def promoted(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: reconstructions are sums over many source layers, and losses over many dimensions."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def wide_empty(*shape: int) -> Tensor:
     """An uninitialised tensor for what stays at least float32 in a CLT of less; see `CrossLayerTranscoder`."""
-    return torch.empty(shape, dtype=promoted(torch.get_default_dtype()))
+    return torch.empty(shape, dtype=at_least_float32(torch.get_default_dtype()))
 
 
 files.register_weight_names()

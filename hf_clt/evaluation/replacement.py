@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from ..folding import at_least_float32
 from ..harvest.harvester import Harvester, check_context_size
 from ..harvest.sites import default_hooks
-from ..modeling_clt import CrossLayerTranscoder, promoted
+from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, SparseFeatures, features_at
 from .metrics import ce_recovered
 
@@ -110,7 +111,7 @@ class LayerwiseReconstruction:
         self.clt, self.edit = clt, edit
         bias = torch.stack([decoder.bias for decoder in clt.decoders])
         # ỹ̂ of all target layers as far as it is known: a source layer adds to its targets when its inputs are given.
-        self.normalized = bias.to(promoted(bias.dtype)).expand(num_tokens, -1, -1).clone()
+        self.normalized = bias.to(at_least_float32(bias.dtype)).expand(num_tokens, -1, -1).clone()
         self.features: list[LayerFeatures] = []
 
     @torch.no_grad()
@@ -196,7 +197,7 @@ def spread_features(features: LayerFeatures, rows: Tensor, num_positions: int) -
 
 def no_features(clt: CrossLayerTranscoder) -> LayerFeatures:
     """The features of a layer on no token."""
-    values = torch.zeros(0, dtype=promoted(clt.dtype), device=clt.device)
+    values = torch.zeros(0, dtype=at_least_float32(clt.dtype), device=clt.device)
     offsets = torch.zeros(1, dtype=torch.int64, device=clt.device)
     return LayerFeatures(values, offsets[:0], offsets, clt.config.num_features)
 
@@ -576,7 +577,7 @@ def _output_sums(replaced, batches):
     for batch in batches:
         _, _, counted = replaced._prepare(*_tokens_of(batch))
         counted = counted.to(batch["counted"].device)
-        _, outputs = harvester.harvest({**batch, "counted": counted}, dtype=promoted(replaced.model.dtype))
+        _, outputs = harvester.harvest({**batch, "counted": counted}, dtype=at_least_float32(replaced.model.dtype))
         for layer in range(harvester.num_layers):  # one at a time: a float64 copy of a whole batch is large
             sums[layer, :-1] += outputs[:, layer].to(device).double().sum(dim=0)
         sums[:, -1] += len(outputs)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ... import checkpoint_format as files
+from ... import folding
 from ...configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS, CLTConfig
 from ...modeling_clt import CrossLayerTranscoder
 
@@ -187,13 +188,13 @@ def make_layer(layer: int, dtype: str, statistics: tuple[Tensor, ...] | None = N
     """
     if statistics is not None:
         mean_in, std_in, mean_out, std_out = (column[layer] for column in statistics)
-        w_enc, b_enc = files.fold_encoder(tensors["W_enc"].double(), tensors["b_enc"].double(), mean_in, std_in)
+        w_enc, b_enc = folding.fold_encoder(tensors["W_enc"].double(), tensors["b_enc"].double(), mean_in, std_in)
         skip = tensors.get("W_skip")
-        b_dec, skip = files.fold_output(
+        b_dec, skip = folding.fold_output(
             tensors["b_dec"].double(), None if skip is None else skip.double(), mean_in, std_in, mean_out, std_out
         )
         std_targets = statistics[3][layer : layer + tensors["W_dec"].shape[1]]
-        w_dec = files.fold_decoder(tensors["W_dec"].double(), std_targets)
+        w_dec = folding.fold_decoder(tensors["W_dec"].double(), std_targets)
         tensors |= {"W_enc": w_enc, "b_enc": b_enc, "b_dec": b_dec, "W_dec": w_dec, "W_skip": skip}
     of_decoder = getattr(torch, dtype)
     wide = torch.promote_types(of_decoder, torch.float32)
