@@ -9,6 +9,7 @@ The files of a released CLT, which transformers and circuit-tracer both read:
 | `model.safetensors.index.json` | which tensor is in which file |
 """
 
+import copy
 import ctypes
 import hashlib
 import json
@@ -29,8 +30,10 @@ from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
+from . import folding
 from .configuration_clt import CLTConfig
 from .files import replacing, write_text
+from .sharding import collect_rows
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -537,7 +540,120 @@ def read_ahead(weight: Tensor, rows: Tensor) -> None:
             madvise(ctypes.c_void_p(piece), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
 
 
+# -- a CLT to its files, and back -------------------------------------------------------------------------------------
+
+PER_FEATURE = ("W_enc", "b_enc", "W_dec", "threshold")  # what has a row per feature among what is released
+
+
+@torch.no_grad()
+def released_layer(clt, layer: int) -> dict[str, Tensor]:
+    """
+    The tensors of one layer of a CLT as they are released: named as on disk, on the CPU, statistics folded in. Where
+    the features are spread over a group, all its processes call this, and the first gets them whole.
+    """
+
+    def on_host(name: str, tensor: Tensor) -> Tensor:
+        return collect_rows(clt.shard, tensor.detach()) if name in PER_FEATURE else tensor.detach().cpu()
+
+    config = clt.config
+    tensors = {name: on_host(name, tensor) for name, tensor in folding.narrow_tensors(clt, layer).items()}
+    num_targets = config.num_targets(layer)
+    if config.decoder_tying == "per_target":  # with ties written out
+        decoders = [on_host("W_dec", clt.decoders[layer + j].weight) for j in range(num_targets)]
+        tensors["W_dec"] = torch.cat(decoders, dim=1)
+    else:
+        tensors["W_dec"] = on_host("W_dec", clt.decoders[layer].weight).expand(-1, num_targets, -1)
+    if clt.mean_in is not None:  # in host memory, since a GPU that is full of the CLT has no room
+        statistics = {name: value.cpu() for name, value in folding.statistics_of(clt).items()}
+        tensors = folding.fold_layer(tensors, statistics, layer)
+    if hasattr(clt, "thresholds"):
+        tensors["threshold"] = on_host("threshold", clt.thresholds[layer]().expand(clt.num_held).float())
+    return {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
+
+
+def write_clt(clt, folder: Path, is_main_process: bool) -> CLTConfig | None:
+    """Writes a CLT's release; its configuration in the process that wrote it, None in others."""
+    layers = (released_layer(clt, layer) for layer in range(clt.config.num_layers))
+    if clt.shard is not None and clt.shard.rank > 0:
+        for _ in layers:  # this process's slices go to the first
+            pass
+        return None
+    if not is_main_process:
+        return None
+    config = copy.deepcopy(clt.config)
+    vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
+    if clt.mean_in is not None and folding.scales_untie(config, clt.std_out):
+        config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
+    config.dtype = str(clt.dtype).removeprefix("torch.")
+    config.architectures = [type(clt).__name__]
+    write_release(folder, config, layers)
+    return config
+
+
+def load_slices(cls, folder: Path, config: CLTConfig, shard, name: str, lazy: bool, dtype=None, **kwargs):
+    """A CLT of which only the rows of `shard` are read, or, with `lazy`, none before they are used."""
+    with_info = kwargs.pop("output_loading_info", False)
+    given = [argument for argument, value in {**kwargs, "lazy": lazy and shard is not None}.items() if value]
+    if given:
+        raise ValueError(
+            f"{given[0]} is given with {'shard' if shard is not None else 'lazy=True'}, which reads the files as they "
+            "are, onto the CPU; leave out one of the two"
+        )
+    rows = ALL if shard is None else shard.rows(config.num_features)
+    check_files(folder, config, rows)
+    dtype = lazy_dtype(folder, dtype) if lazy else wanted_dtype(config, dtype)
+    with torch.device("meta"):
+        clt = cls(config, shard=shard)
+    state = {}
+    for layer in range(config.num_layers):
+        state |= read_slice(folder, config, layer, rows, dtype)
+    clt.load_state_dict(state, assign=True)  # strictly
+    clt.config.name_or_path = clt.name_or_path = name
+    clt.config.dtype = clt.dtype
+    clt.eval()
+    if lazy:
+        stay_in_files(clt)
+    else:
+        check_half_range(clt)
+    info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+    return (clt, info) if with_info else clt
+
+
+def with_weights(clt, state_dict: dict[str, Tensor]):
+    """A CLT as `clt` that holds the given weights, and statistics where there are some."""
+    with torch.device("meta"):
+        other = type(clt)(copy.deepcopy(clt.config), clt.shard)
+    for name in folding.STATISTICS:
+        setattr(other, name, state_dict.get(name))
+    other.load_state_dict(state_dict, assign=True)
+    return other
+
+
+def check_half_range(clt) -> None:
+    """Raises ValueError if a weight in float16 is not finite."""
+    for name, weight in clt.named_parameters():
+        if weight.dtype == torch.float16 and not weight.isfinite().all():
+            name = name.replace("decoders.", "W_dec_").removesuffix(".weight")
+            raise ValueError(f"{name} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32")
+
+
+def stay_in_files(clt) -> None:
+    """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""
+    untied = clt.config.decoder_tying == "none"
+    modules = [("encoders", clt.encoders)] + ([("decoders", clt.decoders)] if untied else [])
+    check_mapped({f"{name}.{s}.weight": m.weight for name, layers in modules for s, m in enumerate(layers)})
+    clt.requires_grad_(False)
+    clt.lazy = True
+    for decoder in clt.decoders:
+        decoder.in_file = untied
+
+
 __all__ = [
+    "check_half_range",
+    "load_slices",
+    "released_layer",
+    "with_weights",
+    "write_clt",
     "as_transformers_folder",
     "check_files",
     "check_mapped",

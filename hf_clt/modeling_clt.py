@@ -8,7 +8,6 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from .folding import STATISTICS, at_least_float32
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
 from .losses import dead_above, largest_dead, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
-from .sharding import FeatureShard, any_over, collect_rows, min_over, rows_of, sum_over, uniform_
+from .sharding import FeatureShard, any_over, min_over, rows_of, sum_over, uniform_
 from .sparsity import (
     AtEntries,
     JumpReLU,
@@ -646,30 +645,9 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def released_layer(self, layer: int) -> dict[str, Tensor]:
-        """
-        The tensors of one layer as they are released: named as on disk, on the CPU, statistics folded in. Where the
-        features are spread over a group, all its processes call this, and the first gets them whole.
-        """
-
-        def on_host(name: str, tensor: Tensor) -> Tensor:
-            return collect_rows(self.shard, tensor.detach()) if name in PER_FEATURE else tensor.detach().cpu()
-
-        config = self.config
-        tensors = {name: on_host(name, tensor) for name, tensor in folding.narrow_tensors(self, layer).items()}
-        num_targets = config.num_targets(layer)
-        if config.decoder_tying == "per_target":  # with ties written out
-            decoders = [on_host("W_dec", self.decoders[layer + j].weight) for j in range(num_targets)]
-            tensors["W_dec"] = torch.cat(decoders, dim=1)
-        else:
-            tensors["W_dec"] = on_host("W_dec", self.decoders[layer].weight).expand(-1, num_targets, -1)
-        if self.mean_in is not None:  # in host memory, since a GPU that is full of the CLT has no room
-            statistics = {name: value.cpu() for name, value in folding.statistics_of(self).items()}
-            tensors = folding.fold_layer(tensors, statistics, layer)
-        if hasattr(self, "thresholds"):
-            tensors["threshold"] = on_host("threshold", self.thresholds[layer]().expand(self.num_held).float())
-        return {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
+        """The tensors of one layer as they are released; see [`hf_clt.checkpoint_format.released_layer`]."""
+        return files.released_layer(self, layer)
 
     def per_feature(self) -> set[str]:
         """Names of the parameters that have a row per feature, of which a process may hold a slice."""
@@ -719,30 +697,18 @@ class CrossLayerTranscoder(PreTrainedModel):
             if kwargs:
                 raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
         if state_dict is not None:
-            gathered = self._with_weights(state_dict)
+            gathered = files.with_weights(self, state_dict)
             gathered.save_pretrained(folder, is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
         if folder.is_file():
             raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
-        layers = (self.released_layer(s) for s in range(self.config.num_layers))
-        if self.shard is not None:
-            if push_to_hub:
-                raise ValueError("push_to_hub=True on a CLT with a shard of the features; save it and push the folder")
-            if self.shard.rank > 0:
-                for _ in layers:  # this process's slices go to the first
-                    pass
-                return
-        if is_main_process:
+        if self.shard is not None and push_to_hub:
+            raise ValueError("push_to_hub=True on a CLT with a shard of the features; save it and push the folder")
+        config = files.write_clt(self, folder, is_main_process)
+        if config is not None:
             from .hub.card_files import save_model_card
             from .hub.model_card import circuit_tracer_gaps
 
-            config = copy.deepcopy(self.config)
-            vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
-            if self.mean_in is not None and folding.scales_untie(config, self.std_out):
-                config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
-            config.dtype = str(self.dtype).removeprefix("torch.")
-            config.architectures = [type(self).__name__]
-            files.write_release(folder, config, layers)
             save_model_card(folder, config)
             for gap in circuit_tracer_gaps(config):
                 logger.warning("circuit-tracer cannot express %s; hf_clt loads the CLT as it is", gap)
@@ -803,70 +769,14 @@ class CrossLayerTranscoder(PreTrainedModel):
 
             return load_layers(folder, config, layers, name, lazy=lazy, shard=shard, **kwargs)
         if lazy or shard is not None:
-            return cls._from_slices(folder, config, shard, name, lazy, **kwargs)
+            return files.load_slices(cls, folder, config, shard, name, lazy, **kwargs)
         files.check_files(folder, config)
         with files.as_transformers_folder(folder, config) as source:
             loaded = super().from_pretrained(source, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = name
-        model._check_half_range()
+        files.check_half_range(model)
         return loaded
-
-    @classmethod
-    def _from_slices(
-        cls, folder: Path, config: CLTConfig, shard: FeatureShard | None, name: str, lazy: bool, dtype=None, **kwargs
-    ):
-        """A CLT of which only the rows of `shard` are read, or, with `lazy`, none before they are used."""
-        with_info = kwargs.pop("output_loading_info", False)
-        given = [argument for argument, value in {**kwargs, "lazy": lazy and shard is not None}.items() if value]
-        if given:
-            raise ValueError(
-                f"{given[0]} is given with {'shard' if shard is not None else 'lazy=True'}, which reads the files as "
-                f"they are, onto the CPU; leave out one of the two"
-            )
-        rows = files.ALL if shard is None else shard.rows(config.num_features)
-        files.check_files(folder, config, rows)
-        dtype = files.lazy_dtype(folder, dtype) if lazy else files.wanted_dtype(config, dtype)
-        with torch.device("meta"):
-            model = cls(config, shard=shard)
-        state = {}
-        for layer in range(config.num_layers):
-            state |= files.read_slice(folder, config, layer, rows, dtype)
-        model.load_state_dict(state, assign=True)  # strictly
-        model.config.name_or_path = model.name_or_path = name
-        model.config.dtype = model.dtype
-        model.eval()
-        if lazy:
-            model._stay_in_files()
-        else:
-            model._check_half_range()
-        info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
-        return (model, info) if with_info else model
-
-    def _with_weights(self, state_dict: dict[str, Tensor]) -> "CrossLayerTranscoder":
-        """A CLT of this configuration that holds the given weights, and statistics where there are some."""
-        with torch.device("meta"):
-            clt = type(self)(copy.deepcopy(self.config), self.shard)
-        for name in STATISTICS:
-            setattr(clt, name, state_dict.get(name))
-        clt.load_state_dict(state_dict, assign=True)
-        return clt
-
-    def _check_half_range(self) -> None:
-        for name, weight in self.named_parameters():
-            if weight.dtype == torch.float16 and not weight.isfinite().all():
-                name = name.replace("decoders.", "W_dec_").removesuffix(".weight")
-                raise ValueError(f"{name} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32")
-
-    def _stay_in_files(self) -> None:
-        """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""
-        untied = self.config.decoder_tying == "none"
-        modules = [("encoders", self.encoders)] + ([("decoders", self.decoders)] if untied else [])
-        files.check_mapped({f"{name}.{s}.weight": m.weight for name, layers in modules for s, m in enumerate(layers)})
-        self.requires_grad_(False)
-        self.lazy = True
-        for decoder in self.decoders:
-            decoder.in_file = untied
 
     def train(self, mode: bool = True):
         """Sets training mode; a CLT loaded with `lazy=True` refuses, since a step would copy its files to memory."""
@@ -897,9 +807,6 @@ class CrossLayerTranscoder(PreTrainedModel):
                 f"{method} on a CLT with a shard of the features; call save_pretrained on all processes, and {method} "
                 "on what from_pretrained loads from there"
             )
-
-
-PER_FEATURE = ("W_enc", "b_enc", "W_dec", "threshold")  # what has a row per feature among what is released
 
 
 def wide_empty(*shape: int) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_format import check_files, read_slice, wanted_dtype
+from .checkpoint_format import check_files, check_half_range, read_slice, wanted_dtype
 from .configuration_clt import CLTConfig
 from .modeling_clt import CrossLayerTranscoder
 from .sparsity import LayerFeatures
@@ -132,7 +132,7 @@ def load_layers(
             if config.skip_connection:
                 model.skips[layer] = AbsentSkip()
     model.load_state_dict(state, assign=True)
-    model._check_half_range()
+    check_half_range(model)
     model.requires_grad_(False)
     model.layers = layers
     model.config.name_or_path = model.name_or_path = name
