@@ -3,10 +3,14 @@ Rates of this machine for [`hf_clt.estimate`], solved from small measured steps;
 measured runs of other shapes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from hf_clt.estimate import LanguageModel, Plan, memory, seconds, solve_rates
+import torch
+
+from hf_clt import estimate
+from hf_clt.estimate import LanguageModel, Plan, memory, seconds
 
 from .cases import Case
 from .measure import PHASES, Source
@@ -178,6 +182,44 @@ def format_checks(rows: list[dict]) -> str:
             cells += [f"{size['measured'] / 1e9:.2f} GB, {size['estimated'] / 1e9:.2f} GB", f"{size['error']:+.1%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def solve_rates(plans: list[Plan], measured: list[dict[str, float]]) -> dict[str, float]:
+    """
+    The rates with which the formulas come nearest to measured steps, in relative least squares, each phase for itself.
+
+    Args:
+        plans: The runs; more of them than a phase has rates.
+        measured: Seconds of `forward`, `backward` and `optimizer` of each.
+
+    Returns:
+        Rates of all parts of the work that occurs; what came out as taking no time has the rate inf.
+    """
+    rates = {}
+    counts = [estimate.work(plan) for plan in plans]
+    for phase in ("forward", "backward", "optimizer"):
+        times = torch.tensor([run[phase] for run in measured], dtype=torch.float64)
+        parts = {name: rate for name, rate in estimate.PHASES[phase].items() if any(count[name] for count in counts)}
+        rates |= dict.fromkeys(estimate.PHASES[phase].values(), math.inf)
+        matrix = torch.tensor([[count[name] for name in parts] for count in counts], dtype=torch.float64)
+        found = nonnegative_least_squares(matrix / times[:, None], torch.ones_like(times))
+        rates |= {rate: 1 / cost if cost > 0 else math.inf for rate, cost in zip(parts.values(), found, strict=True)}
+    return rates
+
+
+def nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor, sweeps: int = 10_000) -> list[float]:
+    """
+    The x ≥ 0 for which |matrix x - target|² is smallest, one coordinate after another, many times. Where columns are
+    nearly the same (two kinds of work that occur in proportion), any of the equivalent answers.
+    """
+    scale = matrix.norm(dim=0)
+    matrix = matrix / scale
+    gram, wanted = (matrix.T @ matrix).tolist(), (matrix.T @ target).tolist()
+    x = [0.0] * len(wanted)
+    for _ in range(sweeps):
+        for j, row in enumerate(gram):
+            x[j] = max(0.0, x[j] + wanted[j] - sum(g * value for g, value in zip(row, x, strict=True)))
+    return [value / s for value, s in zip(x, scale.tolist(), strict=True)]
 
 
 __all__ = ["check_run", "compare_step", "format_checks", "measure_rates", "plan_of"]

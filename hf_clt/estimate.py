@@ -2,14 +2,13 @@
 What a training run needs, on paper: memory of each process, and time per update, from the shapes alone.
 
 Memory is counted: the parameters are those of the model itself, built without storage. Time is work divided by rates,
-of which there are two kinds: measured on this machine ([`calibrate`]), or taken from a device's data sheet with an
-assumed share of it that a program reaches ([`DEVICES`]); a table says which of them it is made of.
+of which there are two kinds: measured on a machine (`python -m benchmarks.calibrate`), or taken from a device's data
+sheet with an assumed share of it that a program reaches ([`DEVICES`]); a table says which of them it is made of.
 
 L layers, F features per layer, D the width, n processes that share the features of a CLT, N tokens of each process;
 all n work on the same n·N tokens, each with F / n features. J_s is the number of target layers of source layer s.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -371,47 +370,6 @@ def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
     }
 
 
-# -- rates that were measured -----------------------------------------------------------------------------------------
-
-
-def solve_rates(plans: list[Plan], measured: list[dict[str, float]]) -> dict[str, float]:
-    """
-    The rates with which the formulas come nearest to measured steps, in relative least squares, each phase for itself.
-
-    Args:
-        plans: The runs; more of them than a phase has rates.
-        measured: Seconds of `forward`, `backward` and `optimizer` of each.
-
-    Returns:
-        Rates of all parts of the work that occurs; what came out as taking no time has the rate inf.
-    """
-    rates = {}
-    counts = [work(plan) for plan in plans]
-    for phase in ("forward", "backward", "optimizer"):
-        times = torch.tensor([run[phase] for run in measured], dtype=torch.float64)
-        parts = {name: rate for name, rate in PHASES[phase].items() if any(count[name] for count in counts)}
-        rates |= dict.fromkeys(PHASES[phase].values(), math.inf)
-        matrix = torch.tensor([[count[name] for name in parts] for count in counts], dtype=torch.float64)
-        found = nonnegative_least_squares(matrix / times[:, None], torch.ones_like(times))
-        rates |= {rate: 1 / cost if cost > 0 else math.inf for rate, cost in zip(parts.values(), found, strict=True)}
-    return rates
-
-
-def nonnegative_least_squares(matrix: torch.Tensor, target: torch.Tensor, sweeps: int = 10_000) -> list[float]:
-    """
-    The x ≥ 0 for which |matrix x - target|² is smallest, one coordinate after another, many times. Where columns are
-    nearly the same (two kinds of work that occur in proportion), any of the equivalent answers.
-    """
-    scale = matrix.norm(dim=0)
-    matrix = matrix / scale
-    gram, wanted = (matrix.T @ matrix).tolist(), (matrix.T @ target).tolist()
-    x = [0.0] * len(wanted)
-    for _ in range(sweeps):
-        for j, row in enumerate(gram):
-            x[j] = max(0.0, x[j] + wanted[j] - sum(g * value for g, value in zip(row, x, strict=True)))
-    return [value / s for value, s in zip(x, scale.tolist(), strict=True)]
-
-
 # -- what fits --------------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +474,5 @@ __all__ = [
     "read_language_model",
     "seconds",
     "smallest_that_fits",
-    "solve_rates",
     "work",
 ]

@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import rates
 from benchmarks.cases import Case
 from benchmarks.measure import optimizer_bytes
+from benchmarks.rates import solve_rates
 from benchmarks.run import measure_in_process
 from hf_clt import CLTConfig, CLTTrainingArguments, CrossLayerTranscoder, estimate
 from hf_clt.commands import estimate as estimate_clt
-from hf_clt.estimate import SHAPES, LanguageModel, Plan, memory, seconds, solve_rates, work
+from hf_clt.estimate import SHAPES, LanguageModel, Plan, memory, seconds, work
 from hf_clt.training.setup import make_optimizer
 
 
@@ -136,10 +137,10 @@ def test_rates_are_found_again():
 
 def test_no_work_takes_a_negative_time():
     matrix = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 4.0]], dtype=torch.float64)
-    found = estimate.nonnegative_least_squares(matrix, matrix @ torch.tensor([3.0, 0.5], dtype=torch.float64))
+    found = rates.nonnegative_least_squares(matrix, matrix @ torch.tensor([3.0, 0.5], dtype=torch.float64))
     assert found == pytest.approx([3.0, 0.5])
     target = matrix @ torch.tensor([3.0, -0.5], dtype=torch.float64)
-    found = estimate.nonnegative_least_squares(matrix, target)
+    found = rates.nonnegative_least_squares(matrix, target)
     assert found == pytest.approx([target.mean().item(), 0.0])  # the best without the second
 
 
