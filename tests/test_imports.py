@@ -1,26 +1,21 @@
 """Imports run one way through the package, from what people call to what it is made of, and never in a circle."""
 
 import ast
-from itertools import pairwise
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 
 ROOT = Path(__file__).parents[1]
-# Who may import whom at its top: those of later lines, and of its own. (Inside a function is another matter: what
-# `push_to_hub` of a CLT calls knows the CLT.)
-LAYERS = [
-    ["commands"],
-    ["training", "features", "importers", "estimate"],
-    ["evaluation"],
-    ["harvest"],
-    ["hub"],
-    ["partial_clt"],
-    ["modeling_clt"],
-    ["checkpoint_format", "download", "folding", "losses", "kernels", "sparsity", "sharding"],
-    ["command", "configuration_clt", "device", "files", "lazy"],
+# Who may import whom at its top, from CONTRIBUTING.md: those of later lines, and of its own. (Inside a function is
+# another matter: what `push_to_hub` of a CLT calls knows the CLT.)
+PICTURE = re.search(r"Imports run one way.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)[
+    1
 ]
+LAYERS = [re.findall(r"\w+", line.partition("  ")[0]) for line in PICTURE.splitlines()]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -72,7 +67,14 @@ def test_there_is_no_circle():
         visit(name)
 
 
-def test_the_order_is_the_one_that_contributing_shows():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    places = [text.find(layer[0], text.find("Imports run one way")) for layer in LAYERS]
-    assert all(first < second for first, second in pairwise(places) if min(first, second) > 0)
+def test_loading_a_clt_imports_nothing_that_it_does_not_need(tmp_path):
+    """Of accelerate's trackers the module is loaded by transformers itself."""
+    program = (
+        "import sys; from hf_clt import CLTConfig, CrossLayerTranscoder as CLT; folder = sys.argv[1];"
+        "CLT(CLTConfig(num_layers=2, d_model=4, num_features=8)).save_pretrained(folder);"
+        "CLT.from_pretrained(folder); print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "hf_clt.modeling_clt" in loaded
+    assert not loaded & {"nnsight", "datasets", "pandas", "evaluate", "matplotlib", "wandb", "tensorboard", "trackio"}
