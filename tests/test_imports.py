@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Who may import whom at its top, from CONTRIBUTING.md: those of later lines, and of its own. (Inside a function is
 # another matter: what `push_to_hub` of a CLT calls knows the CLT.)
-PICTURE = re.search(r"Imports run one way.*?```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)[
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PICTURE = re.search(r"Imports run one way.*?```\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
     1
 ]
 LAYERS = [re.findall(r"\w+", line.partition("  ")[0]) for line in PICTURE.splitlines()]
