@@ -112,7 +112,7 @@ def test_wrong_input_is_refused(load):
     for num_layers in (1, 2):
         shape = (3, num_layers, 2)
         nmse.add(**needed(nmse, sums_of(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)).tensors()))
-    with pytest.raises(ValueError, match="another size"):
+    with pytest.raises(ValueError, match="same CLT"):
         nmse.compute()
     l0 = load("l0")
     l0.add(count=0, active_counts=[[0, 0]])
