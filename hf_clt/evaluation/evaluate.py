@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..harvest.harvester import Harvester
+from ..harvest.harvester import Harvester, check_fit
 from ..modeling_clt import CrossLayerTranscoder
 from .metrics import MetricSums
 from .report import shown
@@ -70,7 +70,7 @@ def evaluation_sums(
     What [`evaluate_clt`] computes its metrics from. Where several processes evaluate a share of the text each:
     `MetricSums.from_gathered(gather_object([evaluation_sums(...).tensors()])).compute()`.
     """
-    check_harvester(clt, harvester)
+    check_fit(clt.config, harvester)
     rows = activations(harvester, token_batches, batch_size)
     num_tokens = getattr(token_batches, "heldout_tokens", None) or None
     bar = tqdm(total=num_tokens, desc="Evaluating", unit="token", disable=not progress, leave=False)
@@ -161,22 +161,6 @@ def eval_mode(clt: CrossLayerTranscoder):
         yield
     finally:
         clt.train(was_training)
-
-
-def check_harvester(clt: CrossLayerTranscoder, harvester: Harvester) -> None:
-    """Raises ValueError if the harvester reads other layers, another width or other hooks than the CLT."""
-    for name, found in (
-        ("num_layers", harvester.num_layers),
-        ("d_model", harvester.d_model),
-        ("feature_input_hook", harvester.input_hook),
-        ("feature_output_hook", harvester.output_hook),
-    ):
-        wanted = getattr(clt.config, name)
-        if wanted != found:
-            raise ValueError(
-                f"{name}={wanted!r} of the CLT does not fit the harvested activations, where it is {found!r}; harvest "
-                "from the language model that the CLT was trained on, at its hooks"
-            )
 
 
 def format_replacement(metrics: dict) -> str:

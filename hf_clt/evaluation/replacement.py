@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..harvest.harvester import Harvester, check_context_size
+from ..harvest.harvester import Harvester, check_context_size, check_fit
 from ..harvest.sites import default_hooks
 from ..modeling_clt import CrossLayerTranscoder, promoted
 from ..sparsity import LayerFeatures, SparseFeatures, features_at
@@ -297,12 +297,6 @@ class ReplacementModel:
                 "AutoModelForCausalLM"
             )
         if isinstance(clt, CrossLayerTranscoder):
-            for name, own in (("num_layers", config.num_hidden_layers), ("d_model", config.hidden_size)):
-                if getattr(clt.config, name) != own:
-                    raise ValueError(
-                        f"{name}={getattr(clt.config, name)} of the CLT, and the language model has {own}; "
-                        f"give the model that it was trained on ({clt.config.base_model_name_or_path})"
-                    )
             check_layer_by_layer(clt)
             hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
         elif callable(clt):
@@ -314,6 +308,8 @@ class ReplacementModel:
         self.model, self.clt = model, clt
         self.layers = checked_layers(layers, config.num_hidden_layers)
         self._harvester = Harvester(model, *hooks)
+        if isinstance(clt, CrossLayerTranscoder):
+            check_fit(clt.config, self._harvester)
         self._nnsight = self._harvester._nnsight
 
     def __call__(

@@ -22,7 +22,7 @@ from ..evaluation.replacement import replacement_metrics
 from ..files import as_json, local_or_hub
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.cache import ActivationCache, CachedTokens
-from ..harvest.harvester import Harvester, check_context_size, load_language_model
+from ..harvest.harvester import Harvester, check_context_size, check_fit, load_language_model
 from ..harvest.normalization import (
     estimate_statistics,
     load_statistics,
@@ -66,7 +66,6 @@ from .reporting import (
 from .schedules import annealed_k, last_restart, learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
     as_before,
-    check_fit,
     check_initial_k,
     check_output_dir,
     check_shard,

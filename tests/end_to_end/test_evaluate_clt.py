@@ -205,7 +205,7 @@ def test_a_clt_that_is_not_there_or_does_not_fit(run, options, tmp_path, capsys)
     config = CLTConfig(num_layers=3, d_model=64, num_features=8, base_model_name_or_path=base)
     CrossLayerTranscoder(config).save_pretrained(tmp_path / "larger")
     assert evaluate_clt.main([str(tmp_path / "larger"), *options]) == 2
-    assert "num_layers=3 of the CLT does not fit" in capsys.readouterr().err
+    assert "num_layers=3 does not fit" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_history_has_plots_too(run, options, tmp_path, capsys):

@@ -488,8 +488,8 @@ def test_clts_that_cannot_be_read_layer_by_layer_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 2}, "num_layers=2 of the CLT, and the language model has 3; give the model"),
-        ({"d_model": 8}, "d_model=8 of the CLT, and the language model has 16"),
+        ({"num_layers": 2}, "num_layers=2 does not fit the language model, which has 3"),
+        ({"d_model": 8}, "d_model=8 does not fit the language model, which has 16"),
     ],
 )
 def test_clt_of_another_model_is_refused(fields, message):
