@@ -784,7 +784,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to train it")
         return super().train(mode)
 
-    def to_jumprelu(self, batches, per: str = "layer", progress: bool = False):
+    def to_jumprelu(self, batches, progress: bool = False):
         """
         A calibrated jumprelu CLT from this topk or batchtopk CLT, which stays as it is, and the figures of both; see
         [`hf_clt.evaluation.calibration.to_jumprelu`].
@@ -792,7 +792,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         from .evaluation.calibration import to_jumprelu
 
         self._check_whole("to_jumprelu")
-        return to_jumprelu(self, batches, per, progress)
+        return to_jumprelu(self, batches, progress)
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""

@@ -14,8 +14,6 @@ ROOT = Path(__file__).parents[1]
 # another matter: what `push_to_hub` of a CLT calls knows the CLT.)
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PICTURE = re.search(r"Imports run one way.*?```\n(.*?)```", CONTRIBUTING, re.DOTALL)[1]
-    1
-]
 LAYERS = [re.findall(r"\w+", line.partition("  ")[0]) for line in PICTURE.splitlines()]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

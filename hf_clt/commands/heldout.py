@@ -117,8 +117,7 @@ def open_heldout(clt, options: argparse.Namespace):
         ValueError: If no language model is named, if one of the two cannot be loaded, or if they do not fit the CLT or
             the options.
     """
-    from ..evaluation.evaluate import check_harvester
-    from ..harvest.harvester import Harvester, check_context_size, load_language_model
+    from ..harvest.harvester import Harvester, check_context_size, check_fit, load_language_model
     from ..harvest.tokens import open_text
 
     name, revision = options.model, options.model_revision
@@ -136,7 +135,7 @@ def open_heldout(clt, options: argparse.Namespace):
     )
     check_context_size(model.config, options.context_size)
     harvester = Harvester(model, clt.config.feature_input_hook, clt.config.feature_output_hook)
-    check_harvester(clt, harvester)
+    check_fit(clt.config, harvester)
     return harvester, open_text(options, tokenizer, heldout=True)
 
 

@@ -18,12 +18,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_heldout_options(parser)
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write the jumprelu CLT to")
-    parser.add_argument(
-        "--per",
-        choices=["layer", "feature"],
-        default="layer",
-        help="one threshold per layer, or one per feature, with which it fires as often as before (default: layer)",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace a CLT that is in OUTPUT already")
     return parser
 
@@ -41,7 +35,6 @@ def run(argv: list[str] | None) -> int:
     result, figures = to_jumprelu(
         clt,
         lambda: activations(harvester, tokens, options.batch_size),
-        per=options.per,
         progress=not options.disable_progress_bar,
     )
     print(format_calibration(figures))
@@ -49,7 +42,7 @@ def run(argv: list[str] | None) -> int:
     command = shlex.join(["hf-clt", "jumprelu", *(sys.argv[1:] if argv is None else argv)])
     note = (
         f"Made from the {clt.config.activation_fn} CLT `{Path(options.clt).name}`: the same weights, and a threshold "
-        f"per {options.per} that is set so that each layer stays as active as it was. The metrics are of the tokens "
+        "per layer that is set so that each layer stays as active as it was. The metrics are of the tokens "
         "on which the thresholds were set."
     )
     evaluation = settings_of(options, clt)

@@ -1,12 +1,11 @@
 """
 From a topk or batchtopk CLT to a jumprelu CLT: thresholds with which every layer is exactly as active as before.
 
-A top-k CLT fires on C_s (token, feature) pairs of source layer s over a set of held-out tokens. With one threshold θ_s
+A topk CLT fires on C_s (token, feature) pairs of source layer s over a set of held-out tokens. With one threshold θ_s
 per layer, a = h · 1[h > θ_s] fires on as many pairs if θ_s lies between the C_s-th and the next smaller of all
-pre-activations of the layer; with one threshold per feature, every feature fires on as many tokens as before if its θ
-lies between two of its own. Both are order statistics of numbers too many to keep. They are found digit by digit: the
-bits of positive float32 numbers, read as integers, are in the order of the numbers (IEEE 754), so a histogram of the
-leading bits says in which bin the C-th largest lies, and the next pass over the tokens refines this bin alone. The
+pre-activations of the layer. Those are too many to keep. But the bits of positive float32 numbers, read as integers,
+are in the order of the numbers (IEEE 754): a histogram of the leading 16 bits says in which bin the C_s-th largest
+lies, and a second pass over the tokens, with a histogram of the other 15 bits in this bin, which number it is. The
 result is exact, and memory does not depend on the number of tokens.
 """
 
@@ -17,24 +16,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from ..configuration_clt import ACTIVATION_DEFAULTS, TOPK_FAMILY, CLTConfig
 from ..modeling_clt import CrossLayerTranscoder, Threshold
 from .evaluate import eval_mode, measure
 from .metrics import MetricSums
-from .report import shown
+from .report import align_rows, shown
 
 
 logger = logging.getLogger(__name__)
 
 L0_TOLERANCE = 0.01  # of each layer's L0
 NMSE_TOLERANCE = 0.02  # of the NMSE, mean over layers
-VALUE_BITS = 31  # of a positive float32
-# Leading bits found by each pass. Histograms per layer: 65,536 counts; per feature 256 for each of its features, which
-# is less than the feature's own weights.
-DIGITS = {"layer": (16, 15), "feature": (8, 8, 8, 7)}
+LEADING_BITS, OTHER_BITS = 16, 15  # of the 31 of a positive float32
 # θ lives as log θ in float32; reading it back moves it by less than this share of itself.
 MARGIN = 1e-6
 
@@ -43,26 +38,21 @@ MARGIN = 1e-6
 def to_jumprelu(
     clt: CrossLayerTranscoder,
     batches: Iterable[Mapping[str, Tensor]] | Callable[[], Iterable[Mapping[str, Tensor]]],
-    per: str = "layer",
     progress: bool = False,
 ) -> tuple[CrossLayerTranscoder, dict]:
     """
     A jumprelu CLT with the weights of a topk or batchtopk CLT, and thresholds calibrated on held-out activations.
 
-    `per="layer"`: all features of a layer have the same θ, with which the layer's L0 is that of the original in eval
-    mode. A batchtopk CLT gates at its running thresholds in eval mode: these are kept as they are, so the function
-    is the same on every token. `per="feature"`: every feature fires on as many of the tokens as in the original; one
-    that fires on none of them gets the median threshold of its layer, or its largest pre-activation if that is higher.
-    Where equal pre-activations make a count impossible (bfloat16 weights), features are given one too many or too few
-    in turn, so that the layer's L0 stays.
+    All features of a layer have the same θ, with which the layer's L0 is that of the original in eval mode. A
+    batchtopk CLT gates at its running thresholds in eval mode: these are kept as they are, so the function is the same
+    on every token.
 
     Args:
         clt ([`CrossLayerTranscoder`]): A topk or batchtopk CLT, trained; it is left as it is.
         batches (iterable of `dict`, or a function that returns one):
             Held-out activations: `inputs` and `labels`, raw, `(N, L, D)` each, as of [`ActivationBuffer`]. They are
-            walked 2 to 6 times and never kept, so an iterable must start anew each time, with the same tokens; a
+            read 2 or 3 times and never kept, so an iterable must start anew each time, with the same tokens; a
             generator does not: give the function that makes it.
-        per (`str`, *optional*, defaults to `"layer"`): `"layer"` or `"feature"`.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar for each pass.
 
     Returns:
@@ -72,15 +62,15 @@ def to_jumprelu(
         that training can go on, and `jumprelu_threshold` is the mean θ. Each layer's L0 is kept; the NMSE of a topk
         CLT with `k_scope="layer"`, which fills up k features on every token, can rise by more than 2 %, which no
         thresholds mend: `nmse_kept` says so. Some further updates as batchtopk, begun from the result, do
-        (docs/results.md); with `per="layer"` that one's calibration changes nothing.
+        (docs/results.md).
 
         And the figures on these tokens: `before` and `after`, each what [`MetricSums.compute`] gives; `num_tokens`;
         `nmse_change` and `l0_change_per_layer`, relative to the original; `l0_kept`, whether each layer's L0 changed
         by at most 1 %; `nmse_kept`, whether the NMSE rose by at most 2 %.
 
     Raises:
-        ValueError: If the CLT has another activation function, was never trained (batchtopk) or is lazy; for an
-            unknown `per`; for batches that can be walked only once, change between passes, or are no such dicts.
+        ValueError: If the CLT has another activation function, was never trained (batchtopk) or is lazy; for batches
+            that can be read only once, change between passes, or are no such dicts.
     """
     config = clt.config
     if config.activation_fn not in TOPK_FAMILY:
@@ -88,52 +78,39 @@ def to_jumprelu(
             f"activation_fn={config.activation_fn!r}: only topk and batchtopk CLTs become jumprelu CLTs; use this "
             "one as it is"
         )
-    if per not in DIGITS:
-        raise ValueError(f"per={per!r} is unknown; give 'layer' or 'feature'")
     if clt.lazy:
         raise ValueError("this CLT was loaded with lazy=True; load it without lazy to give it thresholds")
-    walk = walker(batches)
+    if not callable(batches) and iter(batches) is batches:
+        raise ValueError(
+            "batches can be read only once, and calibration reads them several times; give a list, or the function "
+            "that makes the generator"
+        )
     with eval_mode(clt):
-        if per == "layer" and config.activation_fn == "batchtopk":
-            sums = measure(clt, passing(clt, walk, "Measuring the original", progress))
-            thresholds = [threshold().expand(config.num_features) for threshold in clt.thresholds]
+        if config.activation_fn == "batchtopk":
+            before = measure(clt, read_rows(clt, batches, "Measuring the original", progress)).compute()
+            thresholds = torch.stack([threshold().reshape(()) for threshold in clt.thresholds])
         else:
-            sums, thresholds = matched_thresholds(clt, walk, per, progress)
-        before = sums.compute()
+            sums, thresholds = find_thresholds(clt, batches, progress)
+            before = sums.compute()
         result = with_thresholds(clt, thresholds)
-    rows = passing(clt, walk, "Measuring the jumprelu CLT", progress, before["num_tokens"])
-    figures = compared(before, measure(result, rows).compute())
+    rows = read_rows(clt, batches, "Measuring the jumprelu CLT", progress, before["num_tokens"])
+    figures = compare(before, measure(result, rows).compute())
     if not figures["l0_kept"]:
-        worst = max(figures["l0_change_per_layer"], key=abs)
         logger.warning(
             "the L0 of a layer changed by %.1f %%: its pre-activations are equal too often for a threshold between; "
-            "load the CLT in float32, or calibrate per='feature'",
-            100 * worst,
+            "load the CLT in float32",
+            100 * max(figures["l0_change_per_layer"], key=abs),
         )
     return result, figures
 
 
-# -- passes over the tokens -------------------------------------------------------------------------------------------
-
-
-def walker(batches) -> Callable[[], Iterable]:
-    """A function that gives the batches from their beginning."""
-    if callable(batches):
-        return batches
-    if iter(batches) is batches:
-        raise ValueError(
-            "batches can be walked only once, and calibration walks them several times; give a list, or the function "
-            "that makes the generator"
-        )
-    return lambda: batches
-
-
-def passing(
-    clt: CrossLayerTranscoder, walk: Callable, title: str, progress: bool, num_tokens: int | None = None
+def read_rows(
+    clt: CrossLayerTranscoder, batches, title: str, progress: bool, num_tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Raw inputs and labels, (N, L, D) each, of one pass, which must have `num_tokens` tokens, any number if None."""
     seen = 0
-    for batch in tqdm(walk(), desc=title, unit="batch", disable=not progress, leave=False):
+    batches = batches() if callable(batches) else batches
+    for batch in tqdm(batches, desc=title, unit="batch", disable=not progress, leave=False):
         if not isinstance(batch, Mapping) or not {"inputs", "labels"} <= set(batch):
             held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise ValueError(f"a batch is {held}; give dicts of inputs and labels, (N, L, D) each")
@@ -156,135 +133,77 @@ def pre_activations(clt: CrossLayerTranscoder, inputs: Tensor) -> Iterator[Tenso
         yield encoder.pre_activations(x[:, s]).float()
 
 
-# -- order statistics -------------------------------------------------------------------------------------------------
-
-
-def matched_thresholds(
-    clt: CrossLayerTranscoder, walk: Callable, per: str, progress: bool
-) -> tuple[MetricSums, list[Tensor]]:
-    """
-    The sums of the original, and for each layer the thresholds (F,) with which each group of features, all of the
-    layer or one, is as active as in the original.
-    """
+def find_thresholds(clt: CrossLayerTranscoder, batches, progress: bool) -> tuple[MetricSums, Tensor]:
+    """The sums of the original, and the thresholds (L,) with which each layer is as active as in the original."""
     config = clt.config
-    layers, num_features, digits = range(config.num_layers), config.num_features, DIGITS[per]
-    # group (F,): features of the same group have one threshold.
-    group = torch.zeros(num_features, dtype=torch.int64, device=clt.device)
-    if per == "feature":
-        group = torch.arange(num_features, device=clt.device)
-    num_groups = int(group[-1]) + 1
-
-    # The first pass measures the original as well: only then it is known which order statistics are wanted.
-    sums = MetricSums(config.num_layers, config.d_model, num_features, clt.device)
-    histograms = [0 for _ in layers]
-    prefixes = [torch.zeros(num_groups, dtype=torch.int64, device=clt.device) for _ in layers]
-    for inputs, labels in passing(clt, walk, "Measuring the original", progress):
+    layers = range(config.num_layers)
+    # Which order statistics are wanted is known only after the first pass, which measures the original as well.
+    sums = MetricSums(config.num_layers, config.d_model, config.num_features, clt.device)
+    leading = torch.zeros(config.num_layers, 2**LEADING_BITS, dtype=torch.int64, device=clt.device)
+    for inputs, labels in read_rows(clt, batches, "Measuring the original", progress):
         output = clt(inputs)
         sums.update(labels, output.reconstruction, output.features)
         for s, h in enumerate(pre_activations(clt, inputs)):
-            histograms[s] += digit_histogram(h, group, prefixes[s], 0, digits[0])
-    num_tokens = int(sums.count)
-    active = sums.active_counts.to(clt.device)
-    counts = [torch.zeros(num_groups, dtype=torch.int64, device=clt.device).index_add_(0, group, a) for a in active]
+            leading[s] += torch.bincount(positive_bits(h) >> OTHER_BITS, minlength=2**LEADING_BITS)
+    counts = sums.active_counts.sum(dim=1).tolist()
+    # A layer that never fires has no C-th largest pre-activation: everything lies below.
+    bins = [bin_of_rank(leading[s], counts[s]) if counts[s] else (2**LEADING_BITS, 0) for s in layers]
 
-    ranks, known = list(counts), 0
-    for number, bits in enumerate(digits):
-        if number > 0:
-            histograms = [0 for _ in layers]
-            title = f"Finding thresholds ({number} of {len(digits)})"
-            for inputs, _ in passing(clt, walk, title, progress, num_tokens):
-                for s, h in enumerate(pre_activations(clt, inputs)):
-                    histograms[s] += digit_histogram(h, group, prefixes[s], known, bits)
-        found = [next_digit(*state) for state in zip(histograms, prefixes, ranks, strict=True)]
-        prefixes, ranks, equal = (list(column) for column in zip(*found, strict=True))
-        known += bits
-
-    # A group that never fires has no C-th largest pre-activation: everything lies below.
-    values = [
-        torch.where(count > 0, prefix.int().view(torch.float32), torch.inf)
-        for prefix, count in zip(prefixes, counts, strict=True)
-    ]
-    below = [torch.zeros(num_groups, device=clt.device) for _ in layers]
-    title = f"Finding thresholds ({len(digits)} of {len(digits)})"
-    for inputs, _ in passing(clt, walk, title, progress, num_tokens):
+    others = torch.zeros(config.num_layers, 2**OTHER_BITS, dtype=torch.int64, device=clt.device)
+    below_bin = torch.zeros(config.num_layers, dtype=torch.int32, device=clt.device)
+    for inputs, _ in read_rows(clt, batches, "Finding thresholds", progress, int(sums.count)):
         for s, h in enumerate(pre_activations(clt, inputs)):
-            largest = torch.where(h < values[s][group], h, 0).amax(dim=0).clamp(min=0)
-            below[s].scatter_reduce_(0, group, largest, "amax")
-    return sums, [place_between(below[s], values[s], counts[s], counts[s] - ranks[s], equal[s])[group] for s in layers]
+            bits = positive_bits(h)
+            smaller = bits[bits >> OTHER_BITS < bins[s][0]]
+            inside = bits[bits >> OTHER_BITS == bins[s][0]]
+            others[s] += torch.bincount(inside & (2**OTHER_BITS - 1), minlength=2**OTHER_BITS)
+            if len(smaller):
+                below_bin[s] = torch.maximum(below_bin[s], smaller.max())
+    below_bin = below_bin.view(torch.float32).tolist()
+    found = [threshold_in_bin(others[s], *bins[s], counts[s], below_bin[s]) for s in layers]
+    return sums, torch.tensor(found, device=clt.device)
 
 
-def digit_histogram(h: Tensor, group: Tensor, prefix: Tensor, known: int, bits: int) -> Tensor:
+def positive_bits(h: Tensor) -> Tensor:
+    """The bits of the positive numbers among `h` (float32), as int32, which are in the order of the numbers."""
+    return h[h > 0].view(torch.int32)
+
+
+def bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest number, from 1 on, and how many numbers are in larger bins."""
+    at_least = histogram.flip(0).cumsum(0).flip(0)
+    place = int((at_least >= rank).sum()) - 1
+    return place, int(at_least[place] - histogram[place])
+
+
+def threshold_in_bin(histogram: Tensor, leading: int, in_larger_bins: int, count: int, below_bin: float) -> float:
     """
-    How often each next digit occurs among the positive pre-activations that may still be the wanted ones.
+    The threshold θ for a strict gate h > θ that lets the `count` largest pre-activations of a layer pass: midway
+    between the last of them and the next smaller one, which is at least 0. Where so many are equal to the last that
+    `count` cannot be met, either all of them pass or none, whichever is nearer to `count`.
 
     Args:
-        h (`Tensor` of shape `(N, F)`, float32): Pre-activations.
-        group (`Tensor` of shape `(F,)`, int64): Group of each feature.
-        prefix (`Tensor` of shape `(G,)`, int64): The leading `known` bits of each group's wanted number.
-        known (`int`): Number of bits that are known.
-        bits (`int`): Number of bits of the next digit.
-
-    Returns:
-        `Tensor` of shape `(G, 2**bits)`, int64.
+        histogram (`Tensor` of shape `(2**15,)`): Of the last 15 bits of the pre-activations in the bin.
+        leading (`int`): Leading 16 bits of the numbers in the bin.
+        in_larger_bins (`int`): How many pre-activations are larger than those in the bin.
+        count (`int`): How many shall pass.
+        below_bin (`float`): The largest pre-activation that is smaller than those in the bin, or 0.
     """
-    token, feature = (h > 0).nonzero(as_tuple=True)
-    number, owner = h[token, feature].view(torch.int32), group[feature]
-    wanted = number >> (VALUE_BITS - known) == prefix[owner]
-    number, owner = number[wanted], owner[wanted]
-    digit = (number >> (VALUE_BITS - known - bits)) & (2**bits - 1)
-    return torch.bincount(owner * 2**bits + digit, minlength=len(prefix) * 2**bits).view(len(prefix), -1)
+    if count == 0:
+        return below_bin * (1 + MARGIN)
+    place, greater = bin_of_rank(histogram, count - in_larger_bins)
+    greater += in_larger_bins
+    numbers = torch.tensor([leading << OTHER_BITS]) + histogram[: place + 1].cpu().nonzero()[-2:, 0]
+    *next_smaller, value = numbers.int().view(torch.float32).tolist()
+    if greater + int(histogram[place]) - count > count - greater:
+        return value * (1 + MARGIN)
+    return (max([below_bin, *next_smaller]) + value) / 2
 
 
-def next_digit(histogram: Tensor, prefix: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    The digit of the `rank`-th largest number of each group, from the histogram (G, 2**bits) of the digits.
-
-    Returns:
-        The prefix with the digit, the rank among the numbers that share it, and how many these are, (G,) int64 each.
-    """
-    at_least = pad(histogram.flip(1).cumsum(1).flip(1), (0, 1))  # numbers whose digit is d or larger
-    digit = ((at_least[:, :-1] >= rank[:, None]).sum(dim=1) - 1)[:, None]
-    rank = rank - at_least.gather(1, digit + 1)[:, 0]
-    return prefix * histogram.shape[1] + digit[:, 0], rank, histogram.gather(1, digit)[:, 0]
-
-
-def place_between(below: Tensor, value: Tensor, count: Tensor, greater: Tensor, equal: Tensor) -> Tensor:
-    """
-    Thresholds θ for a strict gate h > θ that let `count` pre-activations of each group pass.
-
-    Args:
-        below (`Tensor` of shape `(G,)`): The largest pre-activation smaller than `value`, at least 0.
-        value (`Tensor` of shape `(G,)`): The `count`-th largest, inf where `count` is 0.
-        count (`Tensor` of shape `(G,)`, int64): How many shall pass.
-        greater (`Tensor` of shape `(G,)`, int64): How many are larger than `value`.
-        equal (`Tensor` of shape `(G,)`, int64): How many are `value`, itself included.
-
-    Returns:
-        `Tensor` of shape `(G,)`, float32: midway between `below` and `value`. Where so many are equal to `value` that
-        `count` cannot be met, either all of them pass or none, whichever keeps the sum over the groups.
-    """
-    theta = below + (value - below) / 2
-    missed = 0
-    for g in ((count > 0) & (greater + equal > count)).nonzero().flatten().tolist():
-        too_many, too_few = int(greater[g] + equal[g] - count[g]), int(greater[g] - count[g])
-        if abs(missed + too_many) <= abs(missed + too_few):
-            missed += too_many
-        else:
-            missed += too_few
-            theta[g] = value[g] * (1 + MARGIN)
-    fires = count > 0
-    usual = theta[fires].median() if fires.any() else theta.new_zeros(())
-    return torch.where(fires, theta, torch.maximum(below * (1 + MARGIN), usual))
-
-
-# -- the result -------------------------------------------------------------------------------------------------------
-
-
-def with_thresholds(clt: CrossLayerTranscoder, thresholds: list[Tensor]) -> CrossLayerTranscoder:
-    """A jumprelu copy of `clt` with the given thresholds, (F,) per layer."""
-    theta = torch.stack(thresholds).double().mean().item()
+def with_thresholds(clt: CrossLayerTranscoder, thresholds: Tensor) -> CrossLayerTranscoder:
+    """A jumprelu copy of `clt` with the given thresholds (L,)."""
     changes = dict.fromkeys(ACTIVATION_DEFAULTS["jumprelu"])  # None: the activation function's default
-    changes |= {"activation_fn": "jumprelu", "jumprelu_threshold": theta}
+    changes |= {"activation_fn": "jumprelu", "jumprelu_threshold": thresholds.double().mean().item()}
     config = CLTConfig.from_dict(clt.config.to_dict(), **changes)
     result = copy.deepcopy(clt)
     result.config = config
@@ -294,7 +213,7 @@ def with_thresholds(clt: CrossLayerTranscoder, thresholds: list[Tensor]) -> Cros
     return result.eval()
 
 
-def compared(before: dict, after: dict) -> dict:
+def compare(before: dict, after: dict) -> dict:
     """The figures that [`to_jumprelu`] returns."""
     l0 = zip(before["l0_per_layer"], after["l0_per_layer"], strict=True)
     figures = {
@@ -324,27 +243,26 @@ def format_calibration(figures: dict) -> str:
     The figures of [`to_jumprelu`] as aligned plain text: per layer and in total, then whether L0 and NMSE were kept.
     """
     before, after = figures["before"], figures["after"]
+
+    def row(layer, nmse, l0, change):
+        return [layer, *(shown(v, ".4f") for v in nmse), *(f"{v:,.2f}" for v in l0), percent(change)]
+
+    changes = figures["l0_change_per_layer"]
     rows = [["layer", "NMSE before", "after", "L0 before", "after", "change"]]
-    changes = [*figures["l0_change_per_layer"], relative_change(before["l0"], after["l0"])]
     for layer, change in enumerate(changes):
-        is_total = layer == len(changes) - 1
-        nmse = [part["nmse"] if is_total else part["nmse_per_layer"][layer] for part in (before, after)]
-        l0 = [part["l0"] if is_total else part["l0_per_layer"][layer] for part in (before, after)]
-        name = "all" if is_total else str(layer)
-        rows.append([name, *(shown(v, ".4f") for v in nmse), *(f"{v:,.2f}" for v in l0), percent(change)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "-" * len(lines[0])
-    lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-    worst = max(figures["l0_change_per_layer"], key=abs)
-    verdict = "within" if figures["l0_kept"] else "NOT within"
-    lines.append(f"L0: {verdict} {L0_TOLERANCE:.0%} in every layer (largest change {percent(worst)})")
-    verdict = "within" if figures["nmse_kept"] else "NOT within"
-    lines.append(f"NMSE: {verdict} {NMSE_TOLERANCE:.0%} of the original ({percent(figures['nmse_change'])})")
+        pairs = [[part[name][layer] for part in (before, after)] for name in ("nmse_per_layer", "l0_per_layer")]
+        rows.append(row(str(layer), *pairs, change))
+    pairs = [[part[name] for part in (before, after)] for name in ("nmse", "l0")]
+    rows.append(row("all", *pairs, relative_change(*pairs[1])))
+    lines = align_rows(rows)
+    verdicts = ["within" if figures[name] else "NOT within" for name in ("l0_kept", "nmse_kept")]
+    worst = max(changes, key=abs)
+    lines.append(f"L0: {verdicts[0]} {L0_TOLERANCE:.0%} in every layer (largest change {percent(worst)})")
+    lines.append(f"NMSE: {verdicts[1]} {NMSE_TOLERANCE:.0%} of the original ({percent(figures['nmse_change'])})")
     if not figures["nmse_kept"]:
         lines.append(
-            "  To mend it, train this jumprelu CLT (thresholds per layer) for some updates with --init-from CLT "
-            "--activation-fn batchtopk, and calibrate what comes out: docs/results.md"
+            "  To mend it, train this jumprelu CLT for some updates with --init-from CLT --activation-fn batchtopk, "
+            "and calibrate what comes out: docs/results.md"
         )
     lines.append(f"measured on {figures['num_tokens']:,} held-out tokens, those of the calibration")
     return "\n".join(lines)

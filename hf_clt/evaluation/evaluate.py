@@ -1,7 +1,7 @@
 """Evaluation of a finished CLT on held-out text: all metrics, streamed, whatever the batch size."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..harvest.harvester import Harvester
+from ..harvest.harvester import Harvester, check_fit
 from ..modeling_clt import CrossLayerTranscoder
 from .metrics import MetricSums
 from .report import shown
@@ -51,9 +51,7 @@ def evaluate_clt(
     if replacement:
         from .replacement import replacement_metrics
 
-        with eval_mode(clt), replacing_bar(not progress) as bar:
-            replaced = replacement_metrics(harvester.model, clt, SeveralTimes(token_batches, bar))
-        metrics.update(named_replacement(replaced))
+        metrics |= replacement_metrics(harvester.model, clt, token_batches, progress=progress)
     return metrics
 
 
@@ -70,47 +68,18 @@ def evaluation_sums(
     What [`evaluate_clt`] computes its metrics from. Where several processes evaluate a share of the text each:
     `MetricSums.from_gathered(gather_object([evaluation_sums(...).tensors()])).compute()`.
     """
-    check_harvester(clt, harvester)
+    check_fit(clt.config, harvester)
     rows = activations(harvester, token_batches, batch_size)
     num_tokens = getattr(token_batches, "heldout_tokens", None) or None
     bar = tqdm(total=num_tokens, desc="Evaluating", unit="token", disable=not progress, leave=False)
+
+    def rows_of_batches():
+        for batch in rows:
+            yield batch["inputs"], batch["labels"]
+            bar.update(len(batch["inputs"]))
+
     with eval_mode(clt), bar:
-        return measure(clt, ((batch["inputs"], batch["labels"]) for batch in counting(rows, bar)))
-
-
-def replacing_bar(disable: bool):
-    return tqdm(desc="Replacing MLPs", unit="batch", disable=disable, leave=False)
-
-
-def named_replacement(metrics: dict) -> dict:
-    """What [`replacement_metrics`] gives, by the names that it has beside the other metrics."""
-    return {"num_predictions" if name == "num_tokens" else name: value for name, value in metrics.items()}
-
-
-class SeveralTimes:
-    """
-    Batches that are walked more than once, with one progress bar.
-
-    Args:
-        batches (iterable): They start anew each time.
-        bar (`tqdm`): Moves on by one each time that a batch is worked off.
-        before (`Callable`, *optional*): Called before each batch.
-    """
-
-    def __init__(self, batches: Iterable, bar, before: Callable[[], None] | None = None):
-        if iter(batches) is batches:
-            raise ValueError(
-                "token_batches is an iterator, which can be read once, and is read more often; give "
-                "list(token_batches)"
-            )
-        self.batches, self.bar, self.before = batches, bar, before
-
-    def __iter__(self):
-        for batch in self.batches:
-            if self.before is not None:
-                self.before()
-            yield batch
-            self.bar.update()
+        return measure(clt, rows_of_batches())
 
 
 def measure(clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]]) -> MetricSums:
@@ -145,13 +114,6 @@ def activations(
             yield {"inputs": inputs[part], "labels": labels[part]}
 
 
-def counting(rows: Iterable[dict[str, Tensor]], bar) -> Iterator[dict[str, Tensor]]:
-    """The same batches; the progress bar moves on by the tokens of each once it is worked off."""
-    for batch in rows:
-        yield batch
-        bar.update(len(batch["inputs"]))
-
-
 @contextmanager
 def eval_mode(clt: CrossLayerTranscoder):
     """Eval mode while the block runs, then the mode that was."""
@@ -161,22 +123,6 @@ def eval_mode(clt: CrossLayerTranscoder):
         yield
     finally:
         clt.train(was_training)
-
-
-def check_harvester(clt: CrossLayerTranscoder, harvester: Harvester) -> None:
-    """Raises ValueError if the harvester reads other layers, another width or other hooks than the CLT."""
-    for name, found in (
-        ("num_layers", harvester.num_layers),
-        ("d_model", harvester.d_model),
-        ("feature_input_hook", harvester.input_hook),
-        ("feature_output_hook", harvester.output_hook),
-    ):
-        wanted = getattr(clt.config, name)
-        if wanted != found:
-            raise ValueError(
-                f"{name}={wanted!r} of the CLT does not fit the harvested activations, where it is {found!r}; harvest "
-                "from the language model that the CLT was trained on, at its hooks"
-            )
 
 
 def format_replacement(metrics: dict) -> str:

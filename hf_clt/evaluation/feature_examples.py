@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checkpoint_format import write_tensors
-from ..harvest.harvester import Harvester
+from ..harvest.harvester import Harvester, check_fit
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, counts_of
-from .evaluate import check_harvester, eval_mode
+from .evaluate import eval_mode
 
 
 HISTOGRAM_BINS = 32  # a power of two: widths halve and double without rounding
@@ -369,7 +369,7 @@ def collect_activity(
         ValueError: If the harvester does not fit the CLT, no token counts, or `file` was made with other settings or
             from another text.
     """
-    check_harvester(clt, harvester)
+    check_fit(clt.config, harvester)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1; give the number of tokens that fit in memory")
     config = clt.config

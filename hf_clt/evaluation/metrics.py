@@ -1,16 +1,10 @@
-"""
-Metrics of a cross-layer transcoder on held-out tokens, as sums that are fed batch by batch and merged over processes.
-
-The sums are the count, mean and sum of squared deviations of the targets (Chan, Golub & LeVeque 1979, "Updating
-formulae and a pairwise algorithm for computing sample variances"), the squared error of the reconstruction, and the
-number of tokens on which each feature is active. Σy² - N·ȳ² is never formed: residual streams have dimensions whose
-mean is thousands of times their spread, where it would cancel. Chan's form merges exactly, but its parts do not simply
-add up: gather the tensors of all processes and give them to [`MetricSums.from_gathered`].
-"""
+"""Metrics of a cross-layer transcoder on held-out tokens, as sums that are fed batch by batch."""
 
 import math
 
 import torch
+
+from ..harvest.statistics import Moments
 
 
 # log10 of the share of tokens on which a feature is active: four bins per decade; -10 stands for never
@@ -37,34 +31,38 @@ def density_histogram(active_counts: torch.Tensor, num_tokens: int) -> dict[str,
     return {"bin_edges": edges, "counts": [int(count) for count in counts]}
 
 
-class MetricSums:
+class MetricSums(Moments):
     """
-    Streamed sums from which the metrics are computed. The result does not depend on how the tokens were cut into
-    batches or spread over processes.
+    Streamed sums from which the metrics are computed: the [`Moments`] of the targets, the squared error of the
+    reconstruction, and the number of tokens on which each feature is active. The result does not depend on how the
+    tokens were cut into batches or spread over processes.
 
     Args:
         num_layers (`int`): L.
         d_model (`int`): D.
         num_features (`int`): F, features per layer.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where the sums are kept. They are float64, which Apple's GPU lacks, so `"mps"` accumulates on the CPU.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where the sums are kept.
+
+    Its `tensors` are `count` (), int64; `mean` and `squared_deviation` (L, D) and `squared_error` (L,), float64;
+    `active_counts` (L, F), int64.
     """
 
+    STATE = (*Moments.STATE, "squared_error", "active_counts")
+
     def __init__(self, num_layers: int, d_model: int, num_features: int, device: str | torch.device = "cpu"):
-        device = torch.device(device)
-        if device.type == "mps":
-            device = torch.device("cpu")
-        self.num_layers, self.d_model, self.num_features, self.device = num_layers, d_model, num_features, device
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
-        self.mean = torch.zeros(num_layers, d_model, dtype=torch.float64, device=device)
-        self.squared_deviation = torch.zeros(num_layers, d_model, dtype=torch.float64, device=device)
-        self.squared_error = torch.zeros(num_layers, dtype=torch.float64, device=device)
-        self.active_counts = torch.zeros(num_layers, num_features, dtype=torch.int64, device=device)
+        super().__init__((num_layers, d_model), device)
+        self.squared_error = torch.zeros(num_layers, dtype=torch.float64, device=self.device)
+        self.active_counts = torch.zeros(num_layers, num_features, dtype=torch.int64, device=self.device)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(L, D, F)`."""
+        return *self.mean.shape, self.active_counts.shape[1]
 
     @torch.no_grad()
     def update(self, labels: torch.Tensor, reconstruction: torch.Tensor, acts) -> None:
         """
-        Add a batch of tokens.
+        Adds a batch of tokens.
 
         Args:
             labels (`torch.Tensor` of shape `(N, L, D)`): Raw targets y.
@@ -74,117 +72,43 @@ class MetricSums:
                 tokens on which each feature is above zero, of shape `(L, F)`.
 
         Raises:
-            `ValueError`: A shape does not fit.
+            `ValueError`: A shape is another.
         """
-        expected = (self.num_layers, self.d_model)
-        if labels.dim() != 3 or tuple(labels.shape[1:]) != expected:
+        num_layers, d_model, num_features = self.shape
+        if labels.dim() != 3 or labels.shape[1:] != (num_layers, d_model):
             raise ValueError(
-                f"labels must have shape (N, {expected[0]}, {expected[1]}), got {tuple(labels.shape)}; give the raw"
-                " targets of all layers, one row per token"
+                f"labels must have shape (N, {num_layers}, {d_model}), got {tuple(labels.shape)}; give the raw targets"
+                " of all layers, one row per token"
             )
         if reconstruction.shape != labels.shape:
             raise ValueError(
                 f"reconstruction has shape {tuple(reconstruction.shape)} and labels {tuple(labels.shape)}; both must"
                 " cover the same tokens"
             )
-        if isinstance(acts, torch.Tensor):
-            if tuple(acts.shape) != (len(labels), self.num_layers, self.num_features):
-                raise ValueError(
-                    f"acts must have shape ({len(labels)}, {self.num_layers}, {self.num_features}), got"
-                    f" {tuple(acts.shape)}; give the activations of the tokens in labels"
-                )
-            active = (acts > 0).sum(0)
-        else:
-            active = acts.active_counts()
-            if tuple(active.shape) != (self.num_layers, self.num_features):
-                raise ValueError(
-                    f"acts.active_counts() must have shape ({self.num_layers}, {self.num_features}), got"
-                    f" {tuple(active.shape)}; give the activations of a CLT of this size"
-                )
-        if len(labels) == 0:
-            return
-        batch = MetricSums(self.num_layers, self.d_model, self.num_features, self.device)
-        batch.count += len(labels)
-        batch.active_counts += active.to(self.device)
-        for layer in range(self.num_layers):  # one layer at a time: a float64 copy of a whole batch is large
-            target = labels[:, layer].to(self.device).double()
-            error = target - reconstruction[:, layer].to(self.device).double()
-            batch.mean[layer] = target.mean(0)
-            batch.squared_deviation[layer] = (target - batch.mean[layer]).square().sum(0)
-            batch.squared_error[layer] = error.square().sum()
-        self.merge(batch)
+        is_dense = isinstance(acts, torch.Tensor)
+        active = (acts > 0).sum(0) if is_dense else acts.active_counts()
+        found = acts.shape if is_dense else (len(labels), *active.shape)
+        if found != (len(labels), num_layers, num_features):
+            raise ValueError(
+                f"acts must have shape ({len(labels)}, {num_layers}, {num_features}), got {tuple(found)}; give the"
+                " activations of the tokens in labels"
+            )
+        super().update(labels)
+        for layer in range(num_layers):
+            error = labels[:, layer].to(self.device).double() - reconstruction[:, layer].to(self.device).double()
+            self.squared_error[layer] += error.square().sum()
+        self.active_counts += active.to(self.device)
 
     def merge(self, other: "MetricSums") -> None:
-        """Add the tokens of `other`, which may have seen any number of them (none included)."""
-        if self.active_counts.shape != other.active_counts.shape or self.mean.shape != other.mean.shape:
+        """Adds the tokens of `other`, which may have seen any number of them (none included)."""
+        if self.shape != other.shape:
             raise ValueError(
                 f"cannot merge sums over (layers, d_model, features) {self.shape} with {other.shape}; both must"
                 " come from the same CLT"
             )
-        count = self.count + other.count
-        share = other.count.to(self.device) / count.clamp(min=1).double()  # of the tokens, those that come from other
-        delta = other.mean.to(self.device) - self.mean
-        self.squared_deviation += other.squared_deviation.to(self.device) + delta.square() * self.count * share
-        self.mean += delta * share
+        super().merge(other)
         self.squared_error += other.squared_error.to(self.device)
         self.active_counts += other.active_counts.to(self.device)
-        self.count = count
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """`(L, D, F)`."""
-        return self.num_layers, self.d_model, self.num_features
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """
-        The whole state, to be gathered over processes: `count` (), int64; `mean` and `squared_deviation` (L, D) and
-        `squared_error` (L,), float64; `active_counts` (L, F), int64. The mean makes them no plain sums: do not
-        all-reduce them, gather them.
-        """
-        return {
-            "count": self.count,
-            "mean": self.mean,
-            "squared_deviation": self.squared_deviation,
-            "squared_error": self.squared_error,
-            "active_counts": self.active_counts,
-        }
-
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over a state that [`MetricSums.tensors`] gave."""
-        own = self.tensors()
-        if set(tensors) != set(own):
-            raise ValueError(
-                f"metric sums need the tensors {sorted(own)}, got {sorted(tensors)}; give what tensors() returned"
-            )
-        for name, value in own.items():
-            if tensors[name].shape != value.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}; the sums come"
-                    " from a CLT of another size"
-                )
-            setattr(self, name, tensors[name].to(device=self.device, dtype=value.dtype, copy=True))
-
-    @staticmethod
-    def from_gathered(parts: list[dict[str, torch.Tensor]]) -> "MetricSums":
-        """
-        Merge the states of any number of processes.
-
-        Args:
-            parts (`list[dict[str, torch.Tensor]]`): What [`MetricSums.tensors`] gave on each process, in rank order.
-
-        Returns:
-            [`MetricSums`] over the tokens of all parts, on the device of the first.
-        """
-        if not parts:
-            raise ValueError("no metric sums to merge; give the tensors() of at least one process")
-        num_layers, d_model = parts[0]["mean"].shape
-        num_features = parts[0]["active_counts"].shape[1]
-        total = MetricSums(num_layers, d_model, num_features, parts[0]["mean"].device)
-        for part in parts:
-            sums = MetricSums(num_layers, d_model, num_features, total.device)
-            sums.load_tensors(part)
-            total.merge(sums)
-        return total
 
     @staticmethod
     def with_joined_features(parts: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..harvest.harvester import Harvester
+from ..harvest.harvester import Harvester, check_fit
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import SparseFeatures, sparse_from_dense
-from .evaluate import check_harvester, eval_mode
+from .evaluate import eval_mode
 from .report import BLUE, GREY, INK, PLOT_STYLE
 
 
@@ -29,7 +29,7 @@ def prompt_features(clt: CrossLayerTranscoder, harvester: Harvester, input_ids: 
     Raises:
         ValueError: If the CLT does not fit the harvester, or if there is more than one prompt.
     """
-    check_harvester(clt, harvester)
+    check_fit(clt.config, harvester)
     if input_ids.dim() != 2 or len(input_ids) != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give one prompt, (1, tokens)")
     inputs, _ = harvester(input_ids)

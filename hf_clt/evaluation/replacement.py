@@ -15,10 +15,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.utils import ModelOutput
 
 from ..folding import at_least_float32
-from ..harvest.harvester import Harvester, check_context_size
+from ..harvest.harvester import Harvester, check_context_size, check_fit
 from ..harvest.sites import default_hooks
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, SparseFeatures, features_at
@@ -38,9 +39,8 @@ class ReplacementOutput(ModelOutput):
 
     Args:
         logits (`Tensor` of shape `(P, T, V)`): Next-token logits of the replacement model.
-        features ([`SparseFeatures`]): Activations of all features on (P, T) tokens, as read from the replaced stream
-            and after the interventions. None is active at excluded positions; None if a function stands in for the
-            CLT.
+        features ([`SparseFeatures`]): Activations on (P, T) tokens, as read from the replaced stream and after the
+            interventions; none at excluded positions. None if a function stands in for the CLT.
     """
 
     logits: Tensor | None = None
@@ -63,11 +63,6 @@ def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
         )
     if config.activation_fn == "batchtopk" and any(threshold().isinf().any() for threshold in clt.thresholds):
         raise ValueError("this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first")
-
-
-def normalized_layer(clt: CrossLayerTranscoder, layer: int, inputs: Tensor) -> Tensor:
-    """x̃_s = (x_s - mean_in[s]) / std_in[s] of one layer, (N, D)."""
-    return inputs if clt.mean_in is None else (inputs - clt.mean_in[layer]) / clt.std_in[layer]
 
 
 def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatures:
@@ -102,12 +97,7 @@ class LayerwiseReconstruction:
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        clt: CrossLayerTranscoder,
-        num_tokens: int,
-        edit: Callable[[int, LayerFeatures], LayerFeatures] | None = None,
-    ):
+    def __init__(self, clt: CrossLayerTranscoder, num_tokens: int, edit: Callable | None = None):
         self.clt, self.edit = clt, edit
         bias = torch.stack([decoder.bias for decoder in clt.decoders])
         # ỹ̂ of all target layers as far as it is known: a source layer adds to its targets when its inputs are given.
@@ -117,18 +107,15 @@ class LayerwiseReconstruction:
     @torch.no_grad()
     def __call__(self, layer: int, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
         """
-        Args:
-            layer (`int`): The next layer: 0, then 1, and so on.
-            inputs (`Tensor` of shape `(N, D)`): What its features read, raw.
-            outputs (`Tensor` of shape `(N, D)`, *optional*): Not used.
-
-        Returns:
-            `Tensor` of shape `(N, D)`: The raw reconstruction of the layer's MLP output.
+        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from what its features read,
+        raw (N, D). `outputs` is not used.
         """
         clt = self.clt
         if layer != len(self.features):
             raise ValueError(f"layer={layer} is given after {len(self.features)} layers; give all layers in order")
-        x = normalized_layer(clt, layer, inputs.to(clt.device))
+        x = inputs.to(clt.device)
+        if clt.mean_in is not None:
+            x = (x - clt.mean_in[layer]) / clt.std_in[layer]
         features = encode_layer(clt, layer, x)
         if self.edit is not None:
             features = self.edit(layer, features)
@@ -150,15 +137,9 @@ def token_positions(attention_mask: Tensor) -> Tensor:
 
 def columns_of_step(positions: Tensor, counted: Tensor, start: int, stop: int, num_rows: int) -> tuple[Tensor, Tensor]:
     """
-    What a step of a generation computes: columns `start` to `stop` of prompts that generated tokens continue.
-
-    Args:
-        positions, counted: Of the prompts, (P, T).
-        start, stop: Columns; T is the first generated token's.
-        num_rows: R, a multiple of P where every prompt has several beams or samples, which are consecutive rows.
-
-    Returns:
-        Token positions and whether tokens count, (R, stop - start) each. Generated tokens count.
+    Token positions, and whether tokens count, of what a step of a generation computes, (R, stop - start) each: the
+    columns `start` to `stop` of prompts (P, T) that generated tokens, which count, continue. R is a multiple of P
+    where every prompt has several beams or samples, which are consecutive rows.
     """
     steps = torch.arange(1, max(0, stop - positions.shape[1]) + 1, device=positions.device)
     positions = torch.cat([positions, positions.amax(dim=1, keepdim=True) + steps], dim=1)
@@ -171,12 +152,8 @@ def set_activations(
     features: LayerFeatures, positions: Tensor, interventions: list[tuple[int | None, int, float]]
 ) -> LayerFeatures:
     """
-    The features of a layer with some activations set.
-
-    Args:
-        features: On N tokens.
-        positions: Their token positions, (N,).
-        interventions: (position, feature, value) each; position None is every one of the N tokens.
+    The features of a layer on N tokens at `positions` (N,) with some activations set: (position, feature, value) each;
+    position None is every one of the N tokens.
     """
     if not interventions:
         return features
@@ -195,15 +172,10 @@ def spread_features(features: LayerFeatures, rows: Tensor, num_positions: int) -
     return LayerFeatures(features.values, features.indices, offsets, features.num_features)
 
 
-def no_features(clt: CrossLayerTranscoder) -> LayerFeatures:
-    """The features of a layer on no token."""
-    values = torch.zeros(0, dtype=at_least_float32(clt.dtype), device=clt.device)
-    offsets = torch.zeros(1, dtype=torch.int64, device=clt.device)
-    return LayerFeatures(values, offsets[:0], offsets, clt.config.num_features)
-
-
-def checked_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
+def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     """
+    The layers to replace, ascending; all if None.
+
     Raises:
         ValueError: If `layers` is empty or names a layer that is none.
     """
@@ -217,42 +189,36 @@ def checked_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     return checked
 
 
-def checked_interventions(
-    interventions: Iterable[tuple[int, int | None, int, float]], clt, layers: list[int]
-) -> dict[int, list[tuple[int | None, int, float]]]:
+def check_intervention(name: str, given: tuple, clt, layers: list[int]) -> tuple[int, int | None, int, float]:
     """
-    Interventions by source layer.
+    The layer, position, feature and value of an intervention.
 
     Raises:
-        ValueError: If one is not (layer, position, feature, value), is out of range, or cannot change anything.
+        ValueError: If it is not these four, is out of range, or cannot change anything in `layers`.
     """
-    by_layer: dict[int, list[tuple[int | None, int, float]]] = {}
-    for number, given in enumerate(interventions):
-        name = f"interventions[{number}]={given!r}"
-        if not isinstance(clt, CrossLayerTranscoder):
-            raise ValueError(f"{name}: a function stands in for the CLT and has no features; give a CLT to intervene")
-        try:
-            layer, position, feature, value = given
-            layer, feature, value = operator.index(layer), operator.index(feature), float(value)
-            position = None if position is None else operator.index(position)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name}: give (layer, position, feature, value), a number each; position None is every token"
-            ) from error
-        config = clt.config
-        for field, found, size in (("layer", layer, config.num_layers), ("feature", feature, config.num_features)):
-            if not 0 <= found < size:
-                raise ValueError(f"{name}: {field} {found} is outside 0 to {size - 1}; give one that the CLT has")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: value {value} is not finite; give the activation to set, 0 to ablate")
-        reached = range(layer, layer + config.num_targets(layer))
-        if not set(reached) & set(layers):
-            raise ValueError(
-                f"{name}: layer {layer} writes to layers {reached[0]} to {reached[-1]}, none of which is replaced "
-                f"(layers={layers}); replace one of them"
-            )
-        by_layer.setdefault(layer, []).append((position, feature, value))
-    return by_layer
+    if not isinstance(clt, CrossLayerTranscoder):
+        raise ValueError(f"{name}: a function stands in for the CLT and has no features; give a CLT to intervene")
+    try:
+        layer, position, feature, value = given
+        layer, feature, value = operator.index(layer), operator.index(feature), float(value)
+        position = None if position is None else operator.index(position)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: give (layer, position, feature, value), a number each; position None is every token"
+        ) from error
+    config = clt.config
+    for field, found, size in (("layer", layer, config.num_layers), ("feature", feature, config.num_features)):
+        if not 0 <= found < size:
+            raise ValueError(f"{name}: {field} {found} is outside 0 to {size - 1}; give one that the CLT has")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: value {value} is not finite; give the activation to set, 0 to ablate")
+    reached = range(layer, layer + config.num_targets(layer))
+    if not set(reached) & set(layers):
+        raise ValueError(
+            f"{name}: layer {layer} writes to layers {reached[0]} to {reached[-1]}, none of which is replaced "
+            f"(layers={layers}); replace one of them"
+        )
+    return layer, position, feature, value
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -298,12 +264,6 @@ class ReplacementModel:
                 "AutoModelForCausalLM"
             )
         if isinstance(clt, CrossLayerTranscoder):
-            for name, own in (("num_layers", config.num_hidden_layers), ("d_model", config.hidden_size)):
-                if getattr(clt.config, name) != own:
-                    raise ValueError(
-                        f"{name}={getattr(clt.config, name)} of the CLT, and the language model has {own}; "
-                        f"give the model that it was trained on ({clt.config.base_model_name_or_path})"
-                    )
             check_layer_by_layer(clt)
             hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
         elif callable(clt):
@@ -313,8 +273,10 @@ class ReplacementModel:
                 f"clt is a {type(clt).__name__}; give a CrossLayerTranscoder, or a function (layer, inputs, outputs)"
             )
         self.model, self.clt = model, clt
-        self.layers = checked_layers(layers, config.num_hidden_layers)
+        self.layers = check_layers(layers, config.num_hidden_layers)
         self._harvester = Harvester(model, *hooks)
+        if isinstance(clt, CrossLayerTranscoder):
+            check_fit(clt.config, self._harvester)
         self._nnsight = self._harvester._nnsight
 
     def __call__(
@@ -349,7 +311,10 @@ class ReplacementModel:
         logits = self._run(arguments, rows, replace)
         if replace is self.clt:
             return ReplacementOutput(logits=logits)
-        layers = replace.features or [no_features(self.clt)] * self.clt.config.num_layers
+        nothing = torch.zeros(
+            0, self.clt.config.num_features, dtype=at_least_float32(self.clt.dtype), device=self.clt.device
+        )
+        layers = replace.features or [features_at(nothing, nothing != 0)] * self.clt.config.num_layers
         layers = [spread_features(features, rows, positions.numel()) for features in layers]
         return ReplacementOutput(logits=logits, features=SparseFeatures(layers, positions.shape))
 
@@ -427,17 +392,18 @@ class ReplacementModel:
 
     def _interventions(self, interventions, positions, counted, generates=False):
         """Checked interventions by source layer; one at a position where nothing is replaced is refused."""
-        interventions = list(interventions)
-        by_layer = checked_interventions(interventions, self.clt, self.layers)
+        by_layer = {}
         for number, given in enumerate(interventions):
-            position = given[1]
+            name = f"interventions[{number}]={given!r}"
+            layer, position, feature, value = check_intervention(name, given, self.clt, self.layers)
             replaced = counted if position is None else counted & (positions == position)
-            follows = generates and (position is None or (positions.amax(dim=1) < position).any())
-            if not follows and not replaced.any():
+            is_generated = generates and (position is None or (positions.amax(dim=1) < position).any())
+            if not is_generated and not replaced.any():
                 raise ValueError(
-                    f"interventions[{number}]={given!r}: no row has a token at this position whose MLP outputs are "
-                    "replaced (position 0, padding and what counted excludes are not); give another position"
+                    f"{name}: no row has a token at this position whose MLP outputs are replaced (position 0, padding "
+                    "and what counted excludes are not); give another position"
                 )
+            by_layer.setdefault(layer, []).append((position, feature, value))
         return by_layer
 
     def _start(self, positions, by_layer):
@@ -492,6 +458,8 @@ def replacement_metrics(
     batches: Iterable[dict[str, Tensor]],
     layers: Iterable[int] | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """
     How far the replacement model is from the language model, on held-out tokens. Sums are float64, so the result does
@@ -511,6 +479,8 @@ def replacement_metrics(
         layers (`Iterable[int]`, *optional*): The layers to replace, and to ablate; by default all.
         reduce (`Callable`, *optional*): Sums a float64 tensor over all processes, where each has batches of its own:
             `lambda tensor: accelerator.reduce(tensor, "sum")`.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+        before_batch (`Callable`, *optional*): Called before each batch; it may raise, to stop.
 
     Returns:
         `dict`:
@@ -519,7 +489,7 @@ def replacement_metrics(
         - `ce_recovered`: (ce_ablated - ce_replaced) / (ce_ablated - ce_original); None if the ablation does nothing;
         - `kl`: KL(original ‖ replaced) of the next-token distributions in nats, mean over the predictions;
         - `top1_agreement`: share of the predictions with the same most probable token;
-        - `num_tokens`: number of predictions counted.
+        - `num_predictions`: number of predictions counted.
 
     Raises:
         `ValueError`: as [`ReplacementModel`], and if `batches` can be read once only, or no prediction counts.
@@ -529,11 +499,20 @@ def replacement_metrics(
         raise ValueError("batches is an iterator, which can be read once, and is read twice; give list(batches)")
     reduce = (lambda tensor: tensor) if reduce is None else reduce
     replaced = ReplacementModel(model, clt, layers)
-    means = reduce(_output_sums(replaced, batches))
+    bar = tqdm(desc="Replacing MLPs", unit="batch", disable=not progress, leave=False)
+
+    def each_batch():
+        for batch in batches:
+            if before_batch is not None:
+                before_batch()
+            yield batch
+            bar.update()
+
+    means = reduce(_output_sums(replaced, each_batch()))
     means = means[:, :-1] / means[:, -1:]
 
     sums = torch.zeros(6, dtype=torch.float64, device=means.device)
-    for batch in batches:
+    for batch in each_batch():
         arguments, positions, counted = replaced._prepare(*_tokens_of(batch))
         predicts = counted[:, :-1] & (positions[:, 1:] >= 0)
         if not predicts.any():
@@ -549,6 +528,7 @@ def replacement_metrics(
             logits.append(found[predicts.to(found.device)])
             del found
         sums += prediction_sums(*logits, targets, means.device)
+    bar.close()
     *totals, count = reduce(sums).tolist()
     if count == 0:
         raise ValueError("no prediction counts: the held-out text gave none; raise eval_tokens or give more text")
@@ -560,7 +540,7 @@ def replacement_metrics(
         "ce_recovered": ce_recovered(ce_original, ce_replaced, ce_ablated),
         "kl": kl,
         "top1_agreement": agreement,
-        "num_tokens": int(count),
+        "num_predictions": int(count),
     }
 
 

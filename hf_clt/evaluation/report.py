@@ -57,10 +57,7 @@ def format_metrics_table(metrics: dict) -> str:
     for layer in range(num_layers):
         rows.append([str(layer)] + [shown(metrics[f"{name}_per_layer"][layer], spec) for _, name, spec in columns])
     rows.append(["all"] + [shown(metrics[name], spec) for _, name, spec in columns])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = "-" * len(lines[0])
-    lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    lines = align_rows(rows)
     means = ", ".join(title for title, name, _ in columns if name != "l0")
     note = f"all: mean over layers ({means})" if means else "all:"
     if any(name == "l0" for _, name, _ in columns):
@@ -68,6 +65,14 @@ def format_metrics_table(metrics: dict) -> str:
     if metrics.get("num_tokens") is not None:
         note += f"; {metrics['num_tokens']:,} held-out tokens"
     return "\n".join([*lines, note, *without_nmse(metrics)])
+
+
+def align_rows(rows: list[list[str]]) -> list[str]:
+    """Lines of a table in plain text, with a rule below the first row and above the last."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = "-" * len(lines[0])
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
 def shown(value: float | None, spec: str) -> str:

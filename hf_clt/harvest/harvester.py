@@ -126,6 +126,30 @@ def check_context_size(model_config, context_size):
         )
 
 
+def check_fit(clt_config, harvester, model_name="the language model"):
+    """
+    Args:
+        clt_config ([`CLTConfig`]): Of the CLT.
+        harvester ([`Harvester`] or [`ActivationCache`]): What gives its activations.
+        model_name (`str`, *optional*): What the language model is called in the message.
+
+    Raises:
+        `ValueError`: if the CLT has other layers, another width or other hooks.
+    """
+    for name, found in (
+        ("num_layers", harvester.num_layers),
+        ("d_model", harvester.d_model),
+        ("feature_input_hook", harvester.input_hook),
+        ("feature_output_hook", harvester.output_hook),
+    ):
+        own = getattr(clt_config, name)
+        if own != found:
+            raise ValueError(
+                f"{name}={own} does not fit {model_name}, which has {found}; give {name}={found} for a new CLT, or "
+                "the language model and hooks that the CLT was trained on"
+            )
+
+
 def without_bad_rows(batch, inputs, labels):
     """
     Leaves out the rows of a batch in which an activation is NaN or infinite, whole: one spreads through the attention
@@ -347,4 +371,11 @@ class Harvester:
                     )
 
 
-__all__ = ["ActivationError", "Harvester", "check_context_size", "load_language_model", "without_bad_rows"]
+__all__ = [
+    "ActivationError",
+    "Harvester",
+    "check_context_size",
+    "check_fit",
+    "load_language_model",
+    "without_bad_rows",
+]

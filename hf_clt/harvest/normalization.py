@@ -9,48 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .statistics import Moments, gather
+
 
 logger = logging.getLogger(__name__)
 
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
-
-
-class Moments:
-    """
-    Count, mean and sum of squared deviations of rows of shape (L, D), streamed in float64 with the merging formula of
-    Chan et al. 1979, so that a large mean costs no precision and parts of several processes can be merged.
-    """
-
-    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.mean = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.squared_deviation = torch.zeros(shape, dtype=torch.float64, device=device)
-
-    def update(self, rows: Tensor) -> None:
-        """Adds rows of shape (N, L, D)."""
-        for layer in range(rows.shape[1]):  # one layer at a time: a float64 copy of a whole batch is large
-            values = rows[:, layer].to(self.mean.device).double()
-            mean = values.mean(dim=0)
-            self._merge_layer(layer, len(values), mean, (values - mean).square().sum(dim=0))
-        self.count += len(rows)
-
-    def merge(self, count: Tensor, mean: Tensor, squared_deviation: Tensor) -> None:
-        """Adds what another instance has seen."""
-        if count == 0:
-            return
-        for layer in range(len(self.mean)):
-            self._merge_layer(layer, count, mean[layer], squared_deviation[layer])
-        self.count += count
-
-    def _merge_layer(self, layer, count, mean, squared_deviation) -> None:
-        share = count / (self.count + count)
-        delta = mean - self.mean[layer]
-        self.squared_deviation[layer] += squared_deviation + delta.square() * self.count * share
-        self.mean[layer] += delta * share
-
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Mean and (population) standard deviation, (L, D) each, float64."""
-        return self.mean, (self.squared_deviation / self.count).sqrt()
 
 
 def estimate_statistics(
@@ -89,16 +53,14 @@ def estimate_statistics(
         with tqdm(total=num_batches, desc="Estimating statistics", unit="batch", disable=not progress) as bar:
             for seen, batch in enumerate(tokens, start=1):
                 for moment, rows in zip(moments, harvester.harvest(batch, skip_bad=skip_bad), strict=True):
-                    if len(rows):
-                        moment.update(rows)
+                    moment.update(rows)
                 bar.update()
                 if seen == num_batches:
                     break
         tokens.rewind()
 
     read() if together is None else together(read)
-    if accelerator is not None and accelerator.num_processes > 1:
-        moments = tuple(_merged_over_processes(moment, accelerator) for moment in moments)
+    moments = [Moments.from_gathered(gather(accelerator, moment.tensors())) for moment in moments]
     if moments[0].count == 0:
         raise ValueError("dataset: no token counts for training; give more text or allow special tokens")
     found = [value.cpu() for moment in moments for value in moment.mean_and_std()]
@@ -114,17 +76,6 @@ def warn_if_lost(mean: Tensor, std: Tensor, dtype: torch.dtype, option: str) -> 
             "(%s)",
             *(lost, str(dtype).removeprefix("torch."), option),
         )
-
-
-def _merged_over_processes(moment: Moments, accelerator) -> Moments:
-    parts = [
-        accelerator.gather(part.to(accelerator.device)[None]).cpu()
-        for part in (moment.count, moment.mean, moment.squared_deviation)
-    ]
-    merged = Moments(tuple(moment.mean.shape))
-    for count, mean, squared_deviation in zip(*parts, strict=True):
-        merged.merge(count, mean, squared_deviation)
-    return merged
 
 
 def load_statistics(path: str | Path) -> dict:
@@ -176,4 +127,4 @@ def set_output_bias(clt, labels: Tensor) -> None:
         decoder.bias.copy_(mean)
 
 
-__all__ = ["Moments", "estimate_statistics", "load_statistics", "set_firing_rate", "set_output_bias", "warn_if_lost"]
+__all__ = ["estimate_statistics", "load_statistics", "set_firing_rate", "set_output_bias", "warn_if_lost"]

@@ -14,7 +14,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from .. import checkpoint_format as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..device import chosen_device, prompts_by_memory, total_memory, usual_model_dtype
-from ..harvest.harvester import Harvester
 from ..hub.card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts, write_facts
 from ..hub.card_files import draw_plots
 from ..modeling_clt import CrossLayerTranscoder
@@ -362,20 +361,6 @@ def remove_run(output_dir: Path) -> None:
     draw_plots(output_dir, {})
 
 
-def check_fit(config: CLTConfig, harvester: Harvester, model_name: str) -> None:
-    """Checks that a CLT has the layers and the width of the language model, and the harvester's hooks."""
-    for name, found in (
-        ("num_layers", harvester.num_layers),
-        ("d_model", harvester.d_model),
-        ("feature_input_hook", harvester.input_hook),
-        ("feature_output_hook", harvester.output_hook),
-    ):
-        if getattr(config, name) != found:
-            raise ValueError(
-                f"{name}={getattr(config, name)} does not fit {model_name}, which has {found}; give {name}={found}"
-            )
-
-
 def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
     """Refuses a k to anneal from that is below k or above the number of features, or that nothing would use."""
     if initial_k is None:
@@ -408,7 +393,6 @@ def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> t
 
 
 __all__ = [
-    "check_fit",
     "check_gpus",
     "check_launch",
     "check_num_processes",

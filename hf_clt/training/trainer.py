@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from ..device import Stopwatch, rounded_products
-from ..evaluation.evaluate import SeveralTimes, activations, counting, named_replacement, read_history, replacing_bar
+from ..evaluation.evaluate import activations, read_history
 from ..evaluation.metrics import MetricSums
 from ..evaluation.replacement import replacement_metrics
 from ..files import as_json, local_or_hub
 from ..harvest.buffer import ActivationBuffer
 from ..harvest.cache import ActivationCache, CachedTokens
-from ..harvest.harvester import Harvester, check_context_size, load_language_model
+from ..harvest.harvester import Harvester, check_context_size, check_fit, load_language_model
 from ..harvest.normalization import (
     estimate_statistics,
     load_statistics,
@@ -66,7 +66,6 @@ from .reporting import (
 from .schedules import annealed_k, last_restart, learning_rate_scale, restarts_threshold, sparsity_scale
 from .setup import (
     as_before,
-    check_fit,
     check_initial_k,
     check_output_dir,
     check_shard,
@@ -593,13 +592,14 @@ class CLTTrainer:
             rows = activations(self.harvester, self.heldout, self.args.batch_size, dtype, self._skip_bad)
             if self.shard is not None:
                 rows = self._in_lockstep(rows)
-            for batch in counting(rows, bar):
+            for batch in rows:
                 if self._interrupted and self.shard is None:
                     raise StopRequested
                 with self._stopwatch.running():
                     # Not `self.model(...)`: with mixed precision accelerate made that round raw activations.
                     output = CrossLayerTranscoder.forward(self.model, batch["inputs"].to(self.accelerator.device))
                 sums.update(batch["labels"], output.reconstruction, output.features)
+                bar.update(len(batch["inputs"]))
 
         # What is released now is measured as its files have it; else the live CLT, which is the same but for rounding.
         is_released = self.step == self.args.training_steps or is_due(self.step, self.args.hub_push_interval)
@@ -624,10 +624,14 @@ class CLTTrainer:
         def total(sums):
             return self.accelerator.reduce(sums, "sum")
 
-        with replacing_bar(not self._progress) as bar:
-            batches = SeveralTimes(batches, bar, stop_if_asked)
-            metrics = replacement_metrics(self.harvester.model, self.model, batches, reduce=None if alone else total)
-        return named_replacement(metrics)
+        return replacement_metrics(
+            self.harvester.model,
+            self.model,
+            batches,
+            reduce=None if alone else total,
+            progress=self._progress,
+            before_batch=stop_if_asked,
+        )
 
     def _evaluate_and_write(self, optimizer) -> None:
         """Evaluates, unless that was done before this run went on; the last metrics are for the card as well."""

@@ -110,22 +110,20 @@ def test_the_card_is_updated(run, options, tmp_path, capsys):
     assert (folder / "README.md").read_text(encoding="utf-8") == card
 
 
-@pytest.mark.parametrize("per", ["layer", "feature"])
-def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, per, tmp_path, capsys):
+def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, tmp_path, capsys):
     folder, original = run
     output, file = tmp_path / "jumprelu", tmp_path / "metrics.json"
-    assert to_jumprelu.main([str(folder), str(output), *options, "--per", per]) == 0
+    assert to_jumprelu.main([str(folder), str(output), *options]) == 0
     out = capsys.readouterr().out
     assert "L0: within 1% in every layer" in out
     assert "NMSE: within 2% of the original" in out
     assert f"{original['nmse']:.4f}" in out
     clt = CrossLayerTranscoder.from_pretrained(output)
     assert clt.config.activation_fn == "jumprelu"
-    thetas = [threshold().unique().numel() for threshold in clt.thresholds]
-    assert thetas == [1, 1] if per == "layer" else min(thetas) > 64
+    assert [threshold().unique().numel() for threshold in clt.thresholds] == [1, 1]
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "hf-clt jumprelu" in card and f"{original['num_tokens']:,} held-out tokens" in card
-    assert "Made from the batchtopk CLT" in card and f"threshold per {per}" in card
+    assert "Made from the batchtopk CLT" in card and "threshold per layer" in card
 
     assert evaluate_clt.main([str(output), *options, "--json", str(file)]) == 0
     metrics = json.loads(file.read_text(encoding="utf-8"))
@@ -207,7 +205,7 @@ def test_a_clt_that_is_not_there_or_does_not_fit(run, options, tmp_path, capsys)
     config = CLTConfig(num_layers=3, d_model=64, num_features=8, base_model_name_or_path=base)
     CrossLayerTranscoder(config).save_pretrained(tmp_path / "larger")
     assert evaluate_clt.main([str(tmp_path / "larger"), *options]) == 2
-    assert "num_layers=3 of the CLT does not fit" in capsys.readouterr().err
+    assert "num_layers=3 does not fit" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_history_has_plots_too(run, options, tmp_path, capsys):

@@ -8,14 +8,14 @@ import torch
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.evaluation import format_calibration
 from hf_clt.evaluation.calibration import (
-    DIGITS,
     L0_TOLERANCE,
+    LEADING_BITS,
     MARGIN,
     NMSE_TOLERANCE,
-    VALUE_BITS,
-    digit_histogram,
-    next_digit,
-    place_between,
+    OTHER_BITS,
+    bin_of_rank,
+    positive_bits,
+    threshold_in_bin,
 )
 from tests.reference import activations, parameters_of, pre_activations, random_batch, random_clt, random_statistics
 
@@ -64,14 +64,13 @@ def threshold_of(clt, layer):
 
 
 @pytest.mark.parametrize("normalised", [False, True], ids=["raw", "normalised"])
-@pytest.mark.parametrize("per", ["layer", "feature"])
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_as_active_as_before_and_between_two_order_statistics(name, per, normalised):
+def test_as_active_as_before_and_between_two_order_statistics(name, normalised):
     clt = original(normalised, **ORIGINALS[name])
     batches = heldout(clt)
     h, acts = dense_reference(clt, batches)
     counts = (acts > 0).sum(dim=0)  # (L, F)
-    result, figures = clt.to_jumprelu(batches, per=per)
+    result, figures = clt.to_jumprelu(batches)
     assert result.config.activation_fn == "jumprelu" and not result.training
 
     after = torch.cat([result.encode(batch["inputs"]) for batch in batches]).detach()
@@ -80,105 +79,80 @@ def test_as_active_as_before_and_between_two_order_statistics(name, per, normali
     assert figures["before"]["l0_per_layer"] == figures["after"]["l0_per_layer"] == pytest.approx(l0, rel=1e-12)
     assert figures["l0_change_per_layer"] == [0.0] * 3 and figures["l0_kept"]
     assert figures["num_tokens"] == 90
-    if per == "feature":
-        assert torch.equal((after > 0).sum(dim=0), counts)
 
     for layer in range(3):
-        theta = threshold_of(result, layer).double()
-        assert (theta >= 0).all()
-        groups = [slice(None)] if per == "layer" else [slice(f, f + 1) for f in range(16)]
-        for group in groups:
-            count = int(counts[layer, group].sum())
-            ordered = h[:, layer, group].flatten().sort(descending=True).values
-            value, below = ordered[count - 1] if count else torch.inf, ordered[count].clamp(min=0)
-            assert below * (1 - 1e-5) <= theta[group].min() and theta[group].max() < value
-            if per == "feature" and count:
-                assert theta[group].item() == pytest.approx(((value + below) / 2).item(), rel=1e-5)
-        if per == "layer":
-            assert len(theta.unique()) == 1
+        (theta,) = threshold_of(result, layer).double().unique().tolist()
+        count = int(counts[layer].sum())
+        ordered = h[:, layer].flatten().sort(descending=True).values
+        value, below = ordered[count - 1].item(), ordered[count].clamp(min=0).item()
+        assert 0 <= below * (1 - 1e-5) <= theta < value
+        if clt.config.activation_fn == "topk":
+            assert theta == pytest.approx((value + below) / 2, rel=1e-5)
 
 
 def test_what_never_fires_does_not_start_to():
     clt = original(activation_fn="topk")
     with torch.no_grad():
         clt.encoders[1].bias.fill_(-50)  # a layer without a positive pre-activation: topk selects nothing that counts
-        clt.encoders[2].weight[4] *= 0.2  # positive now and then, and never among the largest
-        clt.encoders[2].bias[4] = 0
-    batches = heldout(clt)
-    h, acts = dense_reference(clt, batches)
-    assert h[:, 2, 4].max() > 0 and acts[:, 2, 4].max() == 0
-    for per in ("layer", "feature"):
-        result, figures = clt.to_jumprelu(batches, per=per)
-        assert figures["after"]["l0_per_layer"] == figures["before"]["l0_per_layer"]
-        assert figures["after"]["l0_per_layer"][1] == 0 and figures["l0_kept"]
-        assert (threshold_of(result, 1) == 0).all()
-        assert threshold_of(result, 2)[4] > h[:, 2, 4].max()
+    result, figures = clt.to_jumprelu(heldout(clt))
+    assert figures["after"]["l0_per_layer"] == figures["before"]["l0_per_layer"]
+    assert figures["after"]["l0_per_layer"][1] == 0 and figures["l0_kept"]
+    assert (threshold_of(result, 1) == 0).all()
 
 
 def test_thresholds_do_not_depend_on_the_batches():
     clt = original(activation_fn="topk", k_scope="token")
-    for per in ("layer", "feature"):
-        first, _ = clt.to_jumprelu(heldout(clt), per=per)
-        for batch_size in (7, 90):
-            again, _ = clt.to_jumprelu(heldout(clt, batch_size=batch_size), per=per)
-            for layer in range(3):
-                torch.testing.assert_close(threshold_of(again, layer), threshold_of(first, layer), rtol=1e-5, atol=0)
+    first, _ = clt.to_jumprelu(heldout(clt))
+    for batch_size in (7, 90):
+        again, _ = clt.to_jumprelu(heldout(clt, batch_size=batch_size))
+        for layer in range(3):
+            torch.testing.assert_close(threshold_of(again, layer), threshold_of(first, layer), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("per", DIGITS)
-def test_digits_find_the_order_statistic_exactly(per):
+def test_the_bits_find_the_order_statistic_exactly():
     generator = torch.Generator().manual_seed(0)
-    exponents = torch.randint(-30, 30, (400, 3), generator=generator)
-    h = torch.randn(400, 3, generator=generator) * 10.0**exponents
+    h = torch.randn(400, 3, generator=generator) * 10.0 ** torch.randint(-30, 30, (400, 3), generator=generator)
     h[:50, 1] = h[0, 1].abs()  # ties
-    h[:, 2] = -h[:, 2].abs()
     h[:5, 2] = torch.tensor([1.0, torch.finfo(torch.float32).max, 1e-30, 2.0, 2.0])
-    group = torch.arange(3) if per == "feature" else torch.zeros(3, dtype=torch.int64)
-    members = [h[:, f] for f in range(3)] if per == "feature" else [h.flatten()]
-    positive = [int((values > 0).sum()) for values in members]
-    for shares in (0.0, 0.3, 1.0):  # the largest, one in between, the smallest that is positive
-        rank = torch.tensor([1 + int(shares * (count - 1)) for count in positive])
-        wanted = rank.clone()
-        prefix, known, equal = torch.zeros(len(members), dtype=torch.int64), 0, None
-        for bits in DIGITS[per]:
-            # In two batches, as they add up.
-            histogram = sum(digit_histogram(part, group, prefix, known, bits) for part in (h[:111], h[111:]))
-            prefix, rank, equal = next_digit(histogram, prefix, rank)
-            known += bits
-        assert known == VALUE_BITS
-        values = prefix.int().view(torch.float32)
-        for g, numbers in enumerate(members):
-            assert values[g] == numbers.sort(descending=True).values[wanted[g] - 1]
-            assert wanted[g] - rank[g] == (numbers > values[g]).sum()
-            assert equal[g] == (numbers == values[g]).sum()
+    ordered = h[h > 0].sort(descending=True).values
+    bits = positive_bits(h)
+    for rank in (1, len(ordered) // 3, len(ordered)):  # the largest, one in between, the smallest that is positive
+        leading, larger = bin_of_rank(torch.bincount(bits >> OTHER_BITS, minlength=2**LEADING_BITS), rank)
+        inside = bits[bits >> OTHER_BITS == leading] & (2**OTHER_BITS - 1)
+        place, larger_inside = bin_of_rank(torch.bincount(inside, minlength=2**OTHER_BITS), rank - larger)
+        value = torch.tensor([(leading << OTHER_BITS) + place], dtype=torch.int32).view(torch.float32)
+        assert value == ordered[rank - 1]
+        assert larger + larger_inside == (ordered > value).sum()
 
 
-def test_place_between_by_hand():
-    def place(*groups):
-        below, value, count, greater, equal = (torch.tensor(column) for column in zip(*groups, strict=True))
-        return place_between(below.float(), value.float(), count, greater, equal)
+def test_a_threshold_by_hand():
+    two = int(torch.tensor([2.0]).view(torch.int32))
+    leading, place = two >> OTHER_BITS, two & (2**OTHER_BITS - 1)
 
-    # below, value, count, greater, equal
-    assert place((1.0, 2.0, 5, 4, 1)).tolist() == [1.5]
-    assert place((0.0, 2.0, 5, 4, 1)).tolist() == [1.0]  # θ is never below 0
+    def threshold(below, count, greater, equal, smaller_inside=None):
+        histogram = torch.zeros(2**OTHER_BITS, dtype=torch.int64)
+        histogram[place] = equal
+        value = leading
+        if smaller_inside is not None:  # a number in the same bin as the last that passes, which is a bit above 2
+            histogram[place + 64], histogram[place] = equal, smaller_inside
+        return threshold_in_bin(histogram, value, greater, count, below)
+
+    assert threshold(1.0, 5, 4, 1) == 1.5
+    assert threshold(0.0, 5, 4, 1) == 1.0  # θ is never below 0
+    above_two = torch.tensor([two + 64], dtype=torch.int32).view(torch.float32).item()
+    assert threshold(1.0, 5, 4, 1, smaller_inside=3) == (2.0 + above_two) / 2
     # Four are larger than 2 and three are equal; five shall pass: four is nearer than seven.
-    assert place((1.0, 2.0, 5, 4, 3)).tolist() == [pytest.approx(2 * (1 + MARGIN), rel=1e-7)]
-    assert place((1.0, 2.0, 6, 4, 3)).tolist() == [1.5]
-    # Each group misses its count by one; in turn one too many and one too few, so that the sum is met.
-    theta = place(*[(1.0, 2.0, 5, 4, 2)] * 2, *[(1.0, 2.0, 6, 5, 2)] * 2)
-    assert (theta < 2).tolist() == [True, False, True, False]
-    # A group that never fires: the median of the others, or what it reached.
-    theta = place((1.0, 2.0, 5, 4, 1), (0.3, torch.inf, 0, 0, 0), (7.0, torch.inf, 0, 0, 0))
-    assert theta[:2].tolist() == [1.5, 1.5] and 7 < theta[2] < 7.001
-    assert place((0.0, torch.inf, 0, 0, 0)).tolist() == [0.0]
+    assert threshold(1.0, 5, 4, 3) == pytest.approx(2 * (1 + MARGIN), rel=1e-9)
+    assert threshold(1.0, 6, 4, 3) == 1.5
+    assert threshold(0.0, 0, 0, 0) == 0 and 7 < threshold(7.0, 0, 0, 0) < 7.001  # a layer that never fires
 
 
-def test_bfloat16_weights_with_thresholds_per_feature():
+def test_bfloat16_weights():
     clt = random_clt(double=False, activation_fn="topk", k=8, num_features=256, d_model=32).bfloat16().eval()
     inputs, labels = random_batch(clt, 512)
     h = inputs[:, 0] @ clt.encoders[0].weight.T
     assert len(h.unique()) < h.numel() / 20  # most pre-activations have equals
-    result, figures = clt.to_jumprelu([{"inputs": inputs, "labels": labels}], per="feature")
+    result, figures = clt.to_jumprelu([{"inputs": inputs, "labels": labels}])
     assert result.dtype == torch.bfloat16 and result.thresholds[0].value.dtype == torch.float32
     assert figures["l0_kept"] and max(map(abs, figures["l0_change_per_layer"])) <= L0_TOLERANCE
 
@@ -192,7 +166,7 @@ def test_what_no_threshold_can_do_is_said(caplog):
         _, figures = clt.to_jumprelu(heldout(clt))
     assert not figures["l0_kept"]
     assert figures["l0_change_per_layer"] == [-1.0, 0.0, 0.0]
-    assert "-100.0 %" in caplog.text and "per='feature'" in caplog.text
+    assert "-100.0 %" in caplog.text and "float32" in caplog.text
     assert "L0: NOT within 1% in every layer (largest change -100.00%)" in format_calibration(figures)
 
 
@@ -224,11 +198,10 @@ def a_little_trained(steps=150, **fields):
     return clt, batches
 
 
-@pytest.mark.parametrize("per", ["layer", "feature"])
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_a_trained_clt_keeps_its_nmse(name, per):
+def test_a_trained_clt_keeps_its_nmse(name):
     clt, batches = a_little_trained(**ORIGINALS[name])
-    _, figures = clt.to_jumprelu(batches, per=per)
+    _, figures = clt.to_jumprelu(batches)
     assert figures["before"]["nmse"] < 0.3  # trained
     assert max(map(abs, figures["l0_change_per_layer"])) <= L0_TOLERANCE and figures["l0_kept"]
     change = figures["after"]["nmse"] / figures["before"]["nmse"] - 1
@@ -243,7 +216,7 @@ def test_a_trained_clt_keeps_its_nmse(name, per):
 # -- the new CLT and the old one --------------------------------------------------------------------------------------
 
 
-def test_batchtopk_with_a_threshold_per_layer_is_the_same_function():
+def test_batchtopk_is_the_same_function():
     clt = original(normalised=True, activation_fn="batchtopk", skip_connection=True)
     result, figures = clt.to_jumprelu(heldout(clt))
     inputs, _ = random_batch(clt, 64, seed=77)  # other tokens
@@ -260,7 +233,7 @@ def test_the_original_stays_and_the_new_one_saves_and_loads(tying, tmp_path):
     clt.train()
     before = {name: value.clone() for name, value in clt.state_dict().items()}
     config = clt.config.to_dict()
-    result, _ = clt.to_jumprelu(heldout(clt), per="feature")
+    result, _ = clt.to_jumprelu(heldout(clt))
     assert clt.training and clt.config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in clt.state_dict().items())
 
@@ -320,9 +293,7 @@ def test_wrong_input_gives_one_clear_line(tmp_path):
     jumprelu = random_clt(double=False)
     with pytest.raises(ValueError, match="activation_fn='jumprelu': only topk and batchtopk"):
         jumprelu.to_jumprelu(batches)
-    with pytest.raises(ValueError, match="per='token' is unknown; give 'layer' or 'feature'"):
-        clt.to_jumprelu(batches, per="token")
-    with pytest.raises(ValueError, match="can be walked only once"):
+    with pytest.raises(ValueError, match="can be read only once"):
         clt.to_jumprelu(iter(batches))
     once = iter(batches)
     with pytest.raises(ValueError, match="90 tokens in the first pass and 0 in a later one"):

@@ -134,11 +134,11 @@ def test_wrong_input_gives_one_clear_line(harvester, tokens, language_model):
     clt = make_clt()
     with pytest.raises(ValueError, match="batch_size=0 is below 1"):
         evaluate_clt(clt, harvester, tokens(), batch_size=0)
-    with pytest.raises(ValueError, match=r"num_layers=3 of the CLT does not fit .* it is 2"):
+    with pytest.raises(ValueError, match=r"num_layers=3 does not fit .* which has 2"):
         evaluate_clt(make_clt(num_layers=3), harvester, tokens())
-    with pytest.raises(ValueError, match="d_model=32 of the CLT does not fit"):
+    with pytest.raises(ValueError, match="d_model=32 does not fit"):
         evaluate_clt(make_clt(d_model=32), harvester, tokens())
-    with pytest.raises(ValueError, match=r"feature_input_hook=.* of the CLT"):
+    with pytest.raises(ValueError, match=r"feature_input_hook=.* does not fit"):
         evaluate_clt(make_clt(feature_input_hook="mlp.hook_in"), harvester, tokens())
     with pytest.raises(ValueError, match="no tokens to evaluate on"):
         evaluate_clt(clt, harvester, [])

@@ -25,7 +25,7 @@ def random_batch(num_tokens=240, num_layers=3, d_model=5, num_features=7, offset
 
 
 def reference(labels, reconstruction, acts):
-    """The same metrics written as DESIGN.md section 2 has them, in numpy, over all tokens at once."""
+    """The same metrics written as docs/concepts.md has them, in numpy, over all tokens at once."""
     y, y_hat, a = (tensor.double().numpy() for tensor in (labels, reconstruction, acts))
     centred = y - y.mean(axis=0)
     nmse = ((y - y_hat) ** 2).sum(axis=(0, 2)) / (centred**2).sum(axis=(0, 2))
@@ -110,8 +110,7 @@ def test_state_moves_to_another_object():
     labels, reconstruction, acts = random_batch()
     first = fill(MetricSums(3, 5, 7), labels[:100], reconstruction[:100], acts[:100], 50)
     before = first.compute()
-    second = MetricSums(3, 5, 7)
-    second.load_tensors(first.tensors())
+    second = MetricSums.from_gathered([first.tensors()])
     fill(second, labels[100:], reconstruction[100:], acts[100:], 50)
     expected = reference(labels, reconstruction, acts)["nmse"]
     assert second.compute()["nmse_per_layer"] == pytest.approx(expected, rel=1e-9)
@@ -178,7 +177,9 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="same CLT"):
         sums.merge(MetricSums(2, 3, 5))
     with pytest.raises(ValueError, match="need the tensors"):
-        sums.load_tensors({"count": torch.zeros(())})
+        MetricSums.from_gathered([{"count": torch.zeros(())}])
+    with pytest.raises(ValueError, match=r"same layers .*'squared_error': \(3,\)"):
+        MetricSums.from_gathered([{**sums.tensors(), "squared_error": torch.zeros(3)}])
     with pytest.raises(ValueError, match="at least one process"):
         MetricSums.from_gathered([])
     sums.update(good[:0], good[:0], acts[:0])  # an empty batch is no error, and no token

@@ -488,8 +488,8 @@ def test_clts_that_cannot_be_read_layer_by_layer_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 2}, "num_layers=2 of the CLT, and the language model has 3; give the model"),
-        ({"d_model": 8}, "d_model=8 of the CLT, and the language model has 16"),
+        ({"num_layers": 2}, "num_layers=2 does not fit the language model, which has 3"),
+        ({"d_model": 8}, "d_model=8 does not fit the language model, which has 16"),
     ],
 )
 def test_clt_of_another_model_is_refused(fields, message):
@@ -592,7 +592,7 @@ def expected_metrics(name, model, clt, batch, layers=range(L)):
     values = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
     metrics = dict(zip(("ce_original", "ce_replaced", "ce_ablated", "kl", "top1_agreement"), values, strict=True))
     metrics["ce_recovered"] = (values[2] - values[1]) / (values[2] - values[0])
-    return {**metrics, "num_tokens": len(rows)}
+    return {**metrics, "num_predictions": len(rows)}
 
 
 @pytest.mark.parametrize(
@@ -608,7 +608,7 @@ def test_metrics_equal_their_definitions(name, side, monkeypatch):
     assert found == pytest.approx(expected_metrics(name, model, clt, batch), rel=1e-9, abs=1e-12)
     # by hand: of 9, 5 and 2 tokens, the first predicts at an excluded place and the last has nothing to predict;
     # column 5 is a token's in row 0 on either side
-    assert found["num_tokens"] == (7 - 1) + 3 + 0
+    assert found["num_predictions"] == (7 - 1) + 3 + 0
 
 
 def test_metrics_with_a_subset_of_layers():
@@ -682,7 +682,7 @@ def test_uniform_predictions_by_hand():
     found = replacement_metrics(model, clt_for("llama"), [batch_of(tokens(), torch.ones(2, 9, dtype=torch.long))])
     for name in ("ce_original", "ce_replaced", "ce_ablated"):
         assert found[name] == pytest.approx(math.log(VOCABULARY), rel=1e-12)
-    assert (found["kl"], found["top1_agreement"], found["num_tokens"]) == (0, 1, 14)
+    assert (found["kl"], found["top1_agreement"], found["num_predictions"]) == (0, 1, 14)
     assert found["ce_recovered"] is None
 
 

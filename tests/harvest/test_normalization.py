@@ -7,12 +7,12 @@ from safetensors.torch import save_file
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.normalization import (
-    Moments,
     estimate_statistics,
     load_statistics,
     set_firing_rate,
     set_output_bias,
 )
+from hf_clt.harvest.statistics import Moments
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
 
 
@@ -74,9 +74,8 @@ def test_merged_parts_equal_the_whole(sizes):
     for part in in_batches(rows, sizes):
         moments = Moments((L, D))
         for batch in part.split(9):
-            if len(batch):
-                moments.update(batch)
-        merged.merge(moments.count, moments.mean, moments.squared_deviation)
+            moments.update(batch)
+        merged.merge(moments)
     assert_moments_of(merged, rows)
 
 

@@ -1,5 +1,5 @@
 """
-The metrics as `evaluate` modules, one folder each, which also load by path:
+The metrics as `evaluate` modules, one file each, which load by path:
 
 ```python
 import evaluate
@@ -38,26 +38,22 @@ NAMES = (
 )
 
 _VECTOR, _MATRIX = datasets.List(datasets.Value("float64")), datasets.List(datasets.List(datasets.Value("float64")))
-# What MetricSums.tensors() gives.
+# What MetricSums.tensors() gives: its type, and what it is.
 TENSORS = {
-    "count": datasets.Value("int64"),
-    "mean": _MATRIX,
-    "squared_deviation": _MATRIX,
-    "squared_error": _VECTOR,
-    "active_counts": datasets.List(datasets.List(datasets.Value("int64"))),
-}
-SHAPES = {
-    "count": "(): number of tokens",
-    "mean": "(L, D): mean of the targets",
-    "squared_deviation": "(L, D): sum of the targets' squared deviations from this mean",
-    "squared_error": "(L,): squared error of the reconstruction, summed over tokens and dimensions",
-    "active_counts": "(L, F): number of tokens on which each feature is active",
+    "count": (datasets.Value("int64"), "(): number of tokens"),
+    "mean": (_MATRIX, "(L, D): mean of the targets"),
+    "squared_deviation": (_MATRIX, "(L, D): sum of the targets' squared deviations from this mean"),
+    "squared_error": (_VECTOR, "(L,): squared error of the reconstruction, summed over tokens and dimensions"),
+    "active_counts": (
+        datasets.List(datasets.List(datasets.Value("int64"))),
+        "(L, F): number of tokens on which each feature is active",
+    ),
 }
 
 
 def module_path(name: str) -> str:
     """
-    The folder of a metric's module, for `evaluate.load`.
+    The file of a metric's module, for `evaluate.load`.
 
     Args:
         name (`str`): One of `NAMES`.
@@ -67,7 +63,7 @@ def module_path(name: str) -> str:
     """
     if name not in NAMES:
         raise ValueError(f"name={name!r} is no metric here; give one of {', '.join(NAMES)}")
-    return str(Path(__file__).parent / name)
+    return str(Path(__file__).parent / f"{name}.py")
 
 
 def needed(module: evaluate.EvaluationModule, tensors: dict) -> dict:
@@ -89,13 +85,13 @@ def module_info(description: str, inputs: dict[str, str], citation: str = "") ->
         description=description,
         citation=citation,
         inputs_description=f"\nSums over a batch, or over any number of batches:\n{lines}\n",
-        features=datasets.Features({name: TENSORS.get(name, datasets.Value("float64")) for name in inputs}),
+        features=datasets.Features({name: TENSORS.get(name, (datasets.Value("float64"),))[0] for name in inputs}),
     )
 
 
 def tensor_inputs(*names: str) -> dict[str, str]:
     """Inputs of [`module_info`] that [`MetricSums.tensors`] gives."""
-    return {name: SHAPES[name] for name in names}
+    return {name: TENSORS[name][1] for name in names}
 
 
 def metrics_of(rows: dict[str, list]) -> dict:

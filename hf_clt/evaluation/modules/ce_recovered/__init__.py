@@ -1,4 +1,0 @@
-from .ce_recovered import CERecovered
-
-
-__all__ = ["CERecovered"]

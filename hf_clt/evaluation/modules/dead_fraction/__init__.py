@@ -1,4 +1,0 @@
-from .dead_fraction import DeadFraction
-
-
-__all__ = ["DeadFraction"]

@@ -1,4 +1,0 @@
-from .explained_variance import ExplainedVariance
-
-
-__all__ = ["ExplainedVariance"]

@@ -1,4 +1,0 @@
-from .feature_density import FeatureDensity
-
-
-__all__ = ["FeatureDensity"]

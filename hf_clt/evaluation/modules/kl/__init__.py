@@ -1,4 +1,0 @@
-from .kl import KL
-
-
-__all__ = ["KL"]

@@ -1,4 +1,0 @@
-from .l0 import L0
-
-
-__all__ = ["L0"]

@@ -1,4 +1,0 @@
-from .nmse import NMSE
-
-
-__all__ = ["NMSE"]
