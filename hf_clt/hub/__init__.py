@@ -1,4 +1,4 @@
-"""Publishing a CLT on the Hugging Face Hub: the generated model card, the push, and code for the repository."""
+"""Publishing a CLT on the Hugging Face Hub: the generated model card and the push."""
 
 from ..lazy import lazy_names
 
