@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts a CLT between the formats of several trainers; the same as `hf-clt convert`. `--help` explains it."""
+"""Converts CLTs of several trainers; the same as `hf-clt convert`. `--help` explains it."""
 
 import sys
 
