@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checkpoint_format import write_tensors
+from ..evaluation.evaluate import check_harvester, eval_mode
 from ..harvest.harvester import Harvester
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, counts_of
-from .evaluate import check_harvester, eval_mode
 
 
 HISTOGRAM_BINS = 32  # a power of two: widths halve and double without rounding
