@@ -790,8 +790,7 @@ class CrossLayerTranscoder(PreTrainedModel):
                     pass
                 return
         if is_main_process:
-            from .hub.card_files import save_model_card
-            from .hub.model_card import circuit_tracer_gaps
+            from .hub.card import circuit_tracer_gaps, save_model_card
 
             config = copy.deepcopy(self.config)
             vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here

@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
-from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, as_text, check_license, make_facts, read_facts
-from .card_files import card_from_folder, save_model_card
-from .model_card import is_human_edited, set_loading_name
+from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name
+from .facts import FACTS_FILE, as_text, check_license, make_facts, read_facts
+from .plots import PLOTS, PLOTS_FOLDER
 
 
 logger = logging.getLogger(__name__)

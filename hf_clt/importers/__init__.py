@@ -28,8 +28,7 @@ from pathlib import Path
 
 from .. import checkpoint_format as files
 from ..configuration_clt import CLTConfig
-from ..hub.card_files import save_model_card
-from ..hub.model_card import circuit_tracer_gaps
+from ..hub.card import circuit_tracer_gaps, save_model_card
 from ..modeling_clt import CrossLayerTranscoder
 from . import circuit_tracer, circuit_tracer_plt, clt_forge, crosslayer_coding, gemma_scope_2
 from .shared import Checkpoint, build_clt, read_header, read_settings
