@@ -706,8 +706,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             raise ValueError("push_to_hub=True on a CLT with a shard of the features; save it and push the folder")
         config = files.write_clt(self, folder, is_main_process)
         if config is not None:
-            from .hub.card_files import save_model_card
-            from .hub.model_card import circuit_tracer_gaps
+            from .hub.card import circuit_tracer_gaps, save_model_card
 
             save_model_card(folder, config)
             for gap in circuit_tracer_gaps(config):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from hf_clt import CLTConfig
 from hf_clt.command import OneLineParser, one_line_errors
-from hf_clt.hub.card_facts import FACTS_FILE, read_facts
-from hf_clt.hub.card_files import write_card
+from hf_clt.hub.card import write_card
+from hf_clt.hub.facts import FACTS_FILE, read_facts
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -63,7 +63,7 @@ def test_each_packaging_file_has_one_job(setup_cfg):
 
 def test_setup_cfg_lists_every_package(setup_cfg):
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "hf_clt").rglob("*.py")}
-    expected = {".".join(folder.parts) for folder in folders} | {"hf_clt.model_cards"}
+    expected = {".".join(folder.parts) for folder in folders}
     assert set(lines(setup_cfg["options"]["packages"])) == expected
     for folder in folders:
         assert (ROOT / folder / "__init__.py").is_file(), f"{folder} would be no package"
@@ -75,7 +75,8 @@ def test_version_stands_in_one_place(setup_cfg):
 
 def test_data_files_are_found_through_the_package():
     assert importlib.resources.files("hf_clt").joinpath("py.typed").is_file()
-    assert "{{" in importlib.resources.files("hf_clt.model_cards").joinpath("clt_card.md").read_text(encoding="utf-8")
+    for package, name in (("hf_clt.hub", "card.md.jinja"), ("hf_clt.features", "page.html")):
+        assert "{{" in importlib.resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def test_dependencies_are_ranges_that_the_constraints_meet(requirements, constraints):
@@ -156,7 +157,7 @@ def test_make_quickstart_trains_then_resumes_then_shows(checkout):
 USE_THE_WHEEL = """
 import importlib.resources, sys, hf_clt
 from hf_clt import CLTConfig
-from hf_clt.hub.model_card import build_model_card
+from hf_clt.hub.card import build_model_card
 assert hf_clt.__file__.startswith(sys.prefix), hf_clt.__file__
 assert importlib.resources.files("hf_clt").joinpath("py.typed").is_file()
 config = CLTConfig(base_model_name_or_path="openai-community/gpt2", num_layers=2, d_model=4, num_features=8)
@@ -170,8 +171,7 @@ print(hf_clt.__version__)
 def test_wheel_holds_everything_and_works_where_it_is_installed(tmp_path, setup_cfg):
     source = tmp_path / "source"  # building leaves files behind
     leave = shutil.ignore_patterns("__pycache__")
-    for name in ["hf_clt", "model_cards"]:
-        shutil.copytree(ROOT / name, source / name, ignore=leave)
+    shutil.copytree(ROOT / "hf_clt", source / "hf_clt", ignore=leave)
     for name in ["pyproject.toml", "setup.cfg", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
@@ -180,10 +180,7 @@ def test_wheel_holds_everything_and_works_where_it_is_installed(tmp_path, setup_
 
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_clt").rglob("*.py")}
-    cards = {
-        f"hf_clt/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "model_cards").iterdir() if path.is_file()
-    }
-    assert names == code | cards | {"hf_clt/py.typed"}
+    assert names == code | {"hf_clt/py.typed", "hf_clt/hub/card.md.jinja", "hf_clt/features/page.html"}
     assert any(name.endswith("LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
     # An empty environment; the dependencies come from this one, whose own editable hf_clt

@@ -14,7 +14,7 @@ COMMANDS = {
     "evaluate": "measure a CLT on held-out text",
     "info": "what a CLT is, from its small files alone",
     "push": "publish a finished CLT on the Hub",
-    "convert": "between the formats of several trainers",
+    "convert": "from the formats of several trainers, and to circuit-tracer's",
     "cache": "harvest activations to disk, to train many CLTs on them",
     "features": "pages that show what the features are",
     "jumprelu": "make a topk or batchtopk CLT a jumprelu CLT",

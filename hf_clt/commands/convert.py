@@ -1,11 +1,11 @@
-"""Converts a CLT or per-layer transcoders between the formats of several trainers, hf_clt's own by default."""
+"""Converts CLTs and per-layer transcoders of several trainers into hf_clt's files, or those of circuit-tracer."""
 
 import argparse
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
-from ..hub.formats import FORMATS, convert
+from ..importers import FORMATS, WRITTEN, convert
 
 
 @one_line_errors()
@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="a folder, or the file of a format that has a single one")
     parser.add_argument("output", type=Path, help="folder to write to; must be empty or missing")
     parser.add_argument("--from", dest="from_format", choices=FORMATS, help="format of SOURCE; recognised if left out")
-    parser.add_argument("--to", dest="to_format", choices=FORMATS, default="hf_clt", help="format of OUTPUT")
+    parser.add_argument("--to", dest="to_format", choices=WRITTEN, default="hf_clt", help="format of OUTPUT")
     parser.add_argument("--overwrite", action="store_true", help="replace files of the same names in OUTPUT")
     told = parser.add_argument_group("what the source does not say")
     told.add_argument("--base-model", dest="base_model_name_or_path", help="Hub name or folder of the language model")

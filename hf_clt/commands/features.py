@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
-from ..evaluation.feature_examples import ExampleSettings
+from ..features.examples import ExampleSettings
 from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> None:
     options = make_parser().parse_args(argv)
-    from ..hub.feature_pages import build_feature_pages
+    from ..features.pages import build_feature_pages
 
     names = ("top", "quantiles", "per_quantile", "before", "after", "seed")
     examples = ExampleSettings(**{name: getattr(options, name) for name in names})

@@ -26,7 +26,7 @@ def run(argv: list[str] | None) -> int:
     options = make_parser().parse_args(argv)
     from ..evaluation.calibration import format_calibration, to_jumprelu
     from ..evaluation.evaluate import activations
-    from ..hub.card_files import save_model_card
+    from ..hub.card import save_model_card
 
     if (options.output / "config.json").exists() and not options.overwrite:
         raise ValueError(f"output={str(options.output)!r} holds a model already; give another folder, or --overwrite")

@@ -27,12 +27,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="feature pages of this CLT, made by hf-clt features: push what circuit-tracer's front end reads of them",
     )
-    parser.add_argument(
-        "--with-code",
-        action="store_true",
-        help="push the code as one generated file: AutoModel.from_pretrained(..., trust_remote_code=True) then works"
-        " where hf_clt is not installed",
-    )
     return parser
 
 
@@ -49,7 +43,6 @@ def main(argv: list[str] | None = None) -> None:
         commit_message=options.message,
         create_pr=options.pull_request,
         tag=options.tag,
-        with_code=options.with_code,
         license=options.license,
         features=options.features,
     )

@@ -1,4 +1,4 @@
-"""Publishing a CLT on the Hugging Face Hub: the generated model card, the push, and code for the repository."""
+"""Publishing a CLT on the Hugging Face Hub: the generated model card and the push."""
 
 from ..lazy import lazy_names
 
@@ -7,14 +7,14 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "BackgroundPush": "background",
-        "build_model_card": "model_card",
-        "card_from_folder": "card_files",
+        "build_model_card": "card",
+        "card_from_folder": "card",
         "check_push_access": "push",
-        "is_human_edited": "model_card",
+        "is_human_edited": "card",
         "push_folder": "push",
         "push_to_hub": "push",
-        "save_model_card": "card_files",
-        "update_card": "card_files",
+        "save_model_card": "card",
+        "update_card": "card",
     },
 )
 

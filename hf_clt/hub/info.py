@@ -16,8 +16,9 @@ from ..configuration_clt import TOPK_FAMILY
 from ..download import download
 from ..evaluation.evaluate import read_history
 from ..evaluation.report import format_metrics_table
-from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts
-from .model_card import SCALARS, count_parameters
+from .card import SCALARS, count_parameters
+from .facts import FACTS_FILE, read_facts
+from .plots import PLOTS, PLOTS_FOLDER
 
 
 SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, FACTS_FILE, "README.md")

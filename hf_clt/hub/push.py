@@ -27,17 +27,16 @@ from huggingface_hub.errors import (
 )
 
 from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
-from .card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, as_text, check_license, make_facts, read_facts
-from .card_files import card_from_folder, save_model_card
-from .flat_code import CODE_FILE, flat_code, set_auto_map
-from .model_card import is_human_edited, set_loading_name
+from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name
+from .facts import FACTS_FILE, as_text, check_license, make_facts, read_facts
+from .plots import PLOTS, PLOTS_FOLDER
 
 
 logger = logging.getLogger(__name__)
 
 # what a new release replaces at the top of the repository: weights and indices, whatever layers or shards they are of,
-# and the generated code, to which the config.json of a release without it does not point; what the card is made from
-REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", CODE_FILE, FACTS_FILE)
+# and what the card is made from
+REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", FACTS_FILE)
 PLOT_PATHS = tuple(f"{PLOTS_FOLDER}/{file}" for file, _, _ in PLOTS)  # likewise; other files in there are not ours
 FEATURES_FOLDER, FEATURE_FILES = "features", "features/layer_*.bin"  # what circuit-tracer's front end reads
 ATTEMPTS = 3
@@ -138,7 +137,6 @@ def push_folder(
     commit_description: str | None = None,
     create_pr: bool = False,
     tag: str | None = None,
-    with_code: bool = False,
     license: str | None = None,
     features: str | Path | None = None,
 ) -> CommitInfo:
@@ -160,8 +158,6 @@ def push_folder(
         commit_message, commit_description (`str`, *optional*): Of the commit, `"Upload CLT"` by default.
         create_pr (`bool`, *optional*): Open a pull request against `main` instead of pushing to it.
         tag (`str`, *optional*): Name for the new commit, such as `"v1"`.
-        with_code (`bool`, *optional*): Push the generated file [`CODE_FILE`] as well, with which
-            `AutoModel.from_pretrained(repo_id, trust_remote_code=True)` loads the CLT where `hf_clt` is not installed.
         license (`str`, *optional*): Licence for the card, as the Hub spells it, such as `"mit"`; by default the one
             that the card in the folder has, if any.
         features (`str` or `Path`, *optional*): Folder of feature pages that `hf-clt features` wrote for this CLT: its
@@ -196,7 +192,7 @@ def push_folder(
         repo_id = _open_repo(api, repo_id, private, revision)
         if tag is not None and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"tag={tag!r} is in {repo_id} already; give another name")
-        uploads = partial(_uploads, folder, repo_id, with_code, license, features)
+        uploads = partial(_uploads, folder, repo_id, license, features)
         message = {"commit_message": commit_message or "Upload CLT", "commit_description": commit_description}
         info = _commit(api, uploads, repo_id, revision, message, create_pr)
         if tag is not None:
@@ -256,21 +252,15 @@ def _commit(api, make_uploads, repo_id, revision, message: dict, create_pr) -> C
             time.sleep(wait)
 
 
-def _uploads(
-    folder: Path, repo_id: str, with_code: bool, license: str | None, features: str | Path | None
-) -> list[CommitOperationAdd]:
-    """The files of the release as they shall stand in the repository."""
+def _uploads(folder: Path, repo_id: str, license: str | None, features: str | Path | None) -> list[CommitOperationAdd]:
+    """The files of the release as they are to be in the repository."""
     contents = {file.relative_to(folder).as_posix(): file for file in release_files(folder)}
-    # Without the code in the repository its config.json must not point to any, as one from such a repository does.
-    contents["config.json"] = set_auto_map(contents["config.json"].read_text(encoding="utf-8"), with_code).encode()
-    if with_code:
-        contents[CODE_FILE] = flat_code().encode()
     readme = folder / "README.md"
     if license is not None or not readme.is_file():
         card = card_from_folder(folder, name=repo_id, license=license)
     else:
         card = readme.read_text(encoding="utf-8")
-    contents["README.md"] = set_loading_name(card, repo_id, with_code).encode()
+    contents["README.md"] = set_loading_name(card, repo_id).encode()
     if license is not None:
         facts = (read_facts(folder) or make_facts()) | {"license": license}
         contents[FACTS_FILE] = as_text(facts).encode()
@@ -377,7 +367,7 @@ def push_to_hub(
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; created if absent.
         metrics, training, command, license, tags: See [`build_model_card`].
         kwargs: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`, `tag`,
-            `with_code`, `features`; see [`push_folder`], also for what is returned and raised. Those of transformers
+            `features`; see [`push_folder`], also for what is returned and raised. Those of transformers
             about the files (`max_shard_size`, `safe_serialization`, `variant`) as for `save_pretrained`.
     """
     about_files = ("max_shard_size", "safe_serialization", "variant")

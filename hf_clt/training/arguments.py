@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ..device import check_kind
 from ..files import local_or_hub
-from ..hub.card_facts import check_license
+from ..hub.facts import check_license
 from .options import Option, as_text, check_value, make_option
 
 

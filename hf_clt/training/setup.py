@@ -14,8 +14,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from .. import checkpoint_format as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..device import chosen_device, prompts_by_memory, total_memory, usual_model_dtype
-from ..hub.card_facts import FACTS_FILE, PLOTS, PLOTS_FOLDER, read_facts, write_facts
-from ..hub.card_files import draw_plots
+from ..hub.facts import FACTS_FILE, read_facts, write_facts
+from ..hub.plots import PLOTS, PLOTS_FOLDER, draw_plots
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CPU_DEFAULTS, CLTTrainingArguments

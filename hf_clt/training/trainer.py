@@ -32,7 +32,7 @@ from ..harvest.normalization import (
 )
 from ..harvest.tokens import open_text
 from ..hub.background import BackgroundPush
-from ..hub.card_files import save_model_card
+from ..hub.card import save_model_card
 from ..hub.push import check_push_access, push_folder
 from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import THRESHOLD_DECAY, CLTOutput, CrossLayerTranscoder

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_clt import CrossLayerTranscoder
 from hf_clt.harvest.harvester import Harvester
-from hf_clt.hub.formats import convert
+from hf_clt.importers import convert
 from tests.hub.loopback_hub import LoopbackHub
 from tests.reference import random_clt
 

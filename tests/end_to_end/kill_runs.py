@@ -24,7 +24,7 @@ import torch
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401  each run would import it again
 
 from hf_clt.harvest.buffer import ActivationBuffer
-from hf_clt.hub import card_files
+from hf_clt.hub import card
 from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import CHECKPOINT, list_checkpoints
 from hf_clt.training.trainer import CLTTrainer
@@ -96,7 +96,7 @@ class Watch:
         ActivationBuffer._harvest = self.watched("harvest", ActivationBuffer._harvest)
         trainer_module.save_checkpoint = self.watched("checkpoint", trainer_module.save_checkpoint)
         CLTTrainer._evaluate_and_write = self.watched("evaluation", CLTTrainer._evaluate_and_write)
-        card_files.draw_plots = lambda *arguments: None  # takes longer than the run
+        card.draw_plots = lambda *arguments: None  # takes longer than the run
         update = CLTTrainer._update
 
         def counted(trainer, *arguments):

@@ -7,15 +7,14 @@ import torch
 
 from hf_clt import CrossLayerTranscoder
 from hf_clt.commands import convert as convert_clt
-from hf_clt.hub import formats
-from tests.reference import random_clt
+from hf_clt.importers import import_clt
+from tests.importers.test_importers import D, F, L, make_coding
 
 
 @pytest.fixture
 def source(tmp_path):
-    clt = random_clt(double=False, base_model_name_or_path="some/model", feature_input_hook="mlp.hook_in").eval()
-    formats.export_clt(clt, tmp_path / "source", "crosslayer-coding")
-    return clt, tmp_path / "source"
+    folder = make_coding(tmp_path / "source", model_name="some/model", mlp_input_template=None)
+    return import_clt(folder, feature_input_hook="mlp.hook_in"), folder
 
 
 def convert(capsys, *argv):
@@ -30,7 +29,9 @@ def test_says_what_was_read_and_written(source, tmp_path, capsys):
     clt, folder = source
     status, out, err = convert(capsys, folder, tmp_path / "out", *HOOKS)
     assert status == 0, err
-    assert f"read crosslayer-coding from {folder}: jumprelu CLT of some/model, 3 layers, width 5, 16 features" in out
+    assert (
+        f"read crosslayer-coding from {folder}: jumprelu CLT of some/model, {L} layers, width {D}, {F} features" in out
+    )
     assert "from mlp.hook_in to hook_mlp_out" in out
     assert f"wrote hf_clt to {tmp_path / 'out'}: 10 files, " in out
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
@@ -39,13 +40,12 @@ def test_says_what_was_read_and_written(source, tmp_path, capsys):
 
 def test_the_formats_and_the_base_model_can_be_named(source, tmp_path, capsys):
     _, folder = source
-    options = ("--from", "crosslayer-coding", "--to", "gemma-scope-2", "--base-model", "a/b", *HOOKS)
-    status, out, err = convert(capsys, folder, tmp_path / "gemma", *options)
+    options = ("--from", "crosslayer-coding", "--to", "circuit-tracer", "--base-model", "a/b", *HOOKS)
+    status, out, err = convert(capsys, folder, tmp_path / "out", *options)
     assert status == 0, err
-    assert "of a/b" in out and "wrote gemma-scope-2" in out
-    assert (tmp_path / "gemma" / "params_layer_2.safetensors").is_file()
-    status, out, err = convert(capsys, tmp_path / "gemma", tmp_path / "back")
-    assert status == 0 and "read gemma-scope-2" in out and "of a/b" in out, err
+    assert "of a/b" in out and "wrote circuit-tracer" in out
+    status, out, err = convert(capsys, tmp_path / "out", tmp_path / "back")
+    assert status == 0 and "read hf_clt" in out and "of a/b" in out, err
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_the_formats_and_the_base_model_can_be_named(source, tmp_path, capsys):
         (("source", "out"), "feature_input_hook=None"),
         (("nowhere", "out"), "nowhere: there is no such file or folder"),
         (("source", "source", *HOOKS), "not empty|where the source lies"),
-        (("source", "out", "--to", "clt-forge", "--drop-acausal", *HOOKS), "drop_acausal is for gemma-scope-2"),
+        (("source", "out", "--drop-acausal", *HOOKS), "drop_acausal is for gemma-scope-2"),
         (("source", "out", "--to", "circuit-tracer-plt", *HOOKS), "decoder_reach=3"),
         (("source", "out", "--to", "saelens"), "invalid choice: 'saelens'.*--help"),
         (("source",), "required: output"),

@@ -10,8 +10,8 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTransc
 from hf_clt.commands import evaluate as evaluate_clt
 from hf_clt.commands import jumprelu as to_jumprelu
 from hf_clt.commands import train as train_clt
-from hf_clt.hub.card_facts import read_facts
-from hf_clt.hub.card_files import card_from_folder
+from hf_clt.hub.card import card_from_folder
+from hf_clt.hub.facts import read_facts
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,12 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from safetensors.torch import save_file
 from transformers import AutoModel
 
 import hf_clt.commands.evaluate
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.hub import BackgroundPush, check_push_access, push_folder, push_to_hub, save_model_card
-from hf_clt.hub.card_files import card_from_folder
-from hf_clt.hub.flat_code import AUTO_MAP, CODE_FILE, flat_code
+from hf_clt.hub.card import card_from_folder
 from hf_clt.training.command_line import parse_train_args
 from tests.hub.test_model_card import tiny_language_model
 
@@ -644,103 +642,6 @@ def check_offline(work):
     assert pull("tester/first", work, local_files_only=True).config.num_layers == 3
     with pytest.raises(FileNotFoundError, match="is not in the cache, or not all of it"):
         pull("tester/layers", work, local_files_only=True)  # of which two layers are
-
-
-# -- code in the repository -------------------------------------------------------------------------------------------
-
-
-WITHOUT_HF_CLT = """
-import sys
-sys.modules["hf_clt"] = None  # cannot be imported
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModel
-
-cache, saved, *names = sys.argv[1:]
-try:
-    AutoModel.from_pretrained(names[0], cache_dir=cache, trust_remote_code=False)
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise AssertionError("it was loaded without being trusted")
-for name in names:
-    clt = AutoModel.from_pretrained(name, cache_dir=cache, trust_remote_code=True)
-    assert type(clt).__module__.startswith("transformers_modules"), type(clt)
-    expected = load_file(f"{cache}/{name.replace('/', '-')}.safetensors")
-    with torch.no_grad():
-        output = clt(expected["inputs"])
-    assert torch.equal(output.features.to_dense(), expected["features"]), name
-    assert torch.equal(output.reconstruction, expected["reconstruction"]), name
-    some = AutoModel.from_pretrained(name, cache_dir=cache, trust_remote_code=True, layers=[1])
-    assert torch.equal(some.encode(expected["inputs"])[:, 1], expected["features"][:, 1]), name
-try:
-    clt.push_to_hub("tester/pushed")
-except ImportError as error:
-    assert "pip install hf_clt" in str(error), error
-else:
-    raise AssertionError("pushing needs hf_clt")
-assert not [name for name in sys.modules if name.startswith("hf_clt.")]
-
-# Where it is installed and merely not imported, what needs it finds it.
-del sys.modules["hf_clt"]
-clt.save_pretrained(saved)
-from hf_clt import CrossLayerTranscoder
-
-with torch.no_grad():
-    again = CrossLayerTranscoder.from_pretrained(saved)(expected["inputs"]).reconstruction
-assert torch.equal(again, expected["reconstruction"])
-"""
-
-
-def check_code_in_the_repository(work):
-    """--with-code: where hf_clt cannot be imported, trust_remote_code=True loads and runs the CLT, to the same bits"""
-    names = []
-    for activation_fn, changes in (
-        ("jumprelu", {"skip_connection": True}),
-        ("batchtopk", {"decoder_tying": "per_target"}),
-        ("topk", {"decoder_reach": 2}),
-        ("relu", {}),
-    ):
-        name = f"tester/code-{activation_fn}"
-        clt, inputs = make_clt(activation_fn=activation_fn, k=2, **changes), torch.randn(6, 3, 4)
-        if activation_fn == "batchtopk":
-            clt.train()(inputs)
-            clt.eval()
-        folder = work / f"code-{activation_fn}"
-        clt.save_pretrained(folder)
-        before = digests(folder)
-        with logged_in():
-            status, said = run_command("push", folder, name, "--with-code")
-        assert status == 0 and f"{name}/commit/" in said, said
-        assert digests(folder) == before
-        with torch.no_grad():
-            output = CrossLayerTranscoder.from_pretrained(folder)(inputs)
-        expected = {"inputs": inputs, "reconstruction": output.reconstruction, "features": output.features.to_dense()}
-        save_file(expected, work / f"{name.replace('/', '-')}.safetensors")
-        names.append(name)
-    assert f'AutoModel.from_pretrained("{names[0]}", trust_remote_code=True)' in ModelCard.load(names[0]).content
-    run_python(WITHOUT_HF_CLT, work, work / "saved-there", *names)
-    assert "auto_map" not in json.loads((work / "saved-there" / "config.json").read_text())
-
-    # With hf_clt its own class is taken, and what is saved then does not point to code that is not there.
-    loaded = AutoModel.from_pretrained(names[0], cache_dir=work / "auto")
-    assert type(loaded) is CrossLayerTranscoder
-    assert json.loads(Path(hf_hub_download(names[0], "config.json")).read_text())["auto_map"] == AUTO_MAP
-    loaded.save_pretrained(work / "saved-again")
-    assert "auto_map" not in json.loads((work / "saved-again" / "config.json").read_text())
-    assert Path(hf_hub_download(names[0], CODE_FILE)).read_text() == flat_code()
-
-
-def check_code_goes_when_it_is_not_asked_for(work):
-    """push without --with-code over one with it: the code and the pointer to it are gone"""
-    clt = make_clt()
-    push_to_hub(clt, "tester/coded", token=TOKEN, with_code=True)
-    downloaded = API.snapshot_download("tester/coded", cache_dir=work / "cache")
-    folder = shutil.copytree(downloaded, work / "downloaded")
-    push_folder(folder, "tester/coded", token=TOKEN)
-    assert CODE_FILE not in API.list_repo_files("tester/coded")
-    assert "auto_map" not in json.loads(Path(hf_hub_download("tester/coded", "config.json")).read_text())
-    assert "trust_remote_code" not in ModelCard.load("tester/coded").content
 
 
 # -- training and the scripts -----------------------------------------------------------------------------------------

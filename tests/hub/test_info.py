@@ -7,7 +7,7 @@ import torch
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.commands import info
-from hf_clt.hub.card_files import save_model_card
+from hf_clt.hub.card import save_model_card
 
 
 EVALUATION = {"nmse": 0.5, "nmse_per_layer": [0.7, 0.3], "l0": 6.0, "l0_per_layer": [2.5, 3.5], "num_tokens": 8192}

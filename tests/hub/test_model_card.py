@@ -12,9 +12,8 @@ from huggingface_hub import ModelCard
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.hub import build_model_card, card_from_folder, is_human_edited, save_model_card, update_card
-from hf_clt.hub.card_facts import POINTS, as_curves, as_history, check_license, read_facts, without_private
-from hf_clt.hub.card_files import check_update
-from hf_clt.hub.model_card import circuit_tracer_gaps, count_parameters, is_hub_name, set_loading_name
+from hf_clt.hub.card import check_update, circuit_tracer_gaps, count_parameters, is_hub_name, set_loading_name
+from hf_clt.hub.facts import POINTS, as_curves, as_history, check_license, read_facts, without_private
 from hf_clt.training.command_line import parse_train_args
 from scripts import build_cards
 

@@ -16,7 +16,6 @@ CHECKS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "hub_client.py
 SLOW = [
     "check_a_connection_cut_for_good_and_the_push_resumed",
     "check_two_processes_push_one_clt",
-    "check_code_in_the_repository",
 ]
 QUICK = [check for check in CHECKS if check not in SLOW]
 

@@ -20,7 +20,7 @@ from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.commands import cache, info
 from hf_clt.evaluation import evaluate_clt
 from hf_clt.files import local_or_hub
-from hf_clt.hub.card_facts import read_facts
+from hf_clt.hub.facts import read_facts
 from hf_clt.kernels import encode
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
 from hf_clt.training.setup import foreign_files
@@ -458,7 +458,7 @@ def test_help_imports_nothing_heavy(words):
 
 
 def test_a_checkout_on_the_path_trains_to_the_card(tiny_gpt2, small_text_file, tmp_path):
-    """Without an installation: no metadata, and no finder that knows hf_clt.model_cards."""
+    """Without an installation: no metadata."""
     root = Path(__file__).parents[2]
     site = Path(torch.__file__).parents[1]
     code = (

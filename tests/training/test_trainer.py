@@ -22,8 +22,8 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTransc
 from hf_clt.evaluation.replacement import replacement_metrics
 from hf_clt.harvest.harvester import ActivationError
 from hf_clt.harvest.tokens import StreamError
-from hf_clt.hub.card_facts import read_facts
-from hf_clt.hub.card_files import card_from_folder
+from hf_clt.hub.card import card_from_folder
+from hf_clt.hub.facts import read_facts
 from hf_clt.kernels import encode
 from hf_clt.training import checkpoints
 from hf_clt.training import trainer as trainer_module

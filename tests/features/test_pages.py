@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.commands import features as script
-from hf_clt.evaluation.feature_examples import ExampleSettings, sample_keys
-from hf_clt.evaluation.feature_links import strongest_links
+from hf_clt.features import pages as module
+from hf_clt.features.examples import ExampleSettings, sample_keys
+from hf_clt.features.links import strongest_links
+from hf_clt.features.pages import build_feature_pages, read_records, rounded, token_string
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
-from hf_clt.hub import feature_pages
-from hf_clt.hub.feature_pages import build_feature_pages, read_records, rounded, token_string
 
 
 NUM_FEATURES, CONTEXT = 24, 32
@@ -332,11 +332,11 @@ def test_interrupted_at_any_point_it_ends_with_the_same_files(pages, build, lang
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_pages, "strongest_links", links_interrupted)
+        patch.setattr(module, "strongest_links", links_interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path, harvester)
 
-    write_page, written = feature_pages.write_layer_page, []
+    write_page, written = module.write_layer_page, []
 
     def page_interrupted(*args):
         written.append(args)
@@ -345,7 +345,7 @@ def test_interrupted_at_any_point_it_ends_with_the_same_files(pages, build, lang
         write_page(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_pages, "write_layer_page", page_interrupted)
+        patch.setattr(module, "write_layer_page", page_interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path, harvester)
     assert (tmp_path / "layer_0.html").exists() and not (tmp_path / "layer_1.html").exists()

@@ -12,7 +12,9 @@ The two `features/` files are those that circuit-tracer's front end reads from a
 (`init-feature-examples.js` and `util.js` in its assets); what a record holds is in `docs/feature_pages.md`.
 """
 
+import base64
 import gzip
+import importlib.resources
 import json
 import re
 import struct
@@ -21,24 +23,19 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..evaluation.feature_examples import (
-    Examples,
-    ExampleSettings,
-    FeatureActivity,
-    collect_activity,
-)
-from ..evaluation.feature_links import Links, logit_extremes, strongest_links
 from ..files import replacing, write_text
 from ..harvest.harvester import Harvester
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
-from .feature_html import write_index_page, write_layer_page
+from .examples import Examples, ExampleSettings, FeatureActivity, collect_activity
+from .links import Links, logit_extremes, strongest_links
 
 
 SETTINGS_FILE = "feature_pages.json"
@@ -257,6 +254,61 @@ def write_index(folder: Path, num_layers: int) -> None:
         index[str(layer)] = {"filename": f"layer_{layer}.bin", "offsets": offsets}
     with replacing(folder / "index.json.gz") as temporary:
         temporary.write_bytes(gzip.compress(json.dumps(index, separators=(",", ":")).encode(), mtime=0))
+
+
+# -- pages for people -------------------------------------------------------------------------------------------------
+
+
+def write_page(path: Path, **values) -> None:
+    """Fills in `page.html`, piece by piece, so that the records of a layer are never in memory at once."""
+    text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True).from_string(text)
+    with replacing(path) as temporary:
+        template.stream(**values).dump(str(temporary), encoding="utf-8")
+
+
+def write_layer_page(path: Path, records: Iterator[bytes], activity: FeatureActivity, layer: int, clt: str) -> None:
+    """
+    Writes the page of one layer: a list of its features, and their `records`, JSON in gzip. They are in the page in
+    base64, and it unpacks the one that is looked at; `clt` is the name of the CLT.
+    """
+    found, num_tokens = activity.layers[layer], activity.num_tokens
+    summary = {
+        "layer": layer,
+        "layers": len(activity.layers),
+        "tokens": num_tokens,
+        "counts": found.counts.tolist(),
+        "peaks": [float(f"{peak:.3g}") for peak in found.largest.tolist()],
+    }
+    write_page(
+        path,
+        title=f"Layer {layer}: features of {clt}",
+        clt=clt,
+        layer=layer,
+        num_layers=len(activity.layers),
+        facts=f"{len(found.counts):,} features, {int((found.counts > 0).sum()):,} of them active on {num_tokens:,} "
+        f"tokens; L0 {found.counts.sum().item() / num_tokens:.1f}",
+        summary=summary,
+        records=(base64.b64encode(packed).decode("ascii") for packed in records),
+    )
+
+
+def write_index_page(path: Path, activity: FeatureActivity, made_with: dict[str, str], clt: str) -> None:
+    """Writes the page that leads to the layers, with the settings that everything was made with."""
+    write_page(
+        path,
+        title=f"Features of {clt}",
+        facts=f"{activity.num_tokens:,} tokens in {activity.num_blocks:,} blocks were looked at.",
+        layers=[
+            (
+                layer.counts.sum().item() / activity.num_tokens,
+                (layer.counts == 0).double().mean().item(),
+                layer.largest.max().item(),
+            )
+            for layer in activity.layers
+        ],
+        made_with=made_with,
+    )
 
 
 # -- everything, in order ---------------------------------------------------------------------------------------------

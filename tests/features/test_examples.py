@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.evaluation.feature_examples import (
+from hf_clt.features.examples import (
     HISTOGRAM_BINS,
     ExampleSettings,
     LayerActivity,
@@ -15,7 +15,7 @@ from hf_clt.evaluation.feature_examples import (
     sample_keys,
     windows_at,
 )
-from hf_clt.evaluation.feature_links import logit_extremes, strongest_links
+from hf_clt.features.links import logit_extremes, strongest_links
 from hf_clt.sparsity import sparse_from_dense
 
 
@@ -163,7 +163,7 @@ def clt_of(reach, tying="none", statistics=False):
 
 @pytest.mark.parametrize("block_entries", [1, 20, 2**24])
 def test_logits_are_the_extremes_of_the_unembedded_decoder_rows(block_entries, monkeypatch):
-    monkeypatch.setattr("hf_clt.evaluation.feature_links.BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr("hf_clt.features.links.BLOCK_ENTRIES", block_entries)
     torch.manual_seed(5)
     decoder, unembedding = torch.randn(7, 3, 5), torch.randn(11, 5)
     top_ids, top, bottom_ids, bottom = logit_extremes(decoder, unembedding, 4)
@@ -182,7 +182,7 @@ def test_logits_are_the_extremes_of_the_unembedded_decoder_rows(block_entries, m
     [(4, "none", False), (2, "none", True), (1, "none", False), (3, "per_target", False), (4, "per_source", False)],
 )
 def test_links_are_the_strongest_of_all_pairs(reach, tying, statistics, block_entries, monkeypatch):
-    monkeypatch.setattr("hf_clt.evaluation.feature_links.BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr("hf_clt.features.links.BLOCK_ENTRIES", block_entries)
     clt = clt_of(reach, tying, statistics)
     active = torch.ones(4, 7, dtype=torch.bool)
     active[2, 3] = active[0, 0] = False

@@ -29,14 +29,6 @@ KEYS = (
     "history",
 )
 
-PLOTS_FOLDER = "plots"
-# file in the folder of plots, title in the card, and what one sees, for those who do not see it
-PLOTS = (
-    ("training_curves.png", "Training", "training loss, NMSE, L0 and dead features over the steps of training"),
-    ("metrics_per_layer.png", "By layer", "NMSE, L0 and dead features of each layer"),
-    ("feature_density.png", "Feature density", "histogram of the share of tokens on which each feature is active"),
-)
-
 CURVES = ("step", "loss", "nmse", "l0", "dead_fraction", "num_tokens")
 POINTS = 400  # of a curve, more than its plot can show
 
@@ -162,8 +154,6 @@ def as_text(facts: dict) -> str:
 
 __all__ = [
     "FACTS_FILE",
-    "PLOTS",
-    "PLOTS_FOLDER",
     "as_curves",
     "as_history",
     "as_text",

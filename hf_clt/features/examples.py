@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..checkpoint_format import write_tensors
+from ..evaluation.evaluate import eval_mode
 from ..harvest.harvester import Harvester, check_fit
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, counts_of
-from .evaluate import eval_mode
 
 
 HISTOGRAM_BINS = 32  # a power of two: widths halve and double without rounding

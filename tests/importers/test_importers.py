@@ -12,8 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.hub import formats
+from hf_clt import CLTConfig, CrossLayerTranscoder, importers
 from tests.reference import random_batch, random_clt, random_statistics
 
 
@@ -112,8 +111,8 @@ def plt_forward(folder, inputs, k=None):
 @pytest.mark.parametrize("skip", [True, False])
 def test_plt(tmp_path, threshold, skip):
     folder = make_plt(tmp_path / "plt", threshold, skip)
-    assert formats.detect_format(folder) == "circuit-tracer-plt"
-    clt = formats.import_clt(folder, "circuit-tracer-plt")
+    assert importers.detect_format(folder) == "circuit-tracer-plt"
+    clt = importers.import_clt(folder, "circuit-tracer-plt")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model, config.decoder_reach) == (L, F, D, 1)
     assert config.activation_fn == ("jumprelu" if threshold else "relu") and config.skip_connection is skip
@@ -142,19 +141,21 @@ def test_plt_files_listed_in_the_configuration(tmp_path):
         (folder / f"layer_{layer}.safetensors").rename(folder / names[-1])
     described = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**described, "transcoders": names}))
-    assert formats.detect_format(folder) == "circuit-tracer-plt"
-    assert_same_clt(formats.import_clt(folder), formats.import_clt(make_plt(tmp_path / "again"), "circuit-tracer-plt"))
+    assert importers.detect_format(folder) == "circuit-tracer-plt"
+    assert_same_clt(
+        importers.import_clt(folder), importers.import_clt(make_plt(tmp_path / "again"), "circuit-tracer-plt")
+    )
     described["transcoders"] = ["hf://some/repo/layer_0.safetensors?revision=main"]
     (folder / "config.yaml").write_text(yaml.safe_dump(described))
-    with pytest.raises(ValueError, match=r"hf://some/repo.*download"):
-        formats.import_clt(folder)
+    with pytest.raises(FileNotFoundError, match=r"hf://some/repo.*download"):
+        importers.import_clt(folder)
 
 
 def test_plt_top_k_needs_consent(tmp_path):
     folder = make_plt(tmp_path / "plt", threshold=False, activation="topk", k=2)
     with pytest.raises(ValueError, match=r"activation='topk'.*negative.*activation_fn='topk'"):
-        formats.import_clt(folder, "circuit-tracer-plt")
-    clt = formats.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
+        importers.import_clt(folder, "circuit-tracer-plt")
+    clt = importers.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
     assert (clt.config.activation_fn, clt.config.k) == ("topk", 2)
     inputs = random_inputs()
     acts, reconstruction = plt_forward(folder, inputs, k=2)
@@ -163,20 +164,20 @@ def test_plt_top_k_needs_consent(tmp_path):
     assert_computes(clt, inputs[positive], acts[positive], reconstruction[positive])
     make_plt(folder, threshold=False, activation="topk")
     with pytest.raises(ValueError, match=r"k is missing; give k"):
-        formats.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
-    assert formats.import_clt(folder, "circuit-tracer-plt", activation_fn="topk", k=3).config.k == 3
+        importers.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
+    assert importers.import_clt(folder, "circuit-tracer-plt", activation_fn="topk", k=3).config.k == 3
 
 
 def test_half_precision_stays(tmp_path):
     folder = make_plt(tmp_path / "plt", dtype=torch.bfloat16)
-    clt = formats.import_clt(folder, "circuit-tracer-plt")
+    clt = importers.import_clt(folder, "circuit-tracer-plt")
     assert clt.dtype == torch.bfloat16 and str(clt.config.dtype).endswith("bfloat16")
     assert clt.thresholds[0].value.dtype == torch.float32
     tensors = load_file(folder / "layer_1.safetensors")
     assert torch.equal(clt.encoders[1].weight, tensors["W_enc"])
     assert torch.equal(clt.skips[1].weight, tensors["W_skip"].T)
     change(folder / "layer_1.safetensors", b_dec=tensors["b_dec"].float() + 1e-4)
-    clt = formats.import_clt(folder, "circuit-tracer-plt")
+    clt = importers.import_clt(folder, "circuit-tracer-plt")
     assert clt.dtype == torch.float32  # the smallest that holds all without loss
     assert torch.equal(clt.decoders[1].bias, tensors["b_dec"].float() + 1e-4)
 
@@ -186,7 +187,7 @@ def test_half_precision_stays(tmp_path):
     [
         ({"feature_input_hook": "ln2.hook_normalized"}, r"feature_input_hook='ln2.hook_normalized' .*config\.yaml"),
         ({"feature_output_hook": None}, r"feature_output_hook=None .*give feature_output_hook"),
-        ({"activation": "relu"}, r"activation='relu'.*layer_0.*threshold"),
+        ({"activation": "relu"}, r"activation='relu'.* with a tensor .*threshold"),
         ({"activation": "gelu"}, r"activation='gelu'"),
         ({"model_kind": "cross_layer_transcoder"}, r"model_kind='cross_layer_transcoder'"),
     ],
@@ -194,33 +195,39 @@ def test_half_precision_stays(tmp_path):
 def test_plt_configuration_that_cannot_be_expressed(tmp_path, described, message):
     folder = make_plt(tmp_path / "plt", **described)
     with pytest.raises(ValueError, match=message):
-        formats.import_clt(folder, "circuit-tracer-plt")
+        importers.import_clt(folder, "circuit-tracer-plt")
 
 
 def test_a_hook_without_a_name_can_be_given(tmp_path):
     folder = make_plt(tmp_path / "plt", feature_input_hook="ln2.hook_normalized")
-    clt = formats.import_clt(
+    clt = importers.import_clt(
         folder, "circuit-tracer-plt", feature_input_hook="mlp.hook_in", base_model_name_or_path="a/b"
     )
     assert clt.config.feature_input_hook == "mlp.hook_in" and clt.config.base_model_name_or_path == "a/b"
     with pytest.raises(ValueError, match=r"feature_input_hook='mlp' is none of"):
-        formats.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp")
+        importers.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp")
     with pytest.raises(ValueError, match=r"num_layers=4 is given.*leave out num_layers"):
-        formats.import_clt(folder, "circuit-tracer-plt", num_layers=4)
+        importers.import_clt(folder, "circuit-tracer-plt", num_layers=4)
     with pytest.raises(TypeError, match="sparsity_lamda"):
-        formats.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp.hook_in", sparsity_lamda=1)
+        importers.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp.hook_in", sparsity_lamda=1)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"b_enc": None}, r"layer_1.* no tensor b_enc; it holds W_dec"),
+        ({"b_enc": None}, r"b_enc in .*layer_1.* shape None"),
         ({"W_dec": torch.zeros(D, F)}, rf"W_dec in .*layer_1.*\({D}, {F}\).*\({F}, {D}\)"),
         ({"W_enc": torch.zeros(F + 1, D)}, r"W_enc in .*layer_1"),
-        ({"log_thresholds": torch.zeros(F)}, r"layer_1.*log_thresholds.*not known"),
-        ({"W_skip": None}, r"layer_1.* no tensor W_skip"),
-        ({"activation_function.threshold": torch.tensor([-1.0, -2.0] + [1.0] * (F - 2))}, r"layer_1\D.* 2 negative"),
-        ({"activation_function.threshold": torch.full((F,), torch.nan)}, rf"layer_1\D.* {F} negative or NaN"),
+        ({"log_thresholds": torch.zeros(F)}, r"log_thresholds in .*layer_1.*not known"),
+        ({"W_skip": None}, r"W_skip in .*layer_1.* shape None"),
+        (
+            {"activation_function.threshold": torch.tensor([-1.0, -2.0] + [1.0] * (F - 2))},
+            r"threshold of layer 1 has 2 negative",
+        ),
+        (
+            {"activation_function.threshold": torch.full((F,), torch.nan)},
+            rf"layer 1 has {F} negative or NaN",
+        ),
         ({"W_enc": torch.zeros(F, D, dtype=torch.int32)}, r"W_enc.* is I32"),
     ],
 )
@@ -228,14 +235,14 @@ def test_plt_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_plt(tmp_path / "plt")
     change(folder / "layer_1.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "circuit-tracer-plt")  # the headers and thresholds are enough
+        importers.import_clt(folder, "circuit-tracer-plt")
 
 
 def test_a_gap_between_the_layers(tmp_path):
     folder = make_plt(tmp_path / "plt")
     (folder / "layer_1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"layer_1\.safetensors is missing"):
-        formats.import_clt(folder)
+        importers.import_clt(folder)
 
 
 # -- crosslayer-coding ------------------------------------------------------------------------------------------------
@@ -359,8 +366,8 @@ CODING_VARIANTS = [
 @pytest.mark.parametrize("activation_fn, tying, skip", CODING_VARIANTS)
 def test_coding(tmp_path, activation_fn, tying, skip, statistics):
     folder = make_coding(tmp_path / "coding", activation_fn, tying, skip, statistics)
-    assert formats.detect_format(folder) == "crosslayer-coding"
-    clt = formats.import_clt(folder, "crosslayer-coding")
+    assert importers.detect_format(folder) == "crosslayer-coding"
+    clt = importers.import_clt(folder, "crosslayer-coding")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model, config.decoder_reach) == (L, F, D, None)
     assert config.activation_fn == activation_fn and config.skip_connection is skip
@@ -391,27 +398,27 @@ def test_coding(tmp_path, activation_fn, tying, skip, statistics):
 
 def test_coding_from_the_file_and_with_statistics_elsewhere(tmp_path):
     folder = make_coding(tmp_path / "coding", statistics=True)
-    expected = formats.import_clt(folder, "crosslayer-coding")
+    expected = importers.import_clt(folder, "crosslayer-coding")
     (folder / "norm_stats.json").rename(tmp_path / "elsewhere.json")
     file = folder / "clt_checkpoint_10.safetensors"
-    assert formats.detect_format(file) == "crosslayer-coding"
-    assert_same_clt(formats.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
-    with pytest.raises(ValueError, match=r"normalization_method='mean_std'.*no norm_stats\.json lies"):
-        formats.import_clt(file)
-    with pytest.raises(ValueError, match=r"norm_stats='none', but normalization_method='mean_std'"):
-        formats.import_clt(file, norm_stats="none")
+    assert importers.detect_format(file) == "crosslayer-coding"
+    assert_same_clt(importers.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
+    with pytest.raises(ValueError, match=r"normalization_method='mean_std'.*no norm_stats\.json is beside"):
+        importers.import_clt(file)
+    with pytest.raises(ValueError, match=r"norm_stats='none', normalization_method='mean_std'"):
+        importers.import_clt(file, norm_stats="none")
     # cfg.json need not know what the trainer did, so that statistics beside a checkpoint of raw activations are asked.
     change_json(folder / "cfg.json", normalization_method="none")
-    assert_same_clt(formats.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
+    assert_same_clt(importers.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
     (tmp_path / "elsewhere.json").rename(folder / "norm_stats.json")
-    with pytest.raises(ValueError, match=r"normalization_method='none'.*lies beside it.*norm_stats='none'"):
-        formats.import_clt(file)
-    raw = formats.import_clt(file, norm_stats="none")
+    with pytest.raises(ValueError, match=r"normalization_method='none'.* a norm_stats\.json is beside.*'none'"):
+        importers.import_clt(file)
+    raw = importers.import_clt(file, norm_stats="none")
     assert torch.equal(raw.encoders[0].weight, load_file(file)["encoder_module.encoders.0.weight"])
 
 
 def test_coding_without_statistics_says_so(tmp_path, caplog):
-    formats.import_clt(make_coding(tmp_path / "coding"))
+    importers.import_clt(make_coding(tmp_path / "coding"))
     assert "taken to be trained on raw activations" in caplog.text
 
 
@@ -420,10 +427,10 @@ def test_coding_takes_the_latest_checkpoint_of_several(tmp_path):
     file = folder / "clt_checkpoint_10.safetensors"
     (folder / "clt_checkpoint_20.safetensors").write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=r"2 checkpoints.*clt_checkpoint_10\.safetensors, clt_checkpoint_20"):
-        formats.import_clt(folder)
+        importers.import_clt(folder)
     (folder / "clt_checkpoint_latest.safetensors").write_bytes(file.read_bytes())
     change(folder / "clt_checkpoint_20.safetensors", **{"encoder_module.encoders.0.weight": torch.zeros(F, D)})
-    assert_same_clt(formats.import_clt(folder), formats.import_clt(file))
+    assert_same_clt(importers.import_clt(folder), importers.import_clt(file))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +443,7 @@ def test_coding_takes_the_latest_checkpoint_of_several(tmp_path):
         ({"normalization_method": "sqrt_d_model"}, r"normalization_method='sqrt_d_model'"),
         ({"skip_connection": True, "decoder_tying": "per_target"}, r"skip_connection=True.*per_target"),
         ({"decoder_tying": "per_layer"}, r"decoder_tying='per_layer'"),
-        ({"num_layers": 4}, r"no tensor encoder_module\.encoders\.3\.weight"),
+        ({"num_layers": 4}, r"encoder_module\.encoders\.3\.weight in .*shape None"),
         ({"num_features": 8}, r"encoder_module\.encoders\.0\.weight.*\(7, 5\).*\(8, 5\)"),
         ({"d_model": None}, r"d_model=None"),
         ({"mlp_input_template": None}, r"feature_input_hook=None .*cfg\.json.*give feature_input_hook"),
@@ -447,38 +454,41 @@ def test_coding_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     folder = make_coding(tmp_path / "coding")
     change_json(folder / "cfg.json", **cfg)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "crosslayer-coding")
+        importers.read_clt(folder, "crosslayer-coding")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"decoder_module.decoders.0->2.bias_param": None}, r"no tensor decoder_module\.decoders\.0->2\.bias_param"),
+        ({"decoder_module.decoders.0->2.bias_param": None}, r"decoders\.0->2\.bias_param in .*shape None"),
         ({"decoder_module.decoders.1->2.weight": torch.zeros(F, D)}, r"decoders\.1->2\.weight.*\(7, 5\).*\(5, 7\)"),
         ({"decoder_module.feature_scale.0": torch.ones(F)}, r"feature_scale\.0.*not known"),
-        ({"theta_manager.log_threshold": torch.full((L, F), torch.nan)}, rf"log_threshold.* {L * F} negative or NaN"),
+        (
+            {"theta_manager.log_threshold": torch.full((L, F), torch.nan)},
+            rf"layer 0 has {F} negative or NaN",
+        ),
     ],
 )
 def test_coding_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_coding(tmp_path / "coding")
     change(folder / "clt_checkpoint_10.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "crosslayer-coding")
+        importers.import_clt(folder, "crosslayer-coding")
 
 
 def test_coding_skip_from_an_earlier_layer(tmp_path):
     folder = make_coding(tmp_path / "coding", skip=True)
     change(folder / "clt_checkpoint_10.safetensors", **{"decoder_module.skip_weights.0->1": torch.ones(D, D)})
     with pytest.raises(ValueError, match=r"skip_weights\.0->1.*not zero"):
-        formats.read_clt(folder, "crosslayer-coding")
+        importers.read_clt(folder, "crosslayer-coding")
 
 
 @pytest.mark.parametrize(
     "change_statistics, message",
     [
-        (lambda found: found.pop("2"), r"inputs\.mean of layer 2.*shape None"),
-        (lambda found: found["1"]["targets"].update(std=[1.0] * (D - 1)), r"targets\.std of layer 1.*\(4,\).*\(5,\)"),
-        (lambda found: found["0"]["inputs"].update(std=[-1.0] * D), r"inputs\.std of layer 0.*no statistic"),
+        (lambda found: found.pop("2"), r"inputs\.mean of layer 2 "),
+        (lambda found: found["1"]["targets"].update(std=[1.0] * (D - 1)), r"targets\.std of layer 1 .* 5 numbers"),
+        (lambda found: found["0"]["inputs"].update(std=[-1.0] * D), r"inputs\.std of layer 0 "),
         (lambda found: found["0"]["targets"].update(mean=[float("nan")] * D), r"targets\.mean of layer 0"),
     ],
 )
@@ -488,14 +498,14 @@ def test_coding_statistics_that_do_not_fit(tmp_path, change_statistics, message)
     change_statistics(found)
     (folder / "norm_stats.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "crosslayer-coding")
+        importers.read_clt(folder, "crosslayer-coding")
 
 
 def test_coding_without_its_configuration(tmp_path):
     folder = make_coding(tmp_path / "coding")
     (folder / "cfg.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"cfg\.json is missing"):
-        formats.import_clt(folder)
+        importers.import_clt(folder)
 
 
 # -- CLT-Forge --------------------------------------------------------------------------------------------------------
@@ -550,9 +560,9 @@ def forge_forward(folder, inputs):
 @pytest.mark.parametrize("scaled", [True, False])
 def test_forge(tmp_path, crosses, scaled):
     folder = make_forge(tmp_path / "forge", crosses, scaled)
-    assert formats.detect_format(folder) == "clt-forge"
-    assert formats.detect_format(folder / "clt_weights.safetensors") == "clt-forge"
-    clt = formats.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
+    assert importers.detect_format(folder) == "clt-forge"
+    assert importers.detect_format(folder / "clt_weights.safetensors") == "clt-forge"
+    clt = importers.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model) == (L, F, D)
     assert config.decoder_reach == (None if crosses else 1) and config.base_model_name_or_path == "gpt2"
@@ -573,7 +583,7 @@ def test_forge(tmp_path, crosses, scaled):
 
 def test_forge_shards_in_the_order_of_their_ranks(tmp_path):
     folder = make_forge(tmp_path / "forge")
-    expected = formats.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
+    expected = importers.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
     tensors = load_file(folder / "clt_weights.safetensors")
     (folder / "clt_weights.safetensors").unlink()
     sizes = [1, 3, 3]
@@ -584,14 +594,14 @@ def test_forge_shards_in_the_order_of_their_ranks(tmp_path):
             for name, tensor in tensors.items()
         }
         save_file(parts, folder / f"rank{rank}_clt_weights.safetensors")
-    assert formats.detect_format(folder) == "clt-forge"
-    assert_same_clt(formats.import_clt(folder, feature_input_hook="mlp.hook_in"), expected)
+    assert importers.detect_format(folder) == "clt-forge"
+    assert_same_clt(importers.import_clt(folder, feature_input_hook="mlp.hook_in"), expected)
     (folder / "rank2_clt_weights.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"d_latent=7.*say 4.*missing"):
-        formats.import_clt(folder, feature_input_hook="mlp.hook_in")
+    with pytest.raises(ValueError, match=r"d_latent=7.*need 4.*missing"):
+        importers.import_clt(folder, feature_input_hook="mlp.hook_in")
     (folder / "rank0_clt_weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"rank0_clt_weights\.safetensors is missing"):
-        formats.import_clt(folder, feature_input_hook="mlp.hook_in")
+        importers.import_clt(folder, feature_input_hook="mlp.hook_in")
 
 
 @pytest.mark.parametrize(
@@ -601,23 +611,23 @@ def test_forge_shards_in_the_order_of_their_ranks(tmp_path):
         ({"activation_fn": "groupmax"}, r"activation_fn='groupmax'"),
         ({"cross_layer_decoders": False}, r"W_dec in .*\(6, 7, 5\).*\(3, 7, 5\)"),
         ({"cross_layer_decoders": None}, r"cross_layer_decoders=None"),
-        ({"n_layers": 4}, r"n_layers=4.*say 3"),
+        ({"n_layers": 4}, r"n_layers=4.*need 3"),
     ],
 )
 def test_forge_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     folder = make_forge(tmp_path / "forge")
     change_json(folder / "clt_cfg.json", **cfg)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
+        importers.read_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"b_dec": None}, r"no tensor b_dec"),
+        ({"b_dec": None}, r"b_dec in .*shape None"),
         ({"W_enc": torch.zeros(L, D)}, r"W_enc in .*\(3, 5\).*\(L, D, F\)"),
         ({"b_enc": torch.zeros(L, D)}, r"b_enc in .*\(3, 5\).*\(3, 7\)"),
-        ({"log_threshold": torch.full((L, F), torch.nan)}, r"log_threshold.* 21 negative or NaN"),
+        ({"log_threshold": torch.full((L, F), torch.nan)}, r"threshold of layer 0 has 7 negative or NaN"),
         ({"estimated_norm_scaling_factor_in": torch.tensor([1.0, 0.0, 1.0])}, r"factor_in.*not positive"),
         ({"W_skip": torch.zeros(L, D, D)}, r"W_skip.*not known"),
     ],
@@ -626,12 +636,12 @@ def test_forge_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_forge(tmp_path / "forge")
     change(folder / "clt_weights.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
+        importers.import_clt(folder, "clt-forge", feature_input_hook="mlp.hook_in")
 
 
 def test_forge_does_not_say_its_input(tmp_path):
     with pytest.raises(ValueError, match=r"feature_input_hook=None .*ln2\.hook_normalized.*give feature_input_hook"):
-        formats.import_clt(make_forge(tmp_path / "forge"))
+        importers.import_clt(make_forge(tmp_path / "forge"))
 
 
 # -- Gemma Scope 2 ----------------------------------------------------------------------------------------------------
@@ -684,8 +694,8 @@ def gemma_forward(folder, inputs):
 @pytest.mark.parametrize("skip", [True, False])
 def test_gemma(tmp_path, skip):
     folder = make_gemma(tmp_path / "gemma", skip)
-    assert formats.detect_format(folder) == "gemma-scope-2"
-    clt = formats.import_clt(folder, "gemma-scope-2")
+    assert importers.detect_format(folder) == "gemma-scope-2"
+    clt = importers.import_clt(folder, "gemma-scope-2")
     config = clt.config
     assert (config.num_layers, config.num_features, config.d_model, config.decoder_reach) == (L, F, D, None)
     assert config.skip_connection is skip and config.base_model_name_or_path == "google/gemma-3-270m-pt"
@@ -706,12 +716,12 @@ def test_gemma(tmp_path, skip):
 def test_gemma_decoders_to_earlier_layers(tmp_path):
     folder = make_gemma(tmp_path / "gemma", acausal=True)
     with pytest.raises(ValueError, match=r"w_dec in .*params_layer_1.*before its own, 1, .*drop_acausal"):
-        formats.import_clt(folder, "gemma-scope-2")
-    clt = formats.import_clt(folder, "gemma-scope-2", drop_acausal=True)
+        importers.import_clt(folder, "gemma-scope-2")
+    clt = importers.import_clt(folder, "gemma-scope-2", drop_acausal=True)
     for layer in range(L):
         path = folder / f"params_layer_{layer}.safetensors"
         change(path, w_dec=load_file(path)["w_dec"] * (torch.arange(L) >= layer)[:, None])
-    assert_same_clt(clt, formats.import_clt(folder, "gemma-scope-2"))
+    assert_same_clt(clt, importers.import_clt(folder, "gemma-scope-2"))
 
 
 @pytest.mark.parametrize(
@@ -719,21 +729,21 @@ def test_gemma_decoders_to_earlier_layers(tmp_path):
     [
         ({"type": "crosscoder"}, r"type='crosscoder'"),
         ({"architecture": "topk"}, r"architecture='topk'"),
-        ({"affine_connection": False}, r"affine_connection=False.*affine_skip_connection"),
+        ({"affine_connection": False}, r"affine_connection=False.*True"),
         ({"hf_hook_point_in": "model.layers.{5,9}.output"}, r"feature_input_hook='model\.layers\.\{5,9\}\.output'"),
     ],
 )
 def test_gemma_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     folder = make_gemma(tmp_path / "gemma", **cfg)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "gemma-scope-2")
+        importers.read_clt(folder, "gemma-scope-2")
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"threshold": None}, r"no tensor threshold"),
-        ({"threshold": torch.tensor([-0.1] * 3 + [1.0] * (F - 3))}, r"params_layer_1\D.* 3 negative"),
+        ({"threshold": None}, r"threshold in .*shape None"),
+        ({"threshold": torch.tensor([-0.1] * 3 + [1.0] * (F - 3))}, r"threshold of layer 1 has 3 negative"),
         ({"w_dec": torch.zeros(F, L - 1, D)}, r"w_dec in .*\(7, 2, 5\).*\(7, 3, 5\)"),
         ({"w_enc": torch.zeros(F, D)}, r"w_enc in .*\(7, 5\).*\(5, 7\)"),
         ({"b_skip": torch.zeros(D)}, r"b_skip.*not known"),
@@ -743,21 +753,21 @@ def test_gemma_tensors_that_do_not_fit(tmp_path, changes, message):
     folder = make_gemma(tmp_path / "gemma")
     change(folder / "params_layer_1.safetensors", **changes)
     with pytest.raises(ValueError, match=message):
-        formats.read_clt(folder, "gemma-scope-2")
+        importers.import_clt(folder, "gemma-scope-2")
 
 
 def test_gemma_without_its_configuration_needs_the_hooks(tmp_path):
     folder = make_gemma(tmp_path / "gemma")
-    expected = formats.import_clt(folder)
+    expected = importers.import_clt(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=r"feature_input_hook=None .*config\.json"):
-        formats.import_clt(folder)
-    assert_same_clt(formats.import_clt(folder, **MLP_HOOKS), expected)
+        importers.import_clt(folder)
+    assert_same_clt(importers.import_clt(folder, **MLP_HOOKS), expected)
 
 
 def test_a_layer_is_read_when_it_is_asked_for(tmp_path):
     folder = make_gemma(tmp_path / "gemma")
-    _, layers = formats.read_clt(folder, "gemma-scope-2")
+    _, layers = importers.read_clt(folder, "gemma-scope-2")
     (folder / "params_layer_1.safetensors").unlink()
     assert torch.equal(next(layers)["b_dec_0"], load_file(folder / "params_layer_0.safetensors")["b_dec"])
     with pytest.raises(FileNotFoundError):
@@ -770,12 +780,12 @@ def test_a_layer_is_read_when_it_is_asked_for(tmp_path):
 @pytest.mark.parametrize("config_json", [True, False])
 def test_circuit_tracer(tmp_path, config_json):
     clt = random_clt(double=False, skip_connection=True).eval()
-    formats.export_clt(clt, tmp_path / "clt", "circuit-tracer")
+    clt.save_pretrained(tmp_path / "clt")
     if not config_json:
         (tmp_path / "clt" / "config.json").unlink()
-    assert formats.detect_format(tmp_path / "clt") == ("hf_clt" if config_json else "circuit-tracer")
-    assert_same_clt(formats.import_clt(tmp_path / "clt", "circuit-tracer"), clt)
-    found = formats.import_clt(tmp_path / "clt", base_model_name_or_path="a/b")
+    assert importers.detect_format(tmp_path / "clt") == ("hf_clt" if config_json else "circuit-tracer")
+    assert_same_clt(importers.import_clt(tmp_path / "clt", "circuit-tracer"), clt)
+    found = importers.import_clt(tmp_path / "clt", base_model_name_or_path="a/b")
     assert_same_clt(found, clt)
     assert found.config.base_model_name_or_path == "a/b"
 
@@ -784,55 +794,54 @@ def test_circuit_tracer(tmp_path, config_json):
 def test_circuit_tracer_gets_decoders_that_reach_the_last_layer(tmp_path, tying):
     fields = {"activation_fn": "jumprelu", "decoder_reach": 2, "decoder_tying": tying}
     clt = random_clt(double=False, **fields).eval()
-    formats.export_clt(clt, tmp_path / "exported", "circuit-tracer")
     clt.save_pretrained(tmp_path / "saved")
-    formats.convert(tmp_path / "saved", tmp_path / "converted", to_format="circuit-tracer")
+    folder = tmp_path / "converted"
+    importers.convert(tmp_path / "saved", folder, to_format="circuit-tracer")
     inputs = random_inputs().float()
-    for folder in ("exported", "converted"):
-        for layer in range(clt.config.num_layers):
-            decoder = load_file(tmp_path / folder / f"W_dec_{layer}.safetensors")[f"W_dec_{layer}"]
-            assert decoder.shape[1] == clt.config.num_layers - layer and not decoder[:, 2:].any()
-        (tmp_path / folder / "config.json").unlink()  # the files alone, as circuit-tracer reads them
-        found = formats.import_clt(tmp_path / folder)
-        assert found.config.decoder_reach is None
-        torch.testing.assert_close(found(inputs).reconstruction, clt(inputs).reconstruction, rtol=1e-4, atol=1e-5)
-    assert "reach" not in (tmp_path / "converted" / "README.md").read_text().split("What other tools read")[1]
+    for layer in range(clt.config.num_layers):
+        decoder = load_file(folder / f"W_dec_{layer}.safetensors")[f"W_dec_{layer}"]
+        assert decoder.shape[1] == clt.config.num_layers - layer and not decoder[:, 2:].any()
+    (folder / "config.json").unlink()  # the files alone, as circuit-tracer reads them
+    found = importers.import_clt(folder)
+    assert found.config.decoder_reach is None
+    torch.testing.assert_close(found(inputs).reconstruction, clt(inputs).reconstruction, rtol=1e-4, atol=1e-5)
+    assert "reach" not in (folder / "README.md").read_text().split("What other tools read")[1]
 
 
 def test_what_is_in_no_format(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        formats.detect_format(tmp_path / "nowhere")
+        importers.detect_format(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"in none of the formats hf_clt, .*it holds nothing"):
-        formats.detect_format(tmp_path)
+        importers.detect_format(tmp_path)
     (tmp_path / "clt.pt").write_bytes(b"\x80\x02")
     with pytest.raises(ValueError, match=r"clt\.pt is no safetensors file.*pickle"):
-        formats.detect_format(tmp_path / "clt.pt")
+        importers.detect_format(tmp_path / "clt.pt")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     for path, held in ((tmp_path, "clt.pt, model.safetensors"), (tmp_path / "model.safetensors", "weight")):
         with pytest.raises(ValueError, match=f"none of the formats.*it holds {held}"):
-            formats.import_clt(path)
+            importers.import_clt(path)
     with pytest.raises(ValueError, match=r"format='saelens' is none of hf_clt"):
-        formats.import_clt(tmp_path, format="saelens")
+        importers.import_clt(tmp_path, format="saelens")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):
-        formats.detect_format(tmp_path / "model.safetensors")
+        importers.detect_format(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("option", ["norm_stats", "drop_acausal"])
 def test_an_option_of_another_format_is_refused(tmp_path, option):
     for path in (make_plt(tmp_path / "plt"), saved_clt(tmp_path / "clt")):
         with pytest.raises(ValueError, match=f"{option} is for .*leave out {option}"):
-            formats.import_clt(path, **{option: "none"})
+            importers.import_clt(path, **{option: "none"})
 
 
 def test_importing_leaves_the_random_numbers_alone(tmp_path):
     folder = make_gemma(tmp_path / "gemma")
     before = torch.get_rng_state()
-    formats.import_clt(folder)
+    importers.import_clt(folder)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# -- and back ---------------------------------------------------------------------------------------------------------
+# -- and back: what circuit-tracer reads ------------------------------------------------------------------------------
 
 
 def saved_clt(folder, **fields):
@@ -840,109 +849,75 @@ def saved_clt(folder, **fields):
     return folder
 
 
-EXPORTS = {
-    "circuit-tracer-plt": (plt_forward, {"decoder_reach": 1}),
-    "crosslayer-coding": (coding_forward, {}),
-    "clt-forge": (forge_forward, {}),
-    "gemma-scope-2": (gemma_forward, {}),
-}
-SKIPS = [format for format in EXPORTS if format != "clt-forge"]  # which has no skip connection
-ALL_EXPORTS = pytest.mark.parametrize("format", EXPORTS)
-
-
-def exportable_clt(format, **fields):
-    fields = {"num_layers": L, "num_features": F, "d_model": D, **MLP_HOOKS, **EXPORTS[format][1], **fields}
+def plt_clt(**fields):
+    fields = {"num_layers": L, "num_features": F, "d_model": D, "decoder_reach": 1, **MLP_HOOKS, **fields}
     return random_clt(double=False, **fields).eval()
 
 
-@pytest.mark.parametrize(
-    "format, skip", [(format, False) for format in EXPORTS] + [(format, True) for format in SKIPS]
-)
-def test_round_trip(tmp_path, format, skip):
-    clt = exportable_clt(format, skip_connection=skip, base_model_name_or_path="some/model")
-    forward, _ = EXPORTS[format]
-    formats.export_clt(clt, tmp_path / "out", format)
-    assert formats.detect_format(tmp_path / "out") == format
-    found = formats.import_clt(tmp_path / "out", **MLP_HOOKS)
+def to_plt(clt, folder, **options):
+    clt.save_pretrained(folder / "saved")
+    importers.convert(folder / "saved", folder / "plt", to_format="circuit-tracer-plt", **options)
+    return folder / "plt"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_plt_round_trip(tmp_path, skip):
+    clt = plt_clt(skip_connection=skip, base_model_name_or_path="some/model")
+    folder = to_plt(clt, tmp_path)
+    assert importers.detect_format(folder) == "circuit-tracer-plt"
+    found = importers.import_clt(folder)
     assert_same_clt(found, clt)
-    assert found.config.base_model_name_or_path == "some/model"
-    assert found.config.decoder_reach == clt.config.decoder_reach
+    assert found.config.base_model_name_or_path == "some/model" and found.config.decoder_reach == 1
     inputs = random_inputs()
-    acts, reconstruction = forward(tmp_path / "out", inputs)
+    acts, reconstruction = plt_forward(folder, inputs)
     torch.testing.assert_close(clt.encode(inputs).double(), acts, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(clt(inputs).reconstruction.double(), reconstruction, rtol=1e-4, atol=1e-5)
 
 
-EXPORTED_FIELDS = [
-    {"activation_fn": "relu"},
-    {"activation_fn": "batchtopk", "k": 2},
-    {"decoder_tying": "per_source"},
-    {"decoder_tying": "per_target"},
-]
-EXPORTED = [(format, fields) for format in EXPORTS for fields in EXPORTED_FIELDS]
-EXPORTED += [(format, {"decoder_reach": 2}) for format in EXPORTS if format != "circuit-tracer-plt"]
-
-
-@pytest.mark.parametrize("format, fields", EXPORTED, ids=str)
-def test_exports_compute_the_same(tmp_path, format, fields):
-    clt = exportable_clt(format, **fields)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"activation_fn": "relu"},
+        {"activation_fn": "batchtopk", "k": 2},
+        {"decoder_tying": "per_source"},
+        {"decoder_tying": "per_target"},
+    ],
+    ids=str,
+)
+def test_plt_computes_the_same(tmp_path, fields):
+    clt = plt_clt(**fields)
     clt.set_normalization(**random_statistics(clt))
     if clt.config.activation_fn == "batchtopk":
         clt.train()(random_batch(clt, num_tokens=40)[0])
         clt.eval()
-    live = {name: tensor.clone() for name, tensor in clt.state_dict().items()}
-    forward, _ = EXPORTS[format]
-    formats.export_clt(clt, tmp_path / "out", format)
-    assert all(torch.equal(live[name], tensor) for name, tensor in clt.state_dict().items())
-    inputs = random_inputs()
-    acts, reconstruction = forward(tmp_path / "out", inputs)
+    folder, inputs = to_plt(clt, tmp_path), random_inputs()
+    acts, reconstruction = plt_forward(folder, inputs)
     assert 0.02 < (acts > 0).double().mean() < 0.95
     torch.testing.assert_close(clt.encode(inputs).double(), acts, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(clt(inputs).reconstruction.double(), reconstruction, rtol=1e-3, atol=1e-3)
-    found = formats.import_clt(tmp_path / "out", **MLP_HOOKS)
+    found = importers.import_clt(folder)
     torch.testing.assert_close(found(inputs).reconstruction.double(), reconstruction, rtol=1e-3, atol=1e-3)
     assert found.config.activation_fn in ("relu", "jumprelu")
 
 
-def test_forge_without_cross_layer_decoders_comes_back(tmp_path):
-    clt = exportable_clt("clt-forge", decoder_reach=1)
-    formats.export_clt(clt, tmp_path, "clt-forge")
-    assert load_file(tmp_path / "clt_weights.safetensors")["W_dec"].shape == (L, F, D)
-    assert_same_clt(formats.import_clt(tmp_path, feature_input_hook="mlp.hook_in"), clt)
-
-
-def test_forge_gets_the_buffers_that_it_demands(tmp_path):
-    formats.export_clt(exportable_clt("clt-forge"), tmp_path, "clt-forge")
-    tensors = load_file(tmp_path / "clt_weights.safetensors")
-    assert tensors["feature_count"].shape == (L, F) and tensors["feature_count"].dtype == torch.int64
-    assert tensors["layer_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
-
-
-@ALL_EXPORTS
-def test_what_cannot_be_exported(tmp_path, format):
-    cases = [
+@pytest.mark.parametrize(
+    "fields, message",
+    [
         ({"activation_fn": "topk"}, r"activation_fn='topk'"),
         ({"activation_fn": "batchtopk"}, r"no running threshold"),
-    ]
-    if format == "circuit-tracer-plt":
-        cases.append(({"decoder_reach": 2}, r"decoder_reach=2"))
-    if format == "clt-forge":
-        cases.append(({"skip_connection": True}, r"skip_connection=True"))
-    if format in ("clt-forge", "gemma-scope-2"):
-        cases.append(({"feature_input_hook": "hook_resid_mid"}, r"feature_input_hook='hook_resid_mid'"))
-        cases.append(({"feature_output_hook": "mlp.hook_out"}, r"feature_output_hook='mlp\.hook_out'"))
-    for fields, message in cases:
-        with pytest.raises(ValueError, match=message):
-            formats.export_clt(exportable_clt(format, **fields), tmp_path / "out", format)
-        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+        ({"decoder_reach": 2}, r"decoder_reach=2"),
+    ],
+)
+def test_what_per_layer_transcoders_cannot_express(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        to_plt(plt_clt(**fields), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-@pytest.mark.parametrize("format", ["circuit-tracer-plt", "gemma-scope-2"])
-def test_files_of_a_deeper_export_are_removed(tmp_path, format):
-    formats.export_clt(exportable_clt(format, num_layers=L + 2), tmp_path, format)
-    clt = exportable_clt(format)
-    formats.export_clt(clt, tmp_path, format)
-    assert_same_clt(formats.import_clt(tmp_path, **MLP_HOOKS), clt)
+def test_files_of_more_layers_are_removed(tmp_path):
+    to_plt(plt_clt(num_layers=L + 2), tmp_path)
+    clt = plt_clt()
+    assert_same_clt(importers.import_clt(to_plt(clt, tmp_path, overwrite=True)), clt)
 
 
 # -- conversion -------------------------------------------------------------------------------------------------------
@@ -960,29 +935,16 @@ MAKERS = {
 def test_convert_gives_what_import_gives(tmp_path, format):
     source = MAKERS[format](tmp_path / "source")
     options = {"feature_input_hook": "mlp.hook_in"} if format == "clt-forge" else {}
-    found, config, written = formats.convert(source, tmp_path / "a" / "out", **options)
+    found, config, written = importers.convert(source, tmp_path / "a" / "out", **options)
     assert found == format and config.num_layers == L
     assert {path.name for path in written} == {path.name for path in (tmp_path / "a" / "out").iterdir()}
     assert "README.md" in {path.name for path in written}
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]  # nothing is left beside it
     converted = CrossLayerTranscoder.from_pretrained(tmp_path / "a" / "out")
-    expected = formats.import_clt(source, **options)
+    expected = importers.import_clt(source, **options)
     assert_same_clt(converted, expected)
     for name in set(expected.config.to_dict()) - {"_name_or_path", "architectures", "transformers_version", "dtype"}:
         assert getattr(converted.config, name, None) == getattr(expected.config, name, None), name
-
-
-def test_convert_between_two_other_formats(tmp_path):
-    source = make_gemma(tmp_path / "gemma", skip=False)
-    formats.convert(source, tmp_path / "forge", to_format="clt-forge")
-    inputs = random_inputs()
-    acts, reconstruction = gemma_forward(source, inputs)
-    found_acts, found = forge_forward(tmp_path / "forge", inputs)
-    torch.testing.assert_close(found_acts, acts, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found, reconstruction, rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match=r"decoder_reach=3"):
-        formats.convert(source, tmp_path / "plt", to_format="circuit-tracer-plt")
-    assert not (tmp_path / "plt").exists()
 
 
 def test_a_conversion_that_fails_halfway_writes_nothing(tmp_path):
@@ -990,7 +952,7 @@ def test_a_conversion_that_fails_halfway_writes_nothing(tmp_path):
     path = source / "params_layer_2.safetensors"
     change(path, w_dec=load_file(path)["w_dec"] + 1)
     with pytest.raises(ValueError, match="drop_acausal"):
-        formats.convert(source, tmp_path / "out")
+        importers.convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["gemma"]
 
 
@@ -1001,23 +963,23 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     (output / "README.md").write_text("edited by hand")
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     with pytest.raises(ValueError, match=r"output=.*out.*not empty"):
-        formats.convert(source, output)
+        importers.convert(source, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-    formats.convert(source, output, overwrite=True)
+    importers.convert(source, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "mine"
     assert (output / "README.md").read_text() == "edited by hand"
-    assert_same_clt(CrossLayerTranscoder.from_pretrained(output), formats.import_clt(source))
+    assert_same_clt(CrossLayerTranscoder.from_pretrained(output), importers.import_clt(source))
     assert not (output / "W_enc_3.safetensors").exists()
     with pytest.raises(ValueError, match="where the source lies"):
-        formats.convert(source, source, overwrite=True)
+        importers.convert(source, source, overwrite=True)
     with pytest.raises(ValueError, match=r"output=.*is a file"):
-        formats.convert(source, output / "mine.txt")
+        importers.convert(source, output / "mine.txt")
     with pytest.raises(ValueError, match=r"to_format='saelens'"):
-        formats.convert(source, tmp_path / "new", to_format="saelens")
+        importers.convert(source, tmp_path / "new", to_format="saelens")
 
 
 def test_a_converted_clt_trains_on(tmp_path):
-    formats.convert(make_gemma(tmp_path / "gemma"), tmp_path / "out")
+    importers.convert(make_gemma(tmp_path / "gemma"), tmp_path / "out")
     clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out").train()
     inputs = random_inputs()
     clt(inputs, labels=inputs).loss.backward()

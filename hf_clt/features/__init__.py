@@ -1,0 +1,1 @@
+"""What the features of a CLT are: the text on which they are active, what their weights do, and pages of both."""

@@ -1,0 +1,221 @@
+"""
+`crosslayer-coding`: one flat safetensors file beside `cfg.json`.
+
+The file holds
+
+- `encoder_module.encoders.{l}.weight` (F, D) and `.bias_param` (F,);
+- `decoder_module.decoders.{s}->{t}.weight` (D, F) and `.bias_param` (D,) for every pair s ≤ t, or `decoders.{l}` with
+  tied decoders;
+- for jumprelu `theta_manager.log_threshold` (L, F).
+
+Each decoder adds its own bias, so that the biases of a target's pairs (with `per_source` tying, of all source layers
+up to it) are summed. Its gate is h ≥ θ where `hf_clt`'s is h > θ: they differ only where a pre-activation equals its
+threshold exactly.
+
+The model works on normalised activations. The statistics lie in a file of their own, `norm_stats.json`:
+`{layer: {"inputs" | "targets": {"mean", "std"}}}`, per dimension, and 1e-6 is added to each std
+(`ManifestActivationStore._prep_norm`). They are folded into the weights. What its trainer applied is a setting of its
+`TrainingConfig`, which a checkpoint does not hold; `normalization_method` in `cfg.json` may be `none` even so.
+
+Sources: `clt/models/clt.py`, `activations.py` and `clt/training` in curt-tigges/crosslayer-coding;
+`clt/models/encoder.py`, `decoder.py`, `theta.py`, `parallel.py` in its copy utahnlp/crosslayer-coding.
+"""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .shared import (
+    Checkpoint,
+    check_tensors,
+    hook_by_ending,
+    make_config,
+    make_layer,
+    read_header,
+    read_settings,
+    read_tensor,
+)
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG = "clt_checkpoint_latest.safetensors", "cfg.json"
+STATISTICS = "norm_stats.json"
+MIN_STD = 1e-6  # crosslayer-coding adds it to every standard deviation
+LOG_THRESHOLD = "theta_manager.log_threshold"
+INPUT_HOOKS = {".mlp.input": "mlp.hook_in"}  # ends of `mlp_input_template`
+OUTPUT_HOOKS = {".mlp.output": "mlp.hook_out"}  # ends of `mlp_output_template`
+KEYS = {"none": "{s}->{t}", "per_source": "{s}", "per_target": "{t}"}  # of the decoder from layer s to t, by tying
+
+
+def is_checkpoint(names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names is a checkpoint of crosslayer-coding."""
+    return any(name.startswith("encoder_module.encoders.") for name in names)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of crosslayer-coding in a folder; the latest alone if it is among them under that name."""
+    latest = folder / WEIGHTS
+    candidates = [latest] if latest.is_file() else sorted(folder.glob("*.safetensors"))
+    return [path for path in candidates if is_checkpoint(read_header(path))]
+
+
+def read(path: Path, norm_stats: str | Path | None = None, **overrides) -> Checkpoint:
+    """
+    A checkpoint of crosslayer-coding, its statistics folded in.
+
+    Args:
+        path: The safetensors file, or its folder.
+        norm_stats: The statistics' file; `"none"` if the CLT was trained on raw activations. By default a
+            `norm_stats.json` beside the checkpoint.
+        overrides: Fields of [`CLTConfig`] that the files do not say, such as the hooks.
+
+    Raises:
+        ValueError: For statistics that are missing or contradict `cfg.json`, and what hf_clt cannot express: topk and
+            batchtopk, which rank pre-activations standardised over the batch and keep negative ones; `sqrt_d_model`
+            normalisation, of which no code could be found; feature offsets and scales; a skip connection that adds
+            other layers' inputs.
+    """
+    if path.is_dir():
+        found = find_checkpoints(path)
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found)
+            raise ValueError(f"{path} holds {len(found)} checkpoints of crosslayer-coding ({names}); give the file")
+        path = found[0]
+    described = path.with_name(CONFIG)
+    cfg = read_settings(described)
+    method, tying = cfg.get("normalization_method", "none"), cfg.get("decoder_tying", "none")
+    with_skip = bool(cfg.get("skip_connection"))
+    sizes = [cfg.get(name) for name in ("num_layers", "d_model", "num_features")]
+    for fits, names, why in (
+        (all(isinstance(size, int) for size in sizes), ("num_layers", "d_model", "num_features"), "need numbers"),
+        (
+            cfg.get("activation_fn", "jumprelu") in ("relu", "jumprelu"),
+            ("activation_fn",),
+            "pre-activations are ranked after standardising them over the batch, which hf_clt has not; convert it "
+            "with crosslayer-coding's scripts/convert_batchtopk_to_jumprelu.py first",
+        ),
+        (
+            not cfg.get("enable_feature_offset") and not cfg.get("enable_feature_scale"),
+            ("enable_feature_offset", "enable_feature_scale"),
+            "hf_clt's features have no offset and no scale per target",
+        ),
+        (tying in KEYS, ("decoder_tying",), f"it is none of {', '.join(KEYS)}"),
+        (
+            not with_skip or tying == "none" or sizes[0] == 1,
+            ("skip_connection", "decoder_tying"),
+            "the inputs of all layers up to the target are added, which hf_clt's skip connection cannot do",
+        ),
+        (
+            "sqrt_d_model" not in str(method) and not cfg.get("sqrt_d_model_normalize"),
+            ("normalization_method", "sqrt_d_model_normalize"),
+            "what it multiplies could not be verified; train or export the CLT with mean_std",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{', '.join(f'{name}={cfg.get(name)!r}' for name in names)} in {described}: {why}")
+    num_layers, d_model, num_features = sizes
+    with_threshold = cfg.get("activation_fn", "jumprelu") == "jumprelu"
+
+    def decoder(source: int, target: int, part: str) -> str:
+        kind = "skip_weights" if part == "skip" else "decoders"
+        key = KEYS[tying].format(s=source, t=target)
+        return f"decoder_module.{kind}.{key}" + ("" if part == "skip" else f".{part}")
+
+    pairs = [(s, t) for s in range(num_layers) for t in range(s, num_layers)]
+    shapes = {}
+    for layer in range(num_layers):
+        shapes[f"encoder_module.encoders.{layer}.weight"] = (num_features, d_model)
+        shapes[f"encoder_module.encoders.{layer}.bias_param"] = (num_features,)
+    for s, t in pairs:
+        shapes[decoder(s, t, "weight")] = (d_model, num_features)
+        shapes[decoder(s, t, "bias_param")] = (d_model,)
+        if with_skip:
+            shapes[decoder(s, t, "skip")] = (d_model, d_model)
+    if with_threshold:
+        shapes[LOG_THRESHOLD] = (num_layers, num_features)
+    dtype = check_tensors([path], shapes)
+    for s, t in pairs if with_skip else ():
+        if s < t and read_tensor(path, decoder(s, t, "skip")).any():
+            raise ValueError(
+                f"{decoder(s, t, 'skip')} in {path} is not zero: hf_clt's skip connection reads the target layer's "
+                "own input alone"
+            )
+    statistics = _read_statistics(path, method, num_layers, d_model, norm_stats)
+    # one row cannot carry several output scales
+    unties = tying == "per_source" and statistics and not (statistics["std_out"] == statistics["std_out"][0]).all()
+    found = {
+        "num_layers": num_layers,
+        "d_model": d_model,
+        "num_features": num_features,
+        "activation_fn": "jumprelu" if with_threshold else "relu",
+        "decoder_tying": "none" if unties else tying,
+        "trained_decoder_tying": tying if unties else None,
+        "skip_connection": with_skip,
+        "base_model_name_or_path": cfg.get("model_name") or None,
+        "feature_input_hook": hook_by_ending(cfg.get("mlp_input_template"), INPUT_HOOKS),
+        "feature_output_hook": hook_by_ending(cfg.get("mlp_output_template"), OUTPUT_HOOKS),
+        "dtype": dtype,
+    }
+
+    def layers():
+        for layer in range(num_layers):
+            # With `per_target` tying, activations are summed before they are decoded: one bias.
+            sources = [layer] if tying == "per_target" else range(layer + 1)
+            biases = torch.stack([read_tensor(path, decoder(s, layer, "bias_param")) for s in sources])
+            weights = [read_tensor(path, decoder(layer, t, "weight")).T for t in range(layer, num_layers)]
+            yield make_layer(
+                layer,
+                dtype,
+                statistics,
+                W_enc=read_tensor(path, f"encoder_module.encoders.{layer}.weight"),
+                b_enc=read_tensor(path, f"encoder_module.encoders.{layer}.bias_param"),
+                b_dec=biases.sum(dim=0, dtype=torch.float64),
+                W_dec=torch.stack(weights, dim=1),
+                threshold=read_tensor(path, LOG_THRESHOLD, layer).double().exp() if with_threshold else None,
+                W_skip=read_tensor(path, decoder(layer, layer, "skip")).T if with_skip else None,
+            )
+
+    return make_config(found, overrides, described), layers()
+
+
+def _read_statistics(
+    path: Path, method: str, num_layers: int, d_model: int, norm_stats: str | Path | None
+) -> dict[str, Tensor] | None:
+    """mean_in, std_in, mean_out and std_out, (L, D) float64 each; None if the CLT was trained on raw activations."""
+    beside, normalised = path.with_name(STATISTICS), method != "none"
+    has = "a" if beside.is_file() else "no"
+    if (norm_stats == "none" and normalised) or (norm_stats is None and normalised != beside.is_file()):
+        raise ValueError(
+            f"norm_stats={norm_stats!r}, normalization_method={method!r} in {path.with_name(CONFIG)}, and {has} "
+            f"{STATISTICS} is beside {path.name}: give norm_stats, the statistics of the activations that the CLT was "
+            "trained on, or 'none' if these were raw"
+        )
+    if norm_stats is None and not normalised:
+        logger.warning(
+            "%s has no %s beside it and is taken to be trained on raw activations; if it was not, give norm_stats",
+            path,
+            STATISTICS,
+        )
+    if norm_stats == "none" or not (norm_stats or normalised):
+        return None
+    path = Path(norm_stats or beside).expanduser()
+    found, statistics = read_settings(path), {}
+    for side, end in (("inputs", "in"), ("targets", "out")):
+        for kind in ("mean", "std"):
+            rows = []
+            for layer in range(num_layers):
+                row = torch.tensor(found.get(str(layer), {}).get(side, {}).get(kind, []), dtype=torch.float32)
+                if kind == "std":
+                    row = row + MIN_STD
+                if row.shape != (d_model,) or not row.isfinite().all() or (kind == "std" and not (row > 0).all()):
+                    raise ValueError(
+                        f"{side}.{kind} of layer {layer} in {path} is not {d_model} numbers that a statistic can be; "
+                        "compute the statistics again"
+                    )
+                rows.append(row.double())
+            statistics[f"{kind}_{end}"] = torch.stack(rows)
+    return statistics
