@@ -19,8 +19,8 @@ import torch
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
 from hf_clt.command import one_line_errors
-from hf_clt.evaluation.evaluate import read_history
 from hf_clt.harvest.harvester import Harvester, load_language_model
+from hf_clt.hub.report import read_history
 
 from .gpu_report import Report, add_options, device_of, make_profiler, print_kernels, profile_figures
 from .machine import peak_memory, reset_peak_memory, synchronize

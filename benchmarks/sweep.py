@@ -23,9 +23,9 @@ import yaml
 
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
-from hf_clt.evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
 from hf_clt.files import as_json, write_text
 from hf_clt.harvest.harvester import Harvester, load_language_model
+from hf_clt.hub.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.command_line import SettingsLoader, build_config, parse_train_args
 from hf_clt.training.options import as_text

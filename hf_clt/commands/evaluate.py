@@ -40,9 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> None:
     options = make_parser().parse_args(argv)
-    from ..evaluation.evaluate import evaluate_clt, format_replacement, read_history
-    from ..evaluation.report import format_metrics_table, plot_metrics
+    from ..evaluation.evaluate import evaluate_clt, format_replacement
     from ..hub.card import check_update, update_card
+    from ..hub.report import format_metrics_table, plot_metrics, read_history
 
     # What would fail at the end is found before any long work.
     if options.json is not None and not options.json.absolute().parent.is_dir():

@@ -47,7 +47,7 @@ def main(argv=None) -> int:
 def train(argv=None) -> int:
     args, config_kwargs = parse_train_args(argv)
     from ..evaluation.evaluate import format_replacement  # --help answers without these
-    from ..evaluation.report import format_metrics_table
+    from ..hub.report import format_metrics_table
     from ..training.setup import load_initial_clt
     from ..training.trainer import CLTTrainer
 

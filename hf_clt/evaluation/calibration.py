@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..configuration_clt import ACTIVATION_DEFAULTS, TOPK_FAMILY, CLTConfig
+from ..hub.report import align_rows, shown
 from ..modeling_clt import CrossLayerTranscoder, Threshold
 from .evaluate import eval_mode, measure
 from .metrics import MetricSums
-from .report import align_rows, shown
 
 
 logger = logging.getLogger(__name__)

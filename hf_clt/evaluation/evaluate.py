@@ -1,18 +1,16 @@
 """Evaluation of a finished CLT on held-out text: all metrics, streamed, whatever the batch size."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..harvest.harvester import Harvester, check_fit
+from ..hub.report import shown
 from ..modeling_clt import CrossLayerTranscoder
 from .metrics import MetricSums
-from .report import shown
 
 
 @torch.no_grad()
@@ -133,25 +131,6 @@ def format_replacement(metrics: dict) -> str:
         f"KL {metrics['kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%} on {metrics['num_predictions']:,} "
         "predictions"
     )
-
-
-def read_history(name: str | Path) -> list[dict]:
-    """
-    The lines of `metrics.jsonl` in a CLT's folder, which [`plot_metrics`] draws the training curves of; none where
-    there is no such file, as in a CLT from the Hub.
-
-    Raises:
-        ValueError: If a line is no JSON.
-    """
-    path = Path(name).expanduser() / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
-        ) from None
 
 
 __all__ = ["evaluate_clt", "evaluation_sums"]

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..harvest.harvester import Harvester, check_fit
+from ..hub.report import BLUE, GREY, INK, PLOT_STYLE
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import SparseFeatures, sparse_from_dense
 from .evaluate import eval_mode
-from .report import BLUE, GREY, INK, PLOT_STYLE
 
 
 SHOWN_NUMBERS = 450  # cells up to which a heat map writes its numbers

@@ -23,10 +23,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_clt import CLTConfig
-from ..evaluation.report import shown, without_nmse
 from ..files import write_text
 from .facts import FACTS_FILE, as_curves, make_facts, read_facts, without_private, write_facts
 from .plots import PLOTS, PLOTS_FOLDER, draw_plots
+from .report import shown, without_nmse
 
 
 logger = logging.getLogger(__name__)

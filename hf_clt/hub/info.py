@@ -14,11 +14,10 @@ from ..checkpoint_format import (
 )
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download
-from ..evaluation.evaluate import read_history
-from ..evaluation.report import format_metrics_table
 from .card import SCALARS, count_parameters
 from .facts import FACTS_FILE, read_facts
 from .plots import PLOTS, PLOTS_FOLDER
+from .report import format_metrics_table, read_history
 
 
 SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, FACTS_FILE, "README.md")

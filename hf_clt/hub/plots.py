@@ -24,7 +24,7 @@ def draw_plots(folder: str | Path, facts: dict) -> None:
     written = []
     metrics, history = facts.get("metrics"), as_history(facts.get("history") or {})
     if (metrics or history) and find_spec("matplotlib") is not None:
-        from ..evaluation.report import plot_metrics
+        from .report import plot_metrics
 
         written = [path.name for path in plot_metrics(metrics, history, plots)]
     for file, _, _ in PLOTS:

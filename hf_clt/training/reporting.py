@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from .. import __version__
 from ..configuration_clt import CLTConfig
-from ..evaluation.report import shown
 from ..files import write_text
+from ..hub.report import shown
 from .energy import nvml_counters, rapl_counters
 
 

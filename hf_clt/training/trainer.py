@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from ..device import Stopwatch, rounded_products
-from ..evaluation.evaluate import activations, read_history
+from ..evaluation.evaluate import activations
 from ..evaluation.metrics import MetricSums
 from ..evaluation.replacement import replacement_metrics
 from ..files import as_json, local_or_hub
@@ -34,6 +34,7 @@ from ..harvest.tokens import open_text
 from ..hub.background import BackgroundPush
 from ..hub.card import save_model_card
 from ..hub.push import check_push_access, push_folder
+from ..hub.report import read_history
 from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import THRESHOLD_DECAY, CLTOutput, CrossLayerTranscoder
 from ..sharding import gather_tokens, sum_over

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_clt.evaluation import MetricSums
-from hf_clt.evaluation.report import format_metrics_table
 from hf_clt.files import as_json
+from hf_clt.hub.report import format_metrics_table
 
 
 def random_batch(num_tokens=240, num_layers=3, d_model=5, num_features=7, offset=1e4, seed=0):

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.commands import COMMANDS
 from hf_clt.hub import build_model_card, card_from_folder, is_human_edited, save_model_card, update_card
 from hf_clt.hub.card import check_update, circuit_tracer_gaps, count_parameters, is_hub_name, set_loading_name
 from hf_clt.hub.facts import POINTS, as_curves, as_history, check_license, read_facts, without_private
@@ -418,7 +419,7 @@ def test_reference_cards_are_what_their_metrics_give(name):
             assert args.training_steps == facts["training"]["steps"]
             assert values["num_features"] == clt_config.num_features
         else:
-            assert program == "make" or (MODEL_CARDS.parent / script).is_file()
+            assert program == "make" or (program == "hf-clt" and script in COMMANDS)
 
 
 def test_one_command_makes_the_cards(tmp_path, capsys):

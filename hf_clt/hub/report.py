@@ -1,6 +1,7 @@
 """What people look at after a run: a table per layer in the terminal, and plots."""
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -88,6 +89,25 @@ def without_nmse(metrics: dict) -> list[str]:
     which = f"layer {layers[0]}, whose targets do" if len(layers) == 1 else f"{len(layers)} layers, whose targets do"
     names = "" if len(layers) == 1 else f" ({', '.join(map(str, layers))})"
     return [f"The NMSE has no value in {which} not vary{names}; means leave them out."]
+
+
+def read_history(name: str | Path) -> list[dict]:
+    """
+    The lines of `metrics.jsonl` in a CLT's folder, which [`plot_metrics`] draws the training curves of; none where
+    there is no such file, as in a CLT from the Hub.
+
+    Raises:
+        ValueError: If a line is no JSON.
+    """
+    path = Path(name).expanduser() / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
+        ) from None
 
 
 def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) -> list[Path]:
