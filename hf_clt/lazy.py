@@ -11,13 +11,13 @@ def lazy_names(package: str, origins: dict[str, str]) -> tuple[Callable, Callabl
 
     Args:
         package: Its `__name__`.
-        origins: Each public name, and the module of the package where it is.
+        origins: Each public name, and the module where it is, relative to the package.
     """
 
     def getattr_(name: str):
         if name not in origins:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{package}.{origins[name]}"), name)
+        return getattr(importlib.import_module(f".{origins[name]}", package), name)
 
     def dir_() -> list[str]:
         return sorted({*vars(sys.modules[package]), *origins})
