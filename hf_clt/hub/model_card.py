@@ -63,7 +63,6 @@ TRAINING_KEYS = (
     "steps",
     "tokens",  # tokens trained on, over all processes
     "duration_seconds",
-    "energy_joules",  # dict: "cpu" and "gpu", what the machine's counters rose by
     "hardware",  # free text: the device
     "num_processes",
     "versions",  # dict: library -> version
@@ -487,7 +486,6 @@ def _training_rows(config, training):
     if config.sparsity_lambda:
         rows.append(("sparsity loss", f"λ = {config.sparsity_lambda:g}, c = {config.sparsity_c:g}"))
     rows.append(("duration", _duration(training.get("duration_seconds"))))
-    rows.append(("energy", _energy(training.get("energy_joules"))))
     rows.append(("hardware", training.get("hardware")))
     rows.append(("processes", training.get("num_processes")))
     return [(name, value) for name, value in rows if value is not None]
@@ -501,15 +499,6 @@ def _duration(seconds):
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-def _energy(joules):
-    if not joules:
-        return None
-    names = {"cpu": "CPUs and their memory", "gpu": "GPUs"}
-    hours = {names[kind]: value / 3600 for kind, value in joules.items()}
-    parts = ", ".join(f"{name} {value:,.1f}" for name, value in hours.items())
-    return f"{sum(hours.values()):,.1f} Wh by the machine's counters ({parts}), whatever else it did included"
 
 
 def _other_tools(config):

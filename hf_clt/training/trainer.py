@@ -51,11 +51,9 @@ from .checkpoints import (
     save_checkpoint,
     saved_arguments,
 )
-from .energy import EnergyMeter
 from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
 from .reporting import (
     command_line,
-    energy_counters,
     hardware,
     last_evaluated_step,
     non_default_config,
@@ -208,7 +206,6 @@ class CLTTrainer:
         self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
         self._stopwatch = Stopwatch(self.accelerator.device)
         self._clock = time.perf_counter()
-        self.energy = EnergyMeter(energy_counters(self.accelerator))
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
@@ -324,7 +321,6 @@ class CLTTrainer:
     def _train(self) -> CrossLayerTranscoder:
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
-        self.energy.start()
         optimizer = self._resume() if self.resume_from is not None else self._begin()
         together(accelerator, self._prepare_output_dir)
         self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
@@ -729,7 +725,6 @@ class CLTTrainer:
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
                 "seconds": self.seconds,
-                "energy_joules": self.energy.joules,
                 "num_processes": self.accelerator.num_processes,
                 "feature_parallel_size": self.args.feature_parallel_size,
                 "config": self.config.to_dict(),
@@ -807,7 +802,6 @@ class CLTTrainer:
         state = shared["state"]
         self.steps_since_fired.copy_(shared["trainer"]["steps_since_fired"])
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
-        self.energy.start(state.get("energy_joules"), resumed=True)
         self._saved_step = self.step if self._goes_on else None
         self._revives = state.get("revives", True)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -985,15 +979,13 @@ class CLTTrainer:
             "steps": self.step,
             "tokens": self.tokens_seen,
             "duration_seconds": self.seconds["total"],
-            "energy_joules": self.energy.joules,
             "hardware": hardware(self.accelerator),
             "settings": settings,
             "versions": versions(),
         }
 
     def _read_clocks(self) -> None:
-        """Brings `seconds` and `energy` up to now."""
-        self.energy.read()
+        """Brings `seconds` up to now."""
         now = time.perf_counter()
         self.seconds["total"] += now - self._clock
         self.seconds["language_model"] += self.harvester.stopwatch.take()

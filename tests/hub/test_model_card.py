@@ -341,13 +341,6 @@ def test_licences():
             check_license(wrong)
 
 
-def test_energy_is_told_with_what_it_counts():
-    training = TRAINING | {"energy_joules": {"cpu": 36_000.0, "gpu": 7_200_000.0}}
-    card = build_model_card(config(), METRICS, training)
-    assert "| energy | 2,010.0 Wh by the machine's counters (CPUs and their memory 10.0, GPUs 2,000.0), what" in card
-    assert "energy" not in build_model_card(config(), METRICS, TRAINING | {"energy_joules": None})
-
-
 # -- measured again ---------------------------------------------------------------------------------------------------
 
 EVALUATION = {"dataset": "someone/some-text", "dataset_config": None, "dataset_split": "train", "eval_tokens": 4096}
