@@ -811,31 +811,6 @@ class CLTTrainer:
         self._totals.copy_(own["tensors"]["totals"])
         self.buffer.load_state_dict(own["values"]["buffer"], own["tensors"])
         torch.set_rng_state(own["tensors"]["torch_rng"])
-        self._tell_what_changed(state)
-
-    def _tell_what_changed(self, state: dict) -> None:
-        """One line if other processes wrote the checkpoint, or if they shared the features in another way."""
-        accelerator, size = self.accelerator, self.args.feature_parallel_size
-        before = state["num_processes"], state.get("feature_parallel_size", 1)
-        if before == (accelerator.num_processes, size):
-            return
-        unread = sum(int(batch["counted"].sum()) for batch in self.buffer.waiting)
-        unread = int(accelerator.reduce(torch.tensor(unread, device=accelerator.device), "sum"))
-        text = ""
-        if before[0] != accelerator.num_processes:
-            args = state["args"]
-            tokens = before[0] * args["batch_size"] * args["gradient_accumulation_steps"]
-            now = accelerator.num_processes * self.args.batch_size * self.args.gradient_accumulation_steps
-            text = (
-                f": an update is on {now} tokens, before on {tokens}; {unread} tokens that were read and not trained "
-                "on are dealt out, and so is the rest of the text; none is left out or repeated"
-            )
-        if accelerator.is_main_process:
-            logger.warning(
-                "%s was written by %d processes with feature_parallel_size=%d, and %d go on with "
-                "feature_parallel_size=%d%s",
-                *(self.resume_from.name, *before, accelerator.num_processes, size, text),
-            )
 
     def _prepare_output_dir(self) -> None:
         """Makes the folder, without what the run would contradict: an overwritten run, or what came after a resume."""
