@@ -64,8 +64,6 @@ def train(argv=None) -> int:
                 print(format_replacement(metrics))
         print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
         print(f"The CLT is in {args.output_dir}")
-        for line in trainer.trackers.where_to_look:
-            print(line)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -76,7 +77,7 @@ from .setup import (
     remove_run,
     settled,
 )
-from .trackers import Trackers, check_trackers
+from .trackers import check_trackers, finish_trackers, log_row, start_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,6 @@ class CLTTrainer:
             check_push_access(args.hub_model_id, **hub)
         self.background_push = BackgroundPush(args.hub_model_id, **hub) if args.hub_push_interval else None
         check_initial_k(self.config, args.initial_k)
-        self.trackers = Trackers(self.accelerator, args, self.config)
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
@@ -195,6 +195,7 @@ class CLTTrainer:
         self._fingerprint = self.harvester.fingerprint()
         self.step = 0
         self.tokens_seen = 0
+        self._run_id = secrets.token_hex(4)  # of trackers
         # Since the last line of metrics.jsonl: sums of the losses, tokens of this process, updates.
         self._totals = torch.zeros(len(LOSSES), device=self.accelerator.device)
         self._tokens_since_log = self._updates_since_log = 0
@@ -313,7 +314,7 @@ class CLTTrainer:
         try:
             return self._train()
         finally:
-            self.trackers.finish(failed=True)  # those of a finished run are closed already
+            finish_trackers(self.accelerator)
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -330,7 +331,7 @@ class CLTTrainer:
             model = accelerator.prepare_model(self.model, evaluation_mode=True)  # no DistributedDataParallel
             optimizer = accelerator.prepare_optimizer(optimizer)
             self._copy_from_first_replica([*self.model.parameters(), *self.model.buffers()])
-        self.trackers.start(self.step, self._goes_on)
+        start_trackers(accelerator, args, self.config, self._run_id, self.step, self._goes_on)
         model.train()
         # An evaluation that failed after its update was checkpointed is made up for.
         if self._goes_on and is_due(self.step, args.eval_interval) and self.heldout is not None:
@@ -378,7 +379,7 @@ class CLTTrainer:
         if self.buffer.skipped_tokens:
             logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
         wait_for_all(accelerator)
-        self.trackers.finish()
+        finish_trackers(accelerator)
         if args.push_to_hub:  # last, so that no process waits for the upload of another until it times out
             self._push()
         return self.model
@@ -552,7 +553,7 @@ class CLTTrainer:
                 f"metrics.jsonl cannot be written to {str(self.output_dir)!r} ({error.strerror}); "
                 f"{newest_usable(self.output_dir)}"
             ) from error
-        self.trackers.log(row)
+        log_row(self.accelerator, row)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -725,6 +726,7 @@ class CLTTrainer:
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
                 "seconds": self.seconds,
+                "run_id": self._run_id,
                 "num_processes": self.accelerator.num_processes,
                 "feature_parallel_size": self.args.feature_parallel_size,
                 "config": self.config.to_dict(),
@@ -803,6 +805,7 @@ class CLTTrainer:
         self.steps_since_fired.copy_(shared["trainer"]["steps_since_fired"])
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
         self._saved_step = self.step if self._goes_on else None
+        self._run_id = state.get("run_id", self._run_id) if self._goes_on else self._run_id
         self._revives = state.get("revives", True)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
