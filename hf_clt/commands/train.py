@@ -6,7 +6,8 @@ import sys
 from huggingface_hub.errors import StrictDataclassError
 
 from ..command import one_line_errors, sigterm_as_ctrl_c
-from ..training.command_line import build_config, parse_train_args
+from ..training.initial_config import build_config
+from ..training.parser import parse_train_args
 from ..training.processes import OtherProcessFailed, OtherProcessGone
 
 

@@ -20,8 +20,9 @@ from ..evaluation.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
 from ..files import as_json, write_text
 from ..harvest.harvester import Harvester, load_language_model
 from .arguments import CLTTrainingArguments
-from .command_line import SettingsLoader, build_config, parse_train_args
+from .initial_config import build_config
 from .options import as_text
+from .parser import SettingsLoader, parse_train_args
 from .reporting import versions
 from .trainer import CLTTrainer
 

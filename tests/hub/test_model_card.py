@@ -15,7 +15,7 @@ from hf_clt.hub import build_model_card, card_from_folder, is_human_edited, save
 from hf_clt.hub.card_facts import POINTS, as_curves, as_history, check_license, read_facts, without_private
 from hf_clt.hub.card_files import check_update
 from hf_clt.hub.model_card import circuit_tracer_gaps, count_parameters, is_hub_name, set_loading_name
-from hf_clt.training.command_line import parse_train_args
+from hf_clt.training.parser import parse_train_args
 from scripts import build_cards
 
 
