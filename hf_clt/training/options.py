@@ -53,11 +53,7 @@ def as_text(value: Any) -> str:
     """A value as a flag or a YAML file spells it."""
     if isinstance(value, list):
         return " ".join(value) or "none"
-    return (
-        {None: "none", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 __all__ = ["as_text", "check_value", "kind_of"]
