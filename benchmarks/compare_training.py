@@ -19,7 +19,7 @@ from pathlib import Path
 from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
 from hf_clt.training.arguments import CLTTrainingArguments
-from hf_clt.training.command_line import build_config
+from hf_clt.training.initial_config import build_config
 
 from .curves import VARIANTS, compare, format_comparison, plot_comparison
 

@@ -27,8 +27,9 @@ from hf_clt.files import as_json, write_text
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.hub.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
 from hf_clt.training.arguments import CLTTrainingArguments
-from hf_clt.training.command_line import SettingsLoader, build_config, parse_train_args
+from hf_clt.training.initial_config import build_config
 from hf_clt.training.options import as_text
+from hf_clt.training.parser import SettingsLoader, parse_train_args
 from hf_clt.training.reporting import versions
 from hf_clt.training.trainer import CLTTrainer
 

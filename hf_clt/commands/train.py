@@ -6,7 +6,8 @@ import sys
 from huggingface_hub.errors import StrictDataclassError
 
 from ..command import one_line_errors, sigterm_as_ctrl_c
-from ..training.command_line import build_config, parse_train_args
+from ..training.initial_config import build_config
+from ..training.parser import parse_train_args
 from ..training.processes import OtherProcessFailed, OtherProcessGone
 
 
@@ -64,8 +65,6 @@ def train(argv=None) -> int:
                 print(format_replacement(metrics))
         print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
         print(f"The CLT is in {args.output_dir}")
-        for line in trainer.trackers.where_to_look:
-            print(line)
     return 0
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from .dealing import at_position, tensors_of
+from .dealing import tensors_of
 from .harvester import ActivationError, without_bad_rows
 
 
@@ -347,11 +347,11 @@ class ActivationBuffer:
         self.waiting = deque(tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
         self.skipped_tokens = values.get("skipped_tokens", 0)  # absent in checkpoints from before there was skipping
         self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]
-        if "generator" in tensors:  # a process more than there were has its own
-            self.generator.set_state(tensors["generator"])
+        self.generator.set_state(tensors["generator"])
         self._text, self._text_ended = None, values["text_ended"]
-        if values["text"] is not None:
-            self.tokens = at_position(self.tokens, values["text"])
+        text = values["text"]
+        if text is not None:
+            self.tokens.go_on_from(text["others"]) if "others" in text else self.tokens.load_state_dict(text)
             self._text = iter(()) if self._text_ended else iter(self.tokens)
 
 

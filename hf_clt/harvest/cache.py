@@ -403,12 +403,6 @@ class CachedTokens:
             )
         self.epoch = self.position = 0
 
-    def share(self, rank: int, world_size: int, epoch: int = 0) -> "CachedTokens":
-        """The batches that process `rank` of `world_size` reads, at the start of pass `epoch` over them."""
-        other = CachedTokens(self.cache, self.split, rank, world_size, self.seed)
-        other.epoch = epoch
-        return other
-
     def _order(self) -> list[int]:
         order = np.arange(self.num_batches)
         if self.seed is not None:
@@ -443,6 +437,14 @@ class CachedTokens:
                 "and the settings of the run"
             )
         self.epoch, self.position = state["epoch"], state["position"]
+
+    def go_on_from(self, states: list[dict]) -> None:
+        """Goes on after the batches that all of another number of processes had read, from their `state_dict`s."""
+        for state in states:
+            own = {**state["settings"], "rank": self.rank, "world_size": self.world_size}
+            self.load_state_dict({**state, "settings": own})
+        read = min(s["position"] * s["settings"]["world_size"] + s["settings"]["rank"] for s in states)
+        self.position = max(0, -(-(read - self.rank) // self.world_size))
 
 
 __all__ = ["ActivationCache", "CachedTokens", "read_manifest", "write_cache"]

@@ -385,16 +385,6 @@ class TokenStream:
         offset = (rank - self._heldout_pieces) % world_size
         return range(self._heldout_pieces + offset, sys.maxsize, world_size)
 
-    def share(self, rank, world_size, epoch=0):
-        """
-        The stream that process `rank` of `world_size` has on the same text, at the start of pass `epoch` over it, all
-        of which are alike.
-        """
-        other = copy.copy(self)
-        other.rank, other.world_size, other._pieces = rank, world_size, self._pieces_of(rank, world_size)
-        other.rewind()
-        return other
-
     def __iter__(self):
         while (batch := self._with_retries(self._next_batch)) is not None:
             yield batch
@@ -403,6 +393,7 @@ class TokenStream:
     def rewind(self):
         """Goes back to the start of the text."""
         self._position = None
+        self._dataset_state = None  # the dataset's own state that led to the position; None: by counting documents
         self._reader = None
 
     def state_dict(self):
@@ -433,6 +424,46 @@ class TokenStream:
         self.rewind()
         self._position = copy.deepcopy(state["position"])
         self._with_retries(self._open)
+
+    def go_on_from(self, states):
+        """
+        Goes on with this process's share after the documents that all of another number of processes had read.
+
+        Args:
+            states (`list[dict]`): What `state_dict` returned in each of them.
+
+        Raises:
+            `ValueError`: as [`load_state_dict`].
+        """
+        self.rewind()
+        positions = [state["position"] for state in states]
+        if None in positions:
+            return
+        first = min(states, key=lambda state: state["position"]["piece"])
+        old = copy.copy(self)
+        old.rank, old.world_size = first["settings"]["rank"], first["settings"]["world_size"]
+        old._pieces = self._pieces_of(old.rank, old.world_size)
+        old.load_state_dict(first)  # which checks that the text and the settings are the same
+        start = {**first["position"], "dataset": old._dataset_state}
+        self._position = self._with_retries(lambda: self._after(start, min(p.get("next", -1) for p in positions)))
+        if self._position is None:  # no piece of this process is left
+            self._left, self._reader = (np.empty(0, dtype=np.int64),) * 2, iter(())
+        else:
+            self._with_retries(self._open)
+
+    def _after(self, start, document):
+        """The position of this process's first piece from `start` on that is of the document, or of a later one."""
+        position = None
+        for group_start, group in self._groups(start, self._pieces):
+            ids, documents = self._flatten(group)
+            later = documents >= document
+            skip = int(later.argmax()) if later.any() else len(ids)
+            digest = _digest(ids, documents)
+            position = {**group_start, "tokens": len(ids), "digest": digest, "skip": skip, "next": document}
+            position["dataset"] = _if_json(position["dataset"])
+            if later.any():
+                break
+        return position
 
     def _settings(self):
         names = ("context_size", "prepend_bos", "exclude_special_tokens", "heldout_tokens", "heldout", "rank")
@@ -611,6 +642,7 @@ class TokenStream:
                 continue
             ids, documents = self._flatten(start_and_group[1])
             if _digest(ids, documents) == position["digest"]:
+                self._dataset_state = state
                 left = ids[position["skip"] :], documents[position["skip"] :]
                 self._left, self._reader = left, reader
                 return
@@ -642,6 +674,8 @@ class TokenStream:
         # What is left is always the end of the group read last.
         left = ids[wanted:], documents[wanted:]
         position = {**position, "dataset": _if_json(position["dataset"]), "skip": position["tokens"] - len(left[0])}
+        unread = left[1][left[1] >= 0]
+        position["next"] = int(unread[0] if len(unread) else documents.max())  # documents before it are read
         self.is_reading = False  # from here on the batch is given, and must not be lost on its way
         self._left, self._position, self._reader = left, position, reader
         return batch

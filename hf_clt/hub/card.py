@@ -68,7 +68,6 @@ TRAINING_KEYS = (
     "steps",
     "tokens",  # tokens trained on, over all processes
     "duration_seconds",
-    "energy_joules",  # dict: "cpu" and "gpu", what the machine's counters rose by
     "hardware",  # free text: the device
     "num_processes",
     "versions",  # dict: library -> version

@@ -1,16 +1,16 @@
 """
 What a training run can be told: [`CLTTrainingArguments`]. Every option is a field of it, or of `CLTConfig` for the
-transcoder itself; `command_line.py` reads them from flags and a YAML file.
+transcoder itself; `parser.py` reads them from flags and a YAML file.
 """
 
 import os
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
 
 from ..device import check_kind
 from ..files import local_or_hub
 from ..hub.facts import check_license
-from .options import Option, as_text, check_value, make_option
+from .options import check_value
 
 
 def _arg(group: str, default: Any, help: str) -> Any:
@@ -323,8 +323,8 @@ class CLTTrainingArguments:
     )
 
     def __post_init__(self):
-        for option in training_options():
-            setattr(self, option.name, check_value(option, getattr(self, option.name)))
+        for name, hint in get_type_hints(CLTTrainingArguments).items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
         for name in PATHS:
             if getattr(self, name) is not None:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
@@ -539,16 +539,6 @@ WITHOUT_EFFECT = (
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-def training_options() -> list[Option]:
-    """The options that are fields of `CLTTrainingArguments`, in the order of the class."""
-    options = []
-    for entry in fields(CLTTrainingArguments):
-        default = entry.default_factory() if entry.default is MISSING else entry.default
-        text = " ".join(default) or "none" if isinstance(default, list) else as_text(default)
-        options.append(make_option(entry.name, entry.type, entry.metadata["group"], entry.metadata["help"], text))
-    return options
-
-
 def _check_repo_id(repo_id: str):
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -569,4 +559,4 @@ def _describe_fields():
 _describe_fields()
 
 
-__all__ = ["CLTTrainingArguments", "training_options"]
+__all__ = ["CLTTrainingArguments"]

@@ -4,7 +4,7 @@ Checkpoints: what resuming needs, in safetensors and JSON, never half written.
 `checkpoint-<step>/` holds `model.safetensors` (weights and statistics as they live in the model, not folded),
 `optimizer.safetensors`, `trainer.safetensors` (feature counters), `state.json`, and per process the position in the
 text, the buffer and the random state in `rank-<r>.safetensors` and `rank-<r>.json`. Another number of processes can go
-on from it: see `deal_own`.
+on from it: see `own_from_others`.
 
 Where n processes share the features of one CLT, each writes its slice of the first three, as
 `model-00001-of-0000n.safetensors` and so on. Any number of processes can read them, each its own slice.
@@ -15,6 +15,7 @@ names, which begin with a dot, are leftovers of a process that was killed.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from ..sharding import FeatureShard, rows_of
 from .optimizers import WideAdam, state_entries
 from .processes import OtherProcessFailed, together, wait_for_all
 
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)(\.old)?")
 # Of checkpoints that were being written or deleted, of files of a release (files.replacing), and of
@@ -231,11 +234,11 @@ def load_checkpoint(
         per_feature: See [`load_shared`].
 
     Returns:
-        `shared` and `own`, as given to `save_checkpoint`; `own` as [`deal_own`] gives it, if there were more or fewer
-        processes.
+        `shared` and `own`, as given to `save_checkpoint`; `own` as [`own_from_others`] gives it, if there were more or
+        fewer processes.
 
     Raises:
-        ValueError: If a file is missing or damaged, or if another number of processes wrote what cannot be dealt out.
+        ValueError: If a file is missing or damaged.
     """
     shared = load_shared(folder, shard, per_feature)
     before = shared["state"].get("num_processes")
@@ -246,38 +249,42 @@ def load_checkpoint(
         )
     if before == num_processes:
         return shared, _read_own(folder, rank)
+    if rank == 0:
+        logger.warning(
+            "%s was written by %d processes, and %d go on: what lay in the buffers is shared out, and the text goes "
+            "on where the slowest of them stood; about a buffer of each may be read twice, and nothing is left out",
+            *(folder.name, before, num_processes),
+        )
     every = [_read_own(folder, old_rank) for old_rank in range(before)]
-    try:
-        return shared, deal_own(every, rank, num_processes)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # from another version
-        raise ValueError(
-            f"{folder.name} was written by {before} processes, and what each had not read cannot be dealt out to "
-            f"{num_processes} ({type(error).__name__}: {error}); start as many as before"
-        ) from error
+    state = shared["state"]
+    return shared, own_from_others(every, rank, num_processes, hash((state["args"]["seed"], state["step"], rank)))
 
 
 def _read_own(folder: Path, rank: int) -> dict:
     return {"values": _read(folder / f"rank-{rank}.json"), "tensors": _read(folder / f"rank-{rank}.safetensors")}
 
 
-def deal_own(every: list[dict], rank: int, num_processes: int) -> dict:
+def own_from_others(every: list[dict], rank: int, num_processes: int, seed: int) -> dict:
     """
-    What process `rank` of `num_processes` has for its own, from what each of the old processes had.
+    What process `rank` of `num_processes` has for its own, from what each of another number of processes had.
 
     Args:
         every: `own` of each old process, as given to `save_checkpoint`, by rank.
         rank: Which of the new processes this is.
         num_processes: How many they are.
+        seed: Of its random state.
 
     Returns:
         `own` of this process. Sums since the last line of metrics are kept: of tokens in the first process, of losses,
         whose mean over the processes is logged, as that mean in each.
     """
-    buffer, tensors = deal_buffers([(own["values"]["buffer"], own["tensors"]) for own in every], rank, num_processes)
+    generator = torch.Generator().manual_seed(seed)
+    buffers = [(own["values"]["buffer"], own["tensors"]) for own in every]
+    buffer, tensors = deal_buffers(buffers, rank, num_processes, generator)
     tokens = sum(own["values"]["tokens_since_log"] for own in every)
     updates = every[0]["values"]["updates_since_log"]
     tensors["totals"] = torch.stack([own["tensors"]["totals"] for own in every]).mean(dim=0)
-    tensors["torch_rng"] = every[rank % len(every)]["tensors"]["torch_rng"]
+    tensors["torch_rng"] = generator.get_state()
     values = {"buffer": buffer, "tokens_since_log": tokens if rank == 0 else 0, "updates_since_log": updates}
     return {"values": values, "tensors": tensors}
 
@@ -430,7 +437,6 @@ def _sync_folder(path: Path) -> None:
 
 __all__ = [
     "CheckpointError",
-    "deal_own",
     "find_checkpoint",
     "foreign_checkpoints",
     "list_checkpoints",
@@ -439,6 +445,7 @@ __all__ = [
     "load_shared",
     "newest_usable",
     "optimizer_tensors",
+    "own_from_others",
     "remove_checkpoint",
     "remove_checkpoints_after",
     "remove_leftovers",

@@ -15,7 +15,6 @@ from .. import __version__
 from ..configuration_clt import CLTConfig
 from ..files import write_text
 from ..hub.report import shown
-from .energy import nvml_counters, rapl_counters
 
 
 NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
@@ -80,16 +79,6 @@ def hardware(accelerator: Accelerator) -> str:
     return f"{os.cpu_count()} CPU cores"
 
 
-def energy_counters(accelerator: Accelerator) -> dict[str, list]:
-    """Counters for [`EnergyMeter`] of all that this run uses; none where it runs on several machines."""
-    count = accelerator.num_processes
-    if count > 1 and (not accelerator.is_main_process or os.environ.get("LOCAL_WORLD_SIZE") != str(count)):
-        return {}
-    device = accelerator.device
-    devices = [device] if count == 1 else [torch.device("cuda", index) for index in range(count)]
-    return {"cpu": rapl_counters(), "gpu": nvml_counters(devices) if device.type == "cuda" else []}
-
-
 def command_line(num_processes: int = 1) -> str | None:
     """
     The command that makes this run anew, as one would type it, the program by its short name; None where it was not
@@ -124,7 +113,6 @@ def versions() -> dict[str, str]:
 
 __all__ = [
     "command_line",
-    "energy_counters",
     "hardware",
     "last_evaluated_step",
     "non_default_config",

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
 
 from .. import checkpoint_format as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
@@ -29,7 +30,6 @@ from .checkpoints import (
 )
 from .optimizers import CompactAdam, WideAdam
 from .processes import connect_hosts
-from .trackers import foreign_tracked, remove_tracked
 
 
 RUN_FILES = ("config.json", "metrics.jsonl")
@@ -52,6 +52,8 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=args.mixed_precision or usual_precision(device),
+        log_with=args.report_to or None,  # it warns of an empty list
+        project_config=ProjectConfiguration(logging_dir=Path(args.output_dir) / "tensorboard"),
         # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
@@ -295,7 +297,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
 
 def foreign_files(output_dir: Path) -> list[Path]:
     """What is there by the names that a run and its release use, and that others wrote, told by what is in it."""
-    found = [*files.foreign_files(output_dir), *foreign_checkpoints(output_dir), *foreign_tracked(output_dir)]
+    found = [*files.foreign_files(output_dir), *foreign_checkpoints(output_dir)]
     facts = False
     try:
         facts = read_facts(output_dir) is not None
@@ -346,8 +348,8 @@ def lock_folder(folder: Path) -> int | None:
 
 def remove_run(output_dir: Path) -> None:
     """
-    Removes what an earlier run wrote: its CLT, metrics, plots, checkpoints, and what trackers keep of it here. Other
-    files, and the README.md, stay.
+    Removes what an earlier run wrote: its CLT, metrics, plots and checkpoints. Other files, what trackers keep, and
+    the README.md, stay.
     """
     if not output_dir.is_dir():
         return
@@ -355,7 +357,6 @@ def remove_run(output_dir: Path) -> None:
     for path in reversed(list_checkpoints(output_dir)):
         remove_checkpoint(path)
     (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-    remove_tracked(output_dir)
     files.remove_release(output_dir)
     write_facts(output_dir, {})
     draw_plots(output_dir, {})

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import time
@@ -52,11 +53,9 @@ from .checkpoints import (
     remove_leftovers,
     save_checkpoint,
 )
-from .energy import EnergyMeter
 from .processes import OtherProcessGone, StopRequested, any_process, least, together, wait_for_all
 from .reporting import (
     command_line,
-    energy_counters,
     hardware,
     last_evaluated_step,
     non_default_config,
@@ -78,7 +77,7 @@ from .setup import (
     remove_run,
     settled,
 )
-from .trackers import Trackers, check_trackers
+from .trackers import check_trackers, finish_trackers, log_row, start_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -158,7 +157,6 @@ class CLTTrainer:
             check_push_access(args.hub_model_id, **hub)
         self.background_push = BackgroundPush(args.hub_model_id, **hub) if args.hub_push_interval else None
         check_initial_k(self.config, args.initial_k)
-        self.trackers = Trackers(self.accelerator, args, self.config)
         if args.dataset is None:
             raise ValueError("dataset=None: give a Hub name or a local .txt, .jsonl or .parquet file")
 
@@ -197,6 +195,7 @@ class CLTTrainer:
         self._fingerprint = self.harvester.fingerprint()
         self.step = 0
         self.tokens_seen = 0
+        self._run_id = secrets.token_hex(4)  # of trackers
         # Since the last line of metrics.jsonl: sums of the losses, tokens of this process, updates.
         self._totals = torch.zeros(len(LOSSES), device=self.accelerator.device)
         self._tokens_since_log = self._updates_since_log = 0
@@ -208,7 +207,6 @@ class CLTTrainer:
         self.seconds = {"language_model": 0.0, "clt": 0.0, "total": 0.0}
         self._stopwatch = Stopwatch(self.accelerator.device)
         self._clock = time.perf_counter()
-        self.energy = EnergyMeter(energy_counters(self.accelerator))
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self._last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self._interrupted = False
@@ -316,7 +314,7 @@ class CLTTrainer:
         try:
             return self._train()
         finally:
-            self.trackers.finish(failed=True)  # those of a finished run are closed already
+            finish_trackers(self.accelerator)
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -324,7 +322,6 @@ class CLTTrainer:
     def _train(self) -> CrossLayerTranscoder:
         args, accelerator = self.args, self.accelerator
         self._clock = time.perf_counter()
-        self.energy.start()
         optimizer = self._resume() if self.resume_from is not None else self._begin()
         together(accelerator, self._prepare_output_dir)
         self._last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
@@ -334,7 +331,7 @@ class CLTTrainer:
             model = accelerator.prepare_model(self.model, evaluation_mode=True)  # no DistributedDataParallel
             optimizer = accelerator.prepare_optimizer(optimizer)
             self._copy_from_first_replica([*self.model.parameters(), *self.model.buffers()])
-        self.trackers.start(self.step, self._goes_on)
+        start_trackers(accelerator, args, self.config, self._run_id, self.step, self._goes_on)
         model.train()
         # An evaluation that failed after its update was checkpointed is made up for.
         if self._goes_on and is_due(self.step, args.eval_interval) and self.heldout is not None:
@@ -382,7 +379,7 @@ class CLTTrainer:
         if self.buffer.skipped_tokens:
             logger.warning("%d tokens were skipped: their activations were not finite", self.buffer.skipped_tokens)
         wait_for_all(accelerator)
-        self.trackers.finish()
+        finish_trackers(accelerator)
         if args.push_to_hub:  # last, so that no process waits for the upload of another until it times out
             self._push()
         return self.model
@@ -561,7 +558,7 @@ class CLTTrainer:
                 f"metrics.jsonl cannot be written to {str(self.output_dir)!r} ({error.strerror}); "
                 f"{newest_usable(self.output_dir)}"
             ) from error
-        self.trackers.log(row)
+        log_row(self.accelerator, row)
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -739,7 +736,7 @@ class CLTTrainer:
                 "step": self.step,
                 "tokens_seen": self.tokens_seen,
                 "seconds": self.seconds,
-                "energy_joules": self.energy.joules,
+                "run_id": self._run_id,
                 "num_processes": self.accelerator.num_processes,
                 "feature_parallel_size": self.args.feature_parallel_size,
                 "config": self.config.to_dict(),
@@ -819,8 +816,8 @@ class CLTTrainer:
         state = shared["state"]
         self.steps_since_fired.copy_(shared["trainer"]["steps_since_fired"])
         self.step, self.tokens_seen, self.seconds = state["step"], state["tokens_seen"], state["seconds"]
-        self.energy.start(state.get("energy_joules"), resumed=True)
         self._saved_step = self.step if self._goes_on else None
+        self._run_id = state.get("run_id", self._run_id) if self._goes_on else self._run_id
         self._revives = state.get("revives", True)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -829,31 +826,6 @@ class CLTTrainer:
         self._totals.copy_(own["tensors"]["totals"])
         self.buffer.load_state_dict(own["values"]["buffer"], own["tensors"])
         torch.set_rng_state(own["tensors"]["torch_rng"])
-        self._tell_what_changed(state)
-
-    def _tell_what_changed(self, state: dict) -> None:
-        """One line if other processes wrote the checkpoint, or if they shared the features in another way."""
-        accelerator, size = self.accelerator, self.args.feature_parallel_size
-        before = state["num_processes"], state.get("feature_parallel_size", 1)
-        if before == (accelerator.num_processes, size):
-            return
-        unread = sum(int(batch["counted"].sum()) for batch in self.buffer.waiting)
-        unread = int(accelerator.reduce(torch.tensor(unread, device=accelerator.device), "sum"))
-        text = ""
-        if before[0] != accelerator.num_processes:
-            args = state["args"]
-            tokens = before[0] * args["batch_size"] * args["gradient_accumulation_steps"]
-            now = accelerator.num_processes * self.args.batch_size * self.args.gradient_accumulation_steps
-            text = (
-                f": an update is on {now} tokens, before on {tokens}; {unread} tokens that were read and not trained "
-                "on are dealt out, and so is the rest of the text; none is left out or repeated"
-            )
-        if accelerator.is_main_process:
-            logger.warning(
-                "%s was written by %d processes with feature_parallel_size=%d, and %d go on with "
-                "feature_parallel_size=%d%s",
-                *(self.resume_from.name, *before, accelerator.num_processes, size, text),
-            )
 
     def _prepare_output_dir(self) -> None:
         """Makes the folder, without what the run would contradict: an overwritten run, or what came after a resume."""
@@ -997,15 +969,13 @@ class CLTTrainer:
             "steps": self.step,
             "tokens": self.tokens_seen,
             "duration_seconds": self.seconds["total"],
-            "energy_joules": self.energy.joules,
             "hardware": hardware(self.accelerator),
             "settings": settings,
             "versions": versions(),
         }
 
     def _read_clocks(self) -> None:
-        """Brings `seconds` and `energy` up to now."""
-        self.energy.read()
+        """Brings `seconds` up to now."""
         now = time.perf_counter()
         self.seconds["total"] += now - self._clock
         self.seconds["language_model"] += self.harvester.stopwatch.take()

@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_comparison():
 
 def test_batches_are_harvested_once(monkeypatch, tiny_gpt2, text_file):
     from benchmarks import curves
-    from hf_clt.training.command_line import build_config
+    from hf_clt.training.initial_config import build_config
 
     args = CLTTrainingArguments(
         model=tiny_gpt2, dataset=text_file, batch_size=32, training_steps=2, context_size=16, eval_tokens=50,

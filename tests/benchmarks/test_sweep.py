@@ -18,7 +18,8 @@ from benchmarks.sweep import (
 )
 from hf_clt import CLTTrainer
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.training.command_line import build_config, parse_train_args
+from hf_clt.training.initial_config import build_config
+from hf_clt.training.parser import parse_train_args
 
 
 SWEEP = """
@@ -143,7 +144,7 @@ def test_remembered_activations_are_those_that_were_read(tiny_gpt2):
     [
         ("k: [2, 4]", "k: [2, 400]", None),  # found when the configuration is built
         ("k: [2, 4]", "kk: [2, 4]", "group k: .*kk.*k"),
-        ("k: [2, 4]", "learning-rate: [1e-3, fast]", "group k: learning_rate='fast'"),
+        ("k: [2, 4]", "learning-rate: [1e-3, fast]", "group k: .*--learning-rate.*'fast'"),
         ("num_features: 48", "num_features: 0.5", "num_features"),
         ("groups:", "grid:", "must hold the keys base and groups"),
         ("base:", "base: {", "not valid YAML"),

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from hf_clt import CLTTrainer, CLTTrainingArguments
-from hf_clt.training.command_line import build_config
+from hf_clt.training.initial_config import build_config
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,8 +23,9 @@ from hf_clt import CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.commands import cache, estimate
 from hf_clt.harvest import sites
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.training.arguments import training_options
-from hf_clt.training.command_line import build_config, config_options, parse_train_args
+from hf_clt.training.initial_config import build_config
+from hf_clt.training.options import kind_of
+from hf_clt.training.parser import all_options, parse_train_args
 from tests.end_to_end.small_quickstart import write_quickstart
 
 
@@ -270,7 +271,7 @@ def test_functions_of_the_concepts_exist():
 
 # -- options ----------------------------------------------------------------------------------------------------------
 
-OPTIONS = {option.flag: option for option in [*config_options(), *training_options()]}
+OPTIONS = {"--" + name.replace("_", "-"): option for name, option in all_options().items()}
 
 
 def test_table_of_options_is_that_of_the_dataclasses():
@@ -284,7 +285,7 @@ def test_table_of_options_is_that_of_the_dataclasses():
 def test_flags_in_the_text_exist(monkeypatch):
     """Each `--flag` that a page names is an option of some script."""
     known = set(OPTIONS) | FLAGS_OF_OTHERS
-    known |= {option.flag.replace("--", "--no-", 1) for option in OPTIONS.values() if option.kind is bool}
+    known |= {flag.replace("--", "--no-", 1) for flag, option in OPTIONS.items() if kind_of(option.hint)[0] is bool}
 
     def collect(parser, args=None, namespace=None):
         known.update(parser._option_string_actions)

@@ -14,7 +14,8 @@ from hf_clt.harvest import cache
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, packed, unpacked, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import open_text
-from hf_clt.training.command_line import build_config, parse_train_args
+from hf_clt.training.initial_config import build_config
+from hf_clt.training.parser import parse_train_args
 
 
 TEXT = ["--context-size", "32", "--store-batch-size-prompts", "2", "--eval-tokens", "128"]

@@ -15,7 +15,7 @@ from hf_clt.commands import COMMANDS
 from hf_clt.hub import build_model_card, card_from_folder, is_human_edited, save_model_card, update_card
 from hf_clt.hub.card import check_update, circuit_tracer_gaps, count_parameters, is_hub_name, set_loading_name
 from hf_clt.hub.facts import POINTS, as_curves, as_history, check_license, read_facts, without_private
-from hf_clt.training.command_line import parse_train_args
+from hf_clt.training.parser import parse_train_args
 from scripts import build_cards
 
 
@@ -339,13 +339,6 @@ def test_licences():
     for wrong in ("", "MIT license", "mit\nother: 1"):
         with pytest.raises(ValueError, match="is no name that the Hub has; give one such as mit"):
             check_license(wrong)
-
-
-def test_energy_is_told_with_what_it_counts():
-    training = TRAINING | {"energy_joules": {"cpu": 36_000.0, "gpu": 7_200_000.0}}
-    card = build_model_card(config(), METRICS, training)
-    assert "| energy | 2,010.0 Wh by the machine's counters (CPUs and their memory 10.0, GPUs 2,000.0), what" in card
-    assert "energy" not in build_model_card(config(), METRICS, TRAINING | {"energy_joules": None})
 
 
 # -- measured again ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from transformers import GPT2Config, Qwen3Config
 from hf_clt.commands import train as train_command
 from hf_clt.configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from hf_clt.training.arguments import CLTTrainingArguments
-from hf_clt.training.command_line import build_config, parse_train_args
+from hf_clt.training.initial_config import build_config
+from hf_clt.training.parser import parse_train_args
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_clt.py"
@@ -166,15 +167,15 @@ class TestFlags:
             (["-x"], ["unknown option -x"]),
             (["settings.yaml"], ["'settings.yaml'", "comes first"]),
             (["--no-streaming", "true"], ["'true'"]),
-            (["--no-streaming=true"], ["--no-streaming=true"]),
+            (["--no-streaming=true"], ["--no-streaming", "'true'"]),
             (["--seed"], ["--seed", "expected one argument"]),
-            (["--seed", "1.5"], ["seed='1.5'", "a whole number"]),
-            (["--learning-rate", "fast"], ["learning_rate='fast'", "a number"]),
+            (["--seed", "1.5"], ["--seed", "int", "'1.5'"]),
+            (["--learning-rate", "fast"], ["--learning-rate", "float", "'fast'"]),
             (["--learning-rate", "-1e-3"], ["learning_rate=-0.001", "above 0"]),
             (["--learning-rate", "nan"], ["learning_rate=nan", "a number"]),
-            (["--streaming", "maybe"], ["streaming='maybe'", "true or false"]),
-            (["--decoder-tying", "all"], ["decoder_tying='all'", "per_source", "per_target"]),
-            (["--activation-fn", "gelu"], ["activation_fn='gelu'", "batchtopk"]),
+            (["--streaming", "maybe"], ["--streaming", "maybe", "true/false"]),
+            (["--decoder-tying", "all"], ["--decoder-tying", "'all'", "per_source", "per_target"]),
+            (["--activation-fn", "gelu"], ["--activation-fn", "'gelu'", "batchtopk"]),
             (["--output-dir", ""], ["output_dir=''"]),
         ],
     )
@@ -259,6 +260,8 @@ class TestYaml:
             save_total_limit: null
             max_samples: none
             wandb_run_name: 2024-01-01
+            wandb_project: null
+            wandb_entity: 12
             report_to: [tensorboard]
             training-steps: 100
             """.replace("\n            ", "\n"),
@@ -276,6 +279,7 @@ class TestYaml:
             lr_scheduler="none",
             save_total_limit=None,
             wandb_run_name="2024-01-01",
+            wandb_entity="12",
             report_to=["tensorboard"],
             training_steps=7,
         )
@@ -294,22 +298,19 @@ class TestYaml:
     @pytest.mark.parametrize(
         ("text", "parts"),
         [
-            ("lerning_rate: 1", ["unknown key 'lerning_rate'", "did you mean learning_rate?"]),
+            ("lerning_rate: 1", ["--lerning_rate", "did you mean --learning-rate?"]),
             ("model:\n  name: gpt2", ["model={'name': 'gpt2'}"]),
-            ("seed: '3'", ["seed='3'", "a whole number"]),
-            ("seed: 3.0", ["seed=3.0", "a whole number"]),
-            ("seed: true", ["seed=True", "a whole number"]),
-            ("learning_rate: '1e-4'", ["learning_rate='1e-4'", "a number"]),
+            ("seed: 3.0", ["--seed", "int", "3.0"]),
+            ("seed: true", ["--seed", "int", "true"]),
             ("learning_rate: .inf", ["learning_rate=inf", "a number"]),
-            ("streaming: 3", ["streaming=3", "true or false"]),
-            ("wandb_run_name: 12", ["wandb_run_name=12", "quotes"]),
-            ("seed: null", ["seed=None", "a whole number"]),
-            ("activation_fn: gelu", ["activation_fn='gelu'", "batchtopk"]),
+            ("streaming: 3", ["--streaming", "3", "true/false"]),
+            ("seed: null", ["--seed", "int", "none"]),
+            ("activation_fn: gelu", ["--activation-fn", "'gelu'", "batchtopk"]),
             ("seed: 1\nseed: 2", ["seed is given twice"]),
             ("batch-size: 1\nbatch_size: 2", ["batch_size is given twice"]),
             ("- seed", ["list", "name: value"]),
             ("seed: [1", ["not valid YAML"]),
-            ("3: 4", ["unknown key 3"]),
+            ("3: 4", ["unknown option --3"]),
         ],
     )
     def test_mistakes_are_named(self, tmp_path, text, parts):
@@ -320,7 +321,7 @@ class TestYaml:
             assert part in str(error.value)
 
     def test_missing_and_empty_file(self, tmp_path):
-        with pytest.raises(ValueError, match=r"'nowhere\.yaml' does not exist"):
+        with pytest.raises(ValueError, match=r"settings file 'nowhere\.yaml': .*No such file"):
             parse_train_args(["nowhere.yaml", *REQUIRED])
         assert parse_train_args([write(tmp_path, ""), *REQUIRED]) == parse_train_args(REQUIRED)
 
@@ -552,10 +553,10 @@ class TestScript:
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.delenv("HF_CLT_DEBUG", raising=False)
         assert train_command.main([*REQUIRED, "--seed", "x"]) == 2
-        assert capsys.readouterr() == ("", "error: seed='x' is not valid; give a whole number\n")
+        assert capsys.readouterr() == ("", "error: argument --seed: invalid int value: 'x'; see --help\n")
         monkeypatch.setenv("RANK", "1")
         assert train_command.main([*REQUIRED, "--seed", "x"]) == 2
-        assert capsys.readouterr().err.startswith("[rank 1] error: seed='x'")
+        assert capsys.readouterr().err.startswith("[rank 1] error: argument --seed")
         monkeypatch.setenv("HF_CLT_DEBUG", "1")
         with pytest.raises(ValueError, match="seed"):
             train_command.main([*REQUIRED, "--seed", "x"])

@@ -169,15 +169,6 @@ def test_only_the_newest_are_kept(tmp_path, accelerator, keep, expected):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_what_cannot_be_dealt_out_to_another_number_of_processes_is_refused(tmp_path, accelerator):
-    """What can is in tests/harvest/test_dealing.py and tests/distributed/test_resume.py."""
-    folder = save(tmp_path, accelerator, step=5)  # its `own` holds no buffer
-    with pytest.raises(
-        ValueError, match=r"checkpoint-5 was written by 1 processes, and .* cannot be dealt out to 2 .*; start as many"
-    ):
-        load_checkpoint(folder, 0, 2)
-
-
 @pytest.mark.parametrize("num_processes", [None, 0, "two"])
 def test_an_unknown_layout_is_refused(tmp_path, accelerator, num_processes):
     folder = save(tmp_path, accelerator, step=5)

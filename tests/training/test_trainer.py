@@ -852,9 +852,6 @@ def test_the_clock_goes_on_over_a_resume(make, tmp_path):
     resumed = make(training_steps=4, resume_from_checkpoint="latest")
     resumed.train()
     assert all(resumed.seconds[name] > before[name] > 0 for name in before)
-    energy = state["energy_joules"]  # None where the machine has no counter, or one that only root may read
-    assert energy is None or all(resumed.energy.joules[kind] >= energy[kind] for kind in energy)
-    assert resumed.training_facts()["energy_joules"] == resumed.energy.joules
 
 
 # Failures: of the text, of the language model, of the disk
