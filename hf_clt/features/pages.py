@@ -349,7 +349,7 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
                     f"{settings.get(name)!r}; give another folder, or --overwrite"
                 )
         return (output / INDEX_FILE).exists()
-    for file in present:
+    for file in reversed(present):  # the settings last: until then the rest is known to be ours
         file.unlink()
     (output / "features").mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
