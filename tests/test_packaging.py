@@ -161,7 +161,7 @@ from hf_clt.hub.card import build_model_card
 assert hf_clt.__file__.startswith(sys.prefix), hf_clt.__file__
 assert importlib.resources.files("hf_clt").joinpath("py.typed").is_file()
 config = CLTConfig(base_model_name_or_path="openai-community/gpt2", num_layers=2, d_model=4, num_features=8)
-card = build_model_card(config, None, None, None)
+card = build_model_card(config)
 assert "library_name: hf_clt" in card and "openai-community/gpt2" in card
 print(hf_clt.__version__)
 """

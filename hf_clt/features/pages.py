@@ -19,7 +19,6 @@ import json
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -52,35 +51,28 @@ BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  #
 # -- records ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class LayerWeights:
-    """
-    What the weights say of one layer's features: what [`logit_extremes`] returns, (F, C) each, and the links of all
-    layers.
-    """
-
-    top_ids: Tensor
-    top_logits: Tensor
-    bottom_ids: Tensor
-    bottom_logits: Tensor
-    feeds: Links
-    reads: Links
-
-
 def feature_record(
-    activity: FeatureActivity, weights: LayerWeights, text: Tensor, strings: dict[int, str], layer: int, feature: int
+    activity: FeatureActivity,
+    logits: tuple[Tensor, ...],
+    links: tuple[Links, Links],
+    text: Tensor,
+    strings: dict[int, str],
+    layer: int,
+    feature: int,
 ) -> dict:
     """
     What the files say of one feature; `docs/feature_pages.md` describes each entry.
 
     Args:
         activity ([`FeatureActivity`]): Of one pass over the text.
-        weights ([`LayerWeights`]): Of this layer.
+        logits (`tuple[Tensor, ...]`): Of this layer, what [`logit_extremes`] returns.
+        links (`tuple[Links, Links]`): Of all layers, what [`strongest_links`] returns.
         text (`Tensor` of shape (blocks, T), int32): Token ids of the whole text, -1 where there is none.
         strings (`dict[int, str]`): How each token is shown.
         layer, feature (`int`): Which feature.
     """
     settings, found = activity.settings, activity.layers[layer]
+    (top_ids, top_logits, bottom_ids, bottom_logits), (feeds, reads) = (part[feature] for part in logits), links
     count = int(found.counts[feature])
     top = shown_examples(found.top, feature, text, strings, settings)
     # From the highest peak to the lowest; of equal peaks the earlier block first.
@@ -99,8 +91,8 @@ def feature_record(
             {"quantile_name": TOP_NAME, "examples": top},
             *quantile_bands(sampled, settings.quantiles),
         ],
-        "top_logits": [strings[token] for token in weights.top_ids[feature].tolist()],
-        "bottom_logits": [strings[token] for token in weights.bottom_ids[feature].tolist()],
+        "top_logits": [strings[token] for token in top_ids.tolist()],
+        "bottom_logits": [strings[token] for token in bottom_ids.tolist()],
         "act_min": rounded(found.smallest[feature]).item() if 0 < count == activity.num_tokens else 0.0,
         "act_max": rounded(found.largest[feature]).item(),
         "quantile_values": rounded(torch.quantile(peaks, levels)).tolist() if len(peaks) else [],
@@ -108,10 +100,10 @@ def feature_record(
         "activation_frequency": count / activity.num_tokens,
         # What readers of the format do not ask for, and our pages show.
         "histogram_range": [0.0, upper],
-        "top_logit_values": rounded(weights.top_logits[feature]).tolist(),
-        "bottom_logit_values": rounded(weights.bottom_logits[feature]).tolist(),
-        "feeds": shown_links(weights.feeds.of(layer, feature)),
-        "reads": shown_links(weights.reads.of(layer, feature)),
+        "top_logit_values": rounded(top_logits).tolist(),
+        "bottom_logit_values": rounded(bottom_logits).tolist(),
+        "feeds": shown_links(feeds.of(layer, feature)),
+        "reads": shown_links(reads.of(layer, feature)),
     }
 
 
@@ -183,11 +175,6 @@ def rounded(values) -> np.ndarray:
     digits = np.clip(np.where(np.isfinite(digits), digits, 0), -22, 22)
     up, down = 10.0 ** np.maximum(digits, 0), 10.0 ** np.maximum(-digits, 0)
     return np.rint(values / down * up) / up * down
-
-
-def token_strings(tokenizer, ids) -> dict[int, str]:
-    """How each token is shown; see [`token_string`]."""
-    return {token: token_string(tokenizer, token) for token in ids if token >= 0}
 
 
 def token_string(tokenizer, token: int) -> str:
@@ -341,21 +328,20 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file; give a folder")
-    settings = json.loads(json.dumps(settings))
     path = output / SETTINGS_FILE
-    present = [path, output / INDEX_FILE, output / "index.html", output / ACTIVITY_FILE, output / LINKS_FILE]
+    try:
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:  # it is then refused as a file of something else
+        old = {}
+    names = [SETTINGS_FILE, INDEX_FILE, "index.html", ACTIVITY_FILE, LINKS_FILE]
+    present = [output / name for name in names if (output / name).exists()]
     present += [*output.glob("layer_*.html"), *output.glob("features/layer_*.bin")]
-    old = None
-    if path.exists():
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON ({error}); give another folder") from None
-    is_ours = isinstance(old, dict) and "clt_digest" in old
-    if is_ours and overwrite:
-        for file in present:
-            file.unlink(missing_ok=True)
-    elif is_ours:
+    if present and "clt_digest" not in old:
+        raise ValueError(
+            f"output={str(output)!r} holds {present[0].name}, which is not of feature pages; give another folder"
+        )
+    if present and not overwrite:
+        settings = json.loads(json.dumps(settings))
         for name in [*settings, *old]:
             if old.get(name) != settings.get(name):
                 raise ValueError(
@@ -363,10 +349,8 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
                     f"{settings.get(name)!r}; give another folder, or --overwrite"
                 )
         return (output / INDEX_FILE).exists()
-    elif found := [file for file in present if file.exists()]:
-        raise ValueError(
-            f"output={str(output)!r} holds {found[0].name}, which is not of feature pages; give another folder"
-        )
+    for file in reversed(present):  # the settings last: until then the rest is known to be ours
+        file.unlink()
     (output / "features").mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=1) + "\n")
     return False
@@ -438,11 +422,12 @@ def build_feature_pages(
         save_seconds=save_seconds,
         progress=progress,
     )
-    feeds, reads = strongest_links(clt, activity.active(), links, file=output / LINKS_FILE, progress=progress)
+    strongest = strongest_links(clt, activity.active(), links, file=output / LINKS_FILE, progress=progress)
     text = torch.cat(activity.text)
     # Rows beyond the tokenizer's entries, with which some models fill their vocabulary up, name no token.
     unembedding = head.weight[: len(tokens.tokenizer)]
-    strings = token_strings(tokens.tokenizer, set(text.unique().tolist()) | set(range(len(unembedding))))
+    ids = {*text[text >= 0].unique().tolist(), *range(len(unembedding))}
+    strings = {token: token_string(tokens.tokenizer, token) for token in ids}
     total = clt.config.num_layers * clt.config.num_features
     with tqdm(total=total, desc="Writing", unit="feature", disable=not progress, leave=False) as bar:
         for layer in range(clt.config.num_layers):
@@ -450,8 +435,14 @@ def build_feature_pages(
             binary = output / "features" / f"layer_{layer}.bin"
             if not binary.exists():
                 decoder = clt.released_layer(layer)[f"W_dec_{layer}"]
-                weights = LayerWeights(*logit_extremes(decoder, unembedding, logits), feeds, reads)
-                write_layer(binary, activity, weights, text, strings, layer, bar)
+                extremes = logit_extremes(decoder, unembedding, logits)
+                with replacing(binary) as temporary, open(temporary, "wb") as file:
+                    for feature in range(clt.config.num_features):
+                        packed = pack_record(
+                            feature_record(activity, extremes, strongest, text, strings, layer, feature)
+                        )
+                        file.write(struct.pack("<I", len(packed)) + packed)
+                        bar.update()
             write_layer_page(output / f"layer_{layer}.html", read_records(binary), activity, layer, title)
             bar.update((layer + 1) * clt.config.num_features - bar.n)
     made_with = {name: shown_name(value) for name, value in settings.items() if value is not None}
@@ -460,17 +451,6 @@ def build_feature_pages(
     for name in (ACTIVITY_FILE, LINKS_FILE):
         (output / name).unlink(missing_ok=True)
     return activity
-
-
-def write_layer(
-    path: Path, activity: FeatureActivity, weights: LayerWeights, text: Tensor, strings: dict, layer: int, bar
-) -> None:
-    """Writes the `.bin` file of one layer; the progress bar moves on by each feature."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        for feature in range(len(activity.layers[layer].counts)):
-            packed = pack_record(feature_record(activity, weights, text, strings, layer, feature))
-            file.write(struct.pack("<I", len(packed)) + packed)
-            bar.update()
 
 
 __all__ = [

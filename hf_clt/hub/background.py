@@ -1,9 +1,9 @@
 """Pushing while training goes on."""
 
 import logging
-import threading
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from .push import push_folder
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 class BackgroundPush:
     """
-    One push at a time, in a thread of its own. What goes wrong there is logged and stops nothing: the next push, at
-    the latest that of the finished CLT, sends what is missing. The thread ends with the program, so that a run that is
-    stopped does not wait for an upload; the repository then stays what it was.
+    One push at a time, in a thread of [`~huggingface_hub.HfApi.run_as_future`]. What goes wrong there is logged and
+    stops nothing: the next push, at the latest that of the finished CLT, sends what is missing. A program that ends
+    waits for the push under way.
 
     Args:
         repo_id (`str`): Where to; see [`push_folder`].
@@ -25,31 +25,25 @@ class BackgroundPush:
 
     def __init__(self, repo_id: str, **kwargs):
         self.repo_id, self.kwargs = repo_id, kwargs
-        self._thread = None
+        self._api, self._future = HfApi(library_name="hf_clt"), None
 
     @property
     def is_running(self) -> bool:
         """Whether a push is under way: its folder must not be changed then."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._future is not None and not self._future.done()
 
     def start(self, folder: str | Path, commit_message: str) -> None:
-        """
-        Begins to push a released CLT.
-
-        Raises:
-            RuntimeError: If a push is under way.
-        """
+        """Begins to push a released CLT. RuntimeError if a push is under way."""
         if self.is_running:
             raise RuntimeError(f"a push to {self.repo_id} is under way; ask is_running first")
-        self._thread = threading.Thread(target=self._push, args=(folder, commit_message), daemon=True)
-        self._thread.start()
+        self._future = self._api.run_as_future(self._push, folder, commit_message)
 
     def wait(self) -> None:
         """Returns when no push is under way any more."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._future is not None:
+            self._future.result()
 
-    def _push(self, folder, commit_message):
+    def _push(self, folder: str | Path, commit_message: str) -> None:
         shows_bars = not are_progress_bars_disabled()
         if shows_bars:
             disable_progress_bars()  # of uploads, which would be drawn over the bar of the training

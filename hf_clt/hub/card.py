@@ -150,7 +150,6 @@ def build_model_card(
     metrics: dict | None = None,
     training: dict | None = None,
     command: str | None = None,
-    existing: str | None = None,
     *,
     name: str | None = None,
     license: str | None = None,
@@ -168,7 +167,6 @@ def build_model_card(
         metrics (`dict`, *optional*): What an evaluation on held-out tokens returned.
         training (`dict`, *optional*): What is known of the run: any of `TRAINING_KEYS`, None where unknown.
         command (`str`, *optional*): The command line that made the CLT.
-        existing (`str`, *optional*): A card that is there already; one that a human edited is returned as it is.
         name (`str`, *optional*): Hub name or folder for the loading snippet.
         license (`str`, *optional*): Licence as the Hub spells it, for example `"mit"`.
         evaluation (`dict`, *optional*): The text that `metrics` were measured on, and how it was cut: `dataset`,
@@ -186,8 +184,6 @@ def build_model_card(
     Raises:
         `ValueError`: `training` has an unknown key.
     """
-    if existing is not None and is_human_edited(existing):
-        return existing
     was_measured = bool(metrics)
     metrics, training, evaluation = (_known(facts) for facts in (metrics, training, evaluation or training))
     if unknown := sorted(set(training) - set(TRAINING_KEYS)):

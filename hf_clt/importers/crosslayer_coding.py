@@ -87,37 +87,31 @@ def read(path: Path, norm_stats: str | Path | None = None, **overrides) -> Check
         path = found[0]
     described = path.with_name(CONFIG)
     cfg = read_settings(described)
-    method, tying = cfg.get("normalization_method", "none"), cfg.get("decoder_tying", "none")
-    with_skip = bool(cfg.get("skip_connection"))
-    sizes = [cfg.get(name) for name in ("num_layers", "d_model", "num_features")]
-    for fits, names, why in (
-        (all(isinstance(size, int) for size in sizes), ("num_layers", "d_model", "num_features"), "need numbers"),
-        (
-            cfg.get("activation_fn", "jumprelu") in ("relu", "jumprelu"),
-            ("activation_fn",),
-            "pre-activations are ranked after standardising them over the batch, which hf_clt has not; convert it "
-            "with crosslayer-coding's scripts/convert_batchtopk_to_jumprelu.py first",
-        ),
-        (
-            not cfg.get("enable_feature_offset") and not cfg.get("enable_feature_scale"),
-            ("enable_feature_offset", "enable_feature_scale"),
-            "hf_clt's features have no offset and no scale per target",
-        ),
-        (tying in KEYS, ("decoder_tying",), f"it is none of {', '.join(KEYS)}"),
-        (
-            not with_skip or tying == "none" or sizes[0] == 1,
-            ("skip_connection", "decoder_tying"),
-            "the inputs of all layers up to the target are added, which hf_clt's skip connection cannot do",
-        ),
-        (
-            "sqrt_d_model" not in str(method) and not cfg.get("sqrt_d_model_normalize"),
-            ("normalization_method", "sqrt_d_model_normalize"),
-            "what it multiplies could not be verified; train or export the CLT with mean_std",
-        ),
-    ):
-        if not fits:
-            raise ValueError(f"{', '.join(f'{name}={cfg.get(name)!r}' for name in names)} in {described}: {why}")
-    num_layers, d_model, num_features = sizes
+
+    def refuse(name: str, why: str):
+        raise ValueError(f"{name}={cfg.get(name)!r} in {described}: {why}")
+
+    for name in ("num_layers", "d_model", "num_features"):
+        if not isinstance(cfg.get(name), int):
+            refuse(name, f"it must be the number that describes {path.name}")
+    num_layers, d_model, num_features = cfg["num_layers"], cfg["d_model"], cfg["num_features"]
+    if cfg.get("activation_fn", "jumprelu") not in ("relu", "jumprelu"):
+        refuse(
+            "activation_fn",
+            "crosslayer-coding ranks pre-activations standardised over the batch, which hf_clt has not; convert it "
+            "with its scripts/convert_batchtopk_to_jumprelu.py first",
+        )
+    for name in ("enable_feature_offset", "enable_feature_scale"):
+        if cfg.get(name):
+            refuse(name, "hf_clt's features have no offset and no scale per target")
+    tying, with_skip = cfg.get("decoder_tying", "none"), bool(cfg.get("skip_connection"))
+    if tying not in KEYS:
+        refuse("decoder_tying", f"it is none of {', '.join(KEYS)}")
+    if with_skip and tying != "none" and num_layers > 1:
+        refuse("skip_connection", f"with {tying} decoders it adds the inputs of earlier layers, which hf_clt's cannot")
+    method = cfg.get("normalization_method", "none")
+    if "sqrt_d_model" in str(method) or cfg.get("sqrt_d_model_normalize"):
+        refuse("normalization_method", "what sqrt_d_model multiplies could not be verified; train with mean_std")
     with_threshold = cfg.get("activation_fn", "jumprelu") == "jumprelu"
 
     def decoder(source: int, target: int, part: str) -> str:

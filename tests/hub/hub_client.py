@@ -37,7 +37,7 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTransc
 from hf_clt.hub import BackgroundPush, check_push_access, push_folder, push_to_hub, save_model_card
 from hf_clt.hub.card import card_from_folder
 from hf_clt.training.parser import parse_train_args
-from tests.hub.test_model_card import tiny_language_model
+from tests.hub.test_card import tiny_language_model
 
 
 TOKEN, OTHERS_TOKEN, READ_TOKEN = "hf_loopback", "hf_other", "hf_readonly"
