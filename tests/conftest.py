@@ -83,14 +83,20 @@ def tiny_gpt2(text, tmp_path_factory) -> str:
     return str(folder)
 
 
+def reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerate_in_each_file():
+    """Which files share a process depends on how fast they are; what one leaves is nothing to the next."""
+    reset_accelerate()
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Accelerate keeps one state per process: without it, a test could not choose device or precision."""
-
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
+    reset_accelerate()
     yield
-    reset()
+    reset_accelerate()
