@@ -6,18 +6,13 @@ the whole text, and every decision that must be the same in every process is mad
 is the first so many pieces, and process `rank` reads the pieces whose number is `rank` modulo `world_size`.
 """
 
-import atexit
 import copy
 import glob
 import hashlib
 import json
 import logging
-import os
-import shutil
 import sys
-import tempfile
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import datasets
@@ -133,35 +128,21 @@ def _open_local(path, split, config_name):
         raise ValueError(f"file {str(path)!r} is not one of {', '.join(BUILDERS)}: convert it to one of these.")
     if len(builders) > 1:
         raise ValueError(f"folder {str(path)!r} mixes {' and '.join(suffixes)} files: keep one kind in a folder.")
+    for file in files:
+        if "::" in str(file.resolve()):
+            raise ValueError(f"{str(file)!r}: datasets takes '::' for a file within another; give a path without.")
     builder = builders.pop()
     options = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
         return datasets.load_dataset(
             builder,
-            data_files={"train": [_data_file(file.resolve()) for file in files]},
+            data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
             split="train",
             streaming=True,
             **options,
         )
     except Exception as error:
         raise ValueError(f"dataset {str(path)!r} cannot be read: {_one_line(error)}") from error
-
-
-def _data_file(path):
-    """A path as datasets reads it: names are glob patterns, and `::` stands for a file within another."""
-    if "::" in str(path):
-        folder = _links()
-        path, target = Path(folder, f"{len(os.listdir(folder))}{path.suffix}"), path
-        path.symlink_to(target)
-    return glob.escape(str(path))
-
-
-@cache
-def _links():
-    """A folder for links to files, while the process lasts: datasets opens them as it reads on."""
-    folder = tempfile.mkdtemp(prefix="hf_clt-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _open_hub(name, split, config_name, streaming, trust_remote_code):

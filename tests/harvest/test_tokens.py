@@ -627,6 +627,7 @@ def test_bad_paths_are_refused(tmp_path):
 def test_bad_requests_on_good_files_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", TEXTS)
     refuse("no split 'test'.*'train'", str(path), split="test")
+    refuse("a::b.*give a path without", write(tmp_path / "a::b.jsonl", TEXTS))
     refuse("no configurations", str(path), config_name="en")
     for number in (0, -1):
         refuse(f"max_samples is {number}", str(path), max_samples=number)
