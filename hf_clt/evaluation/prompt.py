@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..harvest.harvester import Harvester, check_fit
-from ..hub.report import BLUE, GREY, INK, PLOT_STYLE
+from ..hub.report import BLUE, GREY, INK, PLOT_STYLE, import_matplotlib
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import SparseFeatures, sparse_from_dense
 from .evaluate import eval_mode
@@ -104,10 +104,7 @@ def plot_prompt_features(features: SparseFeatures, tokens: list[str], strength: 
         ValueError: If the number of tokens is not that of the features.
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`') from error
+    matplotlib = import_matplotlib()
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -130,11 +127,8 @@ def plot_prompt_features(features: SparseFeatures, tokens: list[str], strength: 
             for layer in range(num_layers):
                 for place in (~empty).nonzero().flatten().tolist():
                     value = totals[layer, place].item()
-                    dark = value > 0.45 * totals.max()
-                    text = f"{value:.0f}"
-                    axis.text(
-                        place, layer, text, ha="center", va="center", fontsize=6.5, color="white" if dark else INK
-                    )
+                    colour = "white" if value > 0.45 * totals.max() else INK
+                    axis.text(place, layer, f"{value:.0f}", ha="center", va="center", fontsize=6.5, color=colour)
         names = [token.replace("\n", "\\n").strip() or repr(token)[1:-1] for token in tokens]
         names = [name.replace("$", r"\$") for name in names]  # or matplotlib reads a formula
         axis.set_xticks(range(num_tokens), names, rotation=45, ha="right", rotation_mode="anchor")

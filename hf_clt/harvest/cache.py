@@ -35,7 +35,7 @@ SHARD_BYTES = 500 * 10**6  # of activations that are held in memory until their 
 # -- numbers on disk --------------------------------------------------------------------------------------------------
 
 
-def packed(values: Tensor, name: str, dtype: str) -> dict[str, Tensor]:
+def to_stored(values: Tensor, name: str, dtype: str) -> dict[str, Tensor]:
     """
     Activations (N, L, D) as they are stored. In int8 each dimension of each layer has 255 levels between its smallest
     and its largest value in the extraction batch, so a dimension with outliers costs the others nothing.
@@ -49,8 +49,8 @@ def packed(values: Tensor, name: str, dtype: str) -> dict[str, Tensor]:
     return {name: levels.to(torch.int8), f"{name}.middle": middle, f"{name}.step": step}
 
 
-def unpacked(stored: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """The activations that [`packed`] stored, in `dtype`."""
+def from_stored(stored: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """The activations that [`to_stored`] stored, in `dtype`."""
     values = stored[name]
     if values.dtype != torch.int8:
         return values.to(dtype)
@@ -114,17 +114,12 @@ def write_cache(
     }
     settings = json.loads(json.dumps(settings))
     folder.mkdir(parents=True, exist_ok=True)
-    own_path = folder / f"rank-{rank}.json"
-    own = _started(folder, own_path, settings)
+    own = _read_started(folder, rank, settings)
     for split in SPLITS:
         state = own["splits"].setdefault(split, {"shards": [], "text": None, "done": False})
-        limit = None
-        if split == "train" and max_tokens is not None:
-            limit = -(-max_tokens // world_size)
-        if split in streams:
-            _write_split(
-                folder, own_path, own, split, state, harvester, streams[split], dtype, limit, shard_bytes, progress
-            )
+        limit = -(-max_tokens // world_size) if split == "train" and max_tokens is not None else None
+        if split in streams and not state["done"]:
+            _write_split(folder, rank, own, split, harvester, streams[split], limit, shard_bytes, progress)
     wait()
     if rank == 0:
         _write_manifest(folder, settings, world_size)
@@ -132,8 +127,9 @@ def write_cache(
     return read_json(folder / MANIFEST)
 
 
-def _started(folder: Path, own_path: Path, settings: dict) -> dict:
+def _read_started(folder: Path, rank: int, settings: dict) -> dict:
     """What this process has written so far."""
+    own_path = folder / f"rank-{rank}.json"
     if own_path.exists():
         own = read_json(own_path)
         for name in sorted(set(settings) | set(own["settings"])):
@@ -150,12 +146,11 @@ def _started(folder: Path, own_path: Path, settings: dict) -> dict:
     return {"settings": settings, "splits": {}}
 
 
-def _write_split(folder, own_path, own, split, state, harvester, stream, dtype, limit, shard_bytes, progress) -> None:
-    if state["done"]:
-        return
+def _write_split(folder, rank, own, split, harvester, stream, limit, shard_bytes, progress) -> None:
+    """Harvests a split from where its last shard ended; `own`, with the place in the text, is written after each."""
+    state, dtype = own["splits"][split], own["settings"]["dtype"]
     if state["text"] is not None:
         stream.load_state_dict(state["text"])
-    rank = own_path.stem.rpartition("-")[2]
     written = sum(shard["tokens"] for shard in state["shards"])
     total = stream.heldout_tokens if split == "heldout" else limit
     tensors, tokens, batches, size = {}, 0, 0, 0
@@ -167,7 +162,7 @@ def _write_split(folder, own_path, own, split, state, harvester, stream, dtype, 
             entry = {"file": name, "batches": batches, "tokens": tokens, "bytes": num_bytes, "sha256": digest}
             state["shards"].append(entry)
         state["text"] = stream.state_dict()
-        write_json(own_path, own)
+        write_json(folder / f"rank-{rank}.json", own)
 
     title = f"Caching {'held-out text' if split == 'heldout' else 'text'}"
     with tqdm(total=total, initial=written, desc=title, unit="token", unit_scale=True, disable=not progress) as bar:
@@ -176,7 +171,7 @@ def _write_split(folder, own_path, own, split, state, harvester, stream, dtype, 
             if dtype == "bfloat16" != str(harvester.dtype).removeprefix("torch.") and written + tokens == 0:
                 for rows in (inputs, labels) if len(inputs) > 1 else ():
                     warn_if_lost(rows.mean(dim=0), rows.std(dim=0), DTYPES[dtype], "--dtype")
-            stored = {**packed(inputs.cpu(), "inputs", dtype), **packed(labels.cpu(), "labels", dtype)}
+            stored = {**to_stored(inputs.cpu(), "inputs", dtype), **to_stored(labels.cpu(), "labels", dtype)}
             stored |= {name: batch[name] for name in TOKENS}
             tensors |= {f"{batches}.{name}": tensor.contiguous() for name, tensor in stored.items()}
             size += sum(tensor.nbytes for tensor in stored.values())
@@ -325,7 +320,7 @@ class ActivationCache:
         if self.manifest["dtype"] == "int8":
             names += tuple(f"{name}.{part}" for name in names[:2] for part in ("middle", "step"))
         stored = self._stored(SPLITS[split], number, names)
-        inputs, labels = (unpacked(stored, name, dtype) for name in ("inputs", "labels"))
+        inputs, labels = (from_stored(stored, name, dtype) for name in ("inputs", "labels"))
         counted = batch["counted"][stored["counted"]]  # fewer than are stored, where some were trained on before
         if not counted.all():
             inputs, labels = inputs[counted], labels[counted]

@@ -6,19 +6,13 @@ the whole text, and every decision that must be the same in every process is mad
 is the first so many pieces, and process `rank` reads the pieces whose number is `rank` modulo `world_size`.
 """
 
-import atexit
 import copy
 import glob
 import hashlib
 import json
 import logging
-import os
-import shutil
 import sys
-import tempfile
-import time
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import datasets
@@ -32,10 +26,7 @@ PIECE_CHARACTERS = 16_384  # a longer document is cut into pieces of at most thi
 GROUP_CHARACTERS = 262_144  # pieces are tokenized together until they hold this many characters ...
 GROUP_PIECES = 1_024  # ... or are this many
 
-RETRIES = 5  # times that text which cannot be read for the moment is tried again
-FIRST_DELAY = 1.0  # seconds before the first of them; each one waits twice as long as the one before
-# Errors that will be the same the next time, though they are OSErrors as those of a connection are.
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+RETRIES = 5  # times that datasets tries again what it reads over the network, 5 seconds apart
 # Libraries that read over the network; not all of their errors are OSErrors.
 NETWORK = ("aiohttp", "httpx", "httpx2", "httpcore", "urllib3", "requests", "http")
 
@@ -137,35 +128,21 @@ def _open_local(path, split, config_name):
         raise ValueError(f"file {str(path)!r} is not one of {', '.join(BUILDERS)}: convert it to one of these.")
     if len(builders) > 1:
         raise ValueError(f"folder {str(path)!r} mixes {' and '.join(suffixes)} files: keep one kind in a folder.")
+    for file in files:
+        if "::" in str(file.resolve()):
+            raise ValueError(f"{str(file)!r}: datasets takes '::' for a file within another; give a path without.")
     builder = builders.pop()
     options = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
         return datasets.load_dataset(
             builder,
-            data_files={"train": [_data_file(file.resolve()) for file in files]},
+            data_files={"train": [glob.escape(str(file.resolve())) for file in files]},
             split="train",
             streaming=True,
             **options,
         )
     except Exception as error:
         raise ValueError(f"dataset {str(path)!r} cannot be read: {_one_line(error)}") from error
-
-
-def _data_file(path):
-    """A path as datasets reads it: names are glob patterns, and `::` stands for a file within another."""
-    if "::" in str(path):
-        folder = _links()
-        path, target = Path(folder, f"{len(os.listdir(folder))}{path.suffix}"), path
-        path.symlink_to(target)
-    return glob.escape(str(path))
-
-
-@cache
-def _links():
-    """A folder for links to files, while the process lasts: datasets opens them as it reads on."""
-    folder = tempfile.mkdtemp(prefix="hf_clt-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _open_hub(name, split, config_name, streaming, trust_remote_code):
@@ -238,16 +215,12 @@ def _cut_point(text, low, high):
 
 
 class StreamError(OSError):
-    """The text could not be read on, not after all retries either."""
+    """The text could not be read on."""
 
 
-def may_pass(error):
-    """
-    Whether an error in reading text is one of the connection, so that reading again may go well: an OSError other than
-    of a missing or forbidden file, or an error of a network library. What is wrong in the text itself (ValueError,
-    TypeError) stays wrong.
-    """
-    if isinstance(error, (ValueError, TypeError, *LASTING)):
+def is_reading_error(error):
+    """Whether text could not be read, by an OSError or an error of a network library, or is wrong in itself."""
+    if isinstance(error, (ValueError, TypeError)):
         return False
     modules = {base.__module__.partition(".")[0] for base in type(error).__mro__}
     return isinstance(error, OSError) or not modules.isdisjoint(NETWORK)
@@ -269,8 +242,8 @@ class TokenStream:
     pieces of one long document go to different processes, and each piece is followed by EOS. Every process reads all
     of the text and tokenizes its share.
 
-    Text that cannot be read for the moment, as when a connection breaks, is opened again where the last batch ended,
-    after 1, 2, 4, ... seconds; the batches are those that would have come without. A warning tells of each retry.
+    What is read over the network is tried again by datasets, which warns of each retry. Where text cannot be read all
+    the same, or a file vanishes, the stream stands where the last batch ended, and can go on from there.
 
     The dataset is copied (not its data), so one dataset can serve several streams at once. The constructor reads the
     beginning of the text, to find the held-out text and to see that there is enough.
@@ -301,7 +274,7 @@ class TokenStream:
         world_size (`int`, *optional*, defaults to 1):
             Number of processes.
         retries (`int`, *optional*, defaults to 5):
-            How often in a row reading is tried again before it counts as failed.
+            How often datasets tries again, 5 seconds apart, what it reads over the network.
 
     Yields:
         `dict`: `input_ids` and `attention_mask` (P, T) int64; `counted` (P, T) bool, the tokens to train or measure
@@ -311,7 +284,7 @@ class TokenStream:
     Raises:
         `ValueError`: if an argument does not fit, if the text has too few tokens for the held-out text or nothing is
             left for training in some process, or if a document cannot be read or is not text (its index is named).
-        [`StreamError`]: if the text cannot be read, after all retries. The next iteration goes on at the same batch.
+        [`StreamError`]: if the text cannot be read. The next iteration goes on at the same batch.
     """
 
     def __init__(
@@ -375,7 +348,8 @@ class TokenStream:
         self._special_ids = np.array(sorted(special), dtype=np.int64)
         self._drop_space = _adds_space(tokenizer)
 
-        self._heldout_pieces = self._with_retries(self._find_heldout)
+        with self._reading():
+            self._heldout_pieces = self._find_heldout()
         self._pieces = self._pieces_of(rank, world_size)
         self.rewind()
 
@@ -386,7 +360,11 @@ class TokenStream:
         return range(self._heldout_pieces + offset, sys.maxsize, world_size)
 
     def __iter__(self):
-        while (batch := self._with_retries(self._next_batch)) is not None:
+        while True:
+            with self._reading():
+                batch = self._next_batch()
+            if batch is None:
+                break
             yield batch
         self.rewind()
 
@@ -423,7 +401,8 @@ class TokenStream:
                 )
         self.rewind()
         self._position = copy.deepcopy(state["position"])
-        self._with_retries(self._open)
+        with self._reading():
+            self._open()
 
     def go_on_from(self, states):
         """
@@ -470,30 +449,28 @@ class TokenStream:
         settings = {name: getattr(self, name) for name in (*names, "world_size")}
         return {**settings, "heldout_pieces": self._heldout_pieces}
 
-    def _with_retries(self, read):
-        """What `read()` returns, called again after a growing delay while the connection fails."""
+    @contextmanager
+    def _reading(self):
+        """While text is read: datasets tries as often as `retries` says, and what fails then is a [`StreamError`]."""
+        names = "STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"  # the first try included
+        before = {name: getattr(datasets.config, name) for name in names if hasattr(datasets.config, name)}
         self.is_reading = True
         try:
-            return self._retried(read)
+            for name in before:
+                setattr(datasets.config, name, self.retries + 1)
+            yield
+        except Exception as error:
+            if not is_reading_error(error):
+                raise
+            reason = error.__cause__ or error  # of datasets' "Server Disconnected"
+            raise StreamError(
+                f"the text cannot be read, with stream_retries={self.retries} ({type(reason).__name__}: "
+                f"{_one_line(reason)})"
+            ) from error
         finally:
             self.is_reading = False
-
-    def _retried(self, read):
-        for retry in range(self.retries + 1):
-            try:
-                with _single_tries():
-                    return read()
-            except Exception as error:
-                if not may_pass(error):
-                    raise
-                reason = f"{type(error).__name__}: {_one_line(error)}"
-                if retry == self.retries:
-                    raise StreamError(f"the text cannot be read, after {retry} retries ({reason})") from error
-            delay = FIRST_DELAY * 2**retry
-            logger.warning(
-                "the text cannot be read (%s); retry %d of %d in %g s", reason, retry + 1, self.retries, delay
-            )
-            time.sleep(delay)
+            for name, value in before.items():
+                setattr(datasets.config, name, value)
 
     def _groups(self, start, pieces):
         """
@@ -763,20 +740,6 @@ def _adds_space(tokenizer):
     if tokens(whole) == tokens(start) + tokens(end):
         return False
     return tokens(whole) == tokens(start) + tokens(end[1:])
-
-
-@contextmanager
-def _single_tries():
-    """While text is read datasets tries once: by itself it tries 20 times, 5 seconds apart, in each of our retries."""
-    names = "STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"
-    before = {name: getattr(datasets.config, name) for name in names if hasattr(datasets.config, name)}
-    try:
-        for name in before:
-            setattr(datasets.config, name, 1)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(datasets.config, name, value)
 
 
 def _digest(ids, documents):

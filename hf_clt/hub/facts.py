@@ -130,6 +130,7 @@ def read_facts(folder: str | Path) -> dict | None:
         raise ValueError(f"{path} is not the one that is written with a model card; move it away")
     if unknown := sorted(set(facts) - set(KEYS)):
         raise ValueError(f"{path} has {unknown[0]}, which this version of hf_clt does not know; update hf_clt")
+    (facts.get("training") or {}).pop("energy_joules", None)  # which older versions counted
     return facts
 
 

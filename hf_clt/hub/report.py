@@ -110,6 +110,14 @@ def read_history(name: str | Path) -> list[dict]:
         ) from None
 
 
+def import_matplotlib():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`') from error
+    return matplotlib
+
+
 def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) -> list[Path]:
     """
     Draw PNG figures: `training_curves.png` (loss, NMSE, L0 and dead features over the steps),
@@ -127,27 +135,21 @@ def plot_metrics(metrics: dict | None, history: list[dict], folder: str | Path) 
     Raises:
         `ImportError`: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib; install it with `pip install "hf_clt[plots]"`') from error
-
+    matplotlib = import_matplotlib()
     folder = Path(folder).expanduser()
     metrics = metrics or {}
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {
-            "training_curves.png": _training_curves(history),
-            "metrics_per_layer.png": _metrics_per_layer(metrics),
-            "feature_density.png": _feature_density(metrics),
+            folder / "training_curves.png": _training_curves(history),
+            folder / "metrics_per_layer.png": _metrics_per_layer(metrics),
+            folder / "feature_density.png": _feature_density(metrics),
         }
-        written = []
-        for name, figure in figures.items():
-            if figure is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / name) as temporary:
-                    temporary.write_bytes(_small_png(figure))
-                written.append(folder / name)
-    return written
+        figures = {path: figure for path, figure in figures.items() if figure is not None}
+        for path, figure in figures.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_bytes(_small_png(figure))
+    return list(figures)
 
 
 def _small_png(figure) -> bytes:

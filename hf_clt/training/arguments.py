@@ -60,8 +60,8 @@ class CLTTrainingArguments:
     stream_retries: int = _arg(
         "text",
         5,
-        "Times in a row that text which cannot be read, as when a connection breaks, is opened again where it was, "
-        "after 1, 2, 4, ... seconds. Then the run stops, with a checkpoint.",
+        "Times that text which cannot be read over the network, as when a connection breaks, is read again, 5 seconds "
+        "apart. Then the run stops, with a checkpoint.",
     )
     max_samples: int | None = _arg("text", None, "Use only the first N documents of the split. None: all.")
     context_size: int = _arg(

@@ -3,6 +3,7 @@ Training runs that are stopped, fail, or go on in another layout, as test_resume
 each of several by launching this file. A run tells which tokens it trained on.
 """
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,19 @@ import time
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, GradientState
+from datasets.utils import file_utils
 from safetensors.torch import save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
 from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import optimizer_tensors
+
+
+class Gone(io.BytesIO):
+    """A file at the other end of a connection that is interrupted."""
+
+    def read(self, *arguments):
+        raise file_utils.httpx.ConnectError("the network is gone")
 
 
 def recorded(trainer) -> list:
@@ -102,6 +111,8 @@ def run(
         return done
 
     def no_connection():
+        if patience is not None:
+            file_utils._add_retries_to_file_obj_read_method(Gone()).read()
         raise ConnectionError("the network is gone")
 
     trainer._update = watched

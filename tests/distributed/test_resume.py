@@ -211,7 +211,7 @@ def test_they_ask_each_other_only_where_one_may_have_to_read(make, launched, all
 
 
 def test_sigterm_ends_the_wait_for_text_in_one_of_two(make, launched):
-    """It would wait for 1 + 2 + 4 + 8 + 16 seconds."""
+    """It would wait for 6 times 5 seconds."""
     folder, _ = make
     step = launched["waiting"][0]["step"]
     for process in launched["waiting"]:
@@ -220,9 +220,9 @@ def test_sigterm_ends_the_wait_for_text_in_one_of_two(make, launched):
     assert (folder / "waiting" / f"checkpoint-{step}").is_dir()
 
 
-@pytest.mark.parametrize("patience", [0.5, 2.0])
+@pytest.mark.parametrize("patience", [0.5])
 def test_sigterm_ends_the_wait_for_text(make, patience):
-    """In one process; the first pause takes 1 second, the second 2."""
+    """In one process; each pause takes 5 seconds."""
     folder, arguments = make
     told = run(arguments(f"pause {patience}", stream_retries=5), CONFIG, break_at=4, patience=patience)
     assert told["error"][:2] == ["StopRequested", f"stopped at step {told['step']}"]

@@ -233,9 +233,9 @@ def test_ctrl_c_before_training_says_so(run, tmp_path, monkeypatch):
     assert stderr.splitlines()[-1] == "interrupted"
 
 
-def test_text_that_breaks_off_for_good(run, monkeypatch, caplog):
-    """Retried, then one line that says how to go on, and doing so works."""
-    pauses, calls, next_batch = [], [], TokenStream._next_batch
+def test_text_that_breaks_off_for_good(run, monkeypatch):
+    """One line that says how to go on, and doing so works."""
+    calls, next_batch = [], TokenStream._next_batch
 
     def fail(stream):
         calls.append(stream.heldout)
@@ -246,13 +246,10 @@ def test_text_that_breaks_off_for_good(run, monkeypatch, caplog):
     options = ("--normalization-estimation-batches", "4", "--training-steps", "20")
     with monkeypatch.context() as broken:
         broken.setattr(TokenStream, "_next_batch", fail)
-        broken.setattr("hf_clt.harvest.tokens.time.sleep", pauses.append)
         outcome = run("--stream-retries", "3", *options)
-    expected = ("the text cannot be read, after 3 retries (ConnectionError: no route to host); checkpoint-",)
+    expected = ("the text cannot be read, with stream_retries=3 (ConnectionError: no route to host); checkpoint-",)
     expected += (" is whole: continue with --resume-from-checkpoint latest",)
     assert_refused(outcome, *expected, started=True)
-    assert pauses == [1, 2, 4]
-    assert ["; retry " in record.getMessage() for record in caplog.records].count(True) == 3
     assert run("--resume-from-checkpoint", "latest", *options)[0] == 0
 
 

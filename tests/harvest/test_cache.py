@@ -11,7 +11,7 @@ import torch
 from hf_clt import CLTTrainer, CLTTrainingArguments
 from hf_clt.commands import cache as cache_activations
 from hf_clt.harvest import cache
-from hf_clt.harvest.cache import ActivationCache, CachedTokens, packed, unpacked, write_cache
+from hf_clt.harvest.cache import ActivationCache, CachedTokens, from_stored, to_stored, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.initial_config import build_config
@@ -177,13 +177,13 @@ def test_int8_has_a_scale_for_each_dimension():
     values[:, 0, 3] = 2000 + 300 * values[:, 0, 3]  # a dimension of outliers
     values[:, 1, 2] = 7.0  # one that does not vary
     values[7, 1, 4] = 90.0  # one token that is an outlier
-    found = unpacked(packed(values, "x", "int8"), "x", torch.float32)
+    found = from_stored(to_stored(values, "x", "int8"), "x", torch.float32)
     step = (values.amax(0) - values.amin(0)) / 254
     assert ((found - values).abs() <= step / 2 * 1.001 + 1e-4).all()
     error = (found - values).square().mean(0) / values.var(0)
     assert error[0].max() < 1e-4 and error[1, 0] < 1e-4
     assert torch.equal(found[:, 1, 2], values[:, 1, 2])
-    assert packed(values[:0], "x", "int8")["x"].shape == (0, 2, 6)
+    assert to_stored(values[:0], "x", "int8")["x"].shape == (0, 2, 6)
 
 
 def test_a_cache_that_does_not_fit_is_refused(cached, tiny_gpt2, text_file, tmp_path):

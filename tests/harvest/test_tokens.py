@@ -401,9 +401,9 @@ NetworkError.__module__ = "httpx._exceptions"
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """The seconds that were waited for; the test does not wait."""
+    """The seconds that datasets waited for; the test does not wait."""
     pauses = []
-    monkeypatch.setattr(tokens.time, "sleep", pauses.append)
+    monkeypatch.setattr(file_utils.time, "sleep", pauses.append)
     return pauses
 
 
@@ -423,75 +423,84 @@ def breaking(texts, failures, error):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError("unexpected end"), ConnectionResetError(104, "reset"), TimeoutError(), NetworkError("closed")],
+    [
+        OSError("no route"),
+        ConnectionResetError(104, "reset"),
+        TimeoutError(),
+        NetworkError("closed"),
+        FileNotFoundError("gone"),
+        PermissionError("no"),
+    ],
     ids=lambda error: type(error).__name__,
 )
-def test_text_that_breaks_off_is_read_on_where_it_was(monkeypatch, pauses, caplog, error):
+def test_text_that_breaks_off_can_be_read_on_where_it_was(monkeypatch, error):
     monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 200)
     texts = odd_texts()
     options = {"context_size": 16, "prompts_per_batch": 4, "heldout_tokens": 100}
     whole = list(TokenStream(as_dataset(texts), TOKENIZER, **options))
-    stream = TokenStream(breaking(texts, {0: 1, 25: 3, 40: 1, 59: 2}, error), TOKENIZER, **options)
-    assert same_batches(list(stream), whole)
-    assert sorted(pauses) == [1, 1, 1, 1, 2, 2, 4]  # at row 0 while the held-out text was looked for
-    warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == 7
-    assert any(f"({type(error).__name__}: " in line and line.endswith("retry 3 of 5 in 4 s") for line in warnings)
-
-
-def test_after_all_retries_it_says_so_and_can_still_go_on(monkeypatch, pauses):
-    monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 200)
-    texts = odd_texts()
-    options = {"context_size": 16, "prompts_per_batch": 4}
-    whole = list(TokenStream(as_dataset(texts), TOKENIZER, **options))
-    stream = TokenStream(breaking(texts, {30: 4}, OSError("no route")), TOKENIZER, **options, retries=3)
-    batches = []
-    with pytest.raises(StreamError, match=r"^the text cannot be read, after 3 retries \(OSError: no route\)$"):
-        batches.extend(stream)
-    assert pauses == [1, 2, 4]
+    stream = TokenStream(breaking(texts, {25: 3, 40: 1, 59: 2}, error), TOKENIZER, **options)
+    batches, failures = [], 0
+    while failures < 6:
+        with pytest.raises(StreamError, match=rf"^the text cannot be read, .*5 \({type(error).__name__}: .*\)$"):
+            batches.extend(stream)
+        failures += 1
     state = json.loads(json.dumps(stream.state_dict()))
     rest = list(stream)
-    assert batches and same_batches(batches + rest, whole)
-    resumed = TokenStream(breaking(texts, {5: 1}, OSError("again")), TOKENIZER, **options)
-    resumed.load_state_dict(state)  # reads up to where it was
+    assert batches and rest and same_batches(batches + rest, whole)
+    resumed = TokenStream(as_dataset(texts), TOKENIZER, **options)
+    resumed.load_state_dict(state)
     assert same_batches(list(resumed), rest)
 
 
-LASTING = [
-    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), ValueError("bad"), TypeError("bad"), KeyError("x"),
-    FileNotFoundError("gone"), PermissionError("no"),
-]  # fmt: skip
+def test_text_that_breaks_off_elsewhere(monkeypatch):
+    monkeypatch.setattr(tokens, "GROUP_CHARACTERS", 200)
+    options = {"context_size": 16, "prompts_per_batch": 4}
+    with pytest.raises(StreamError):
+        TokenStream(breaking(odd_texts(), {0: 1}, OSError("gone")), TOKENIZER, **options)
+    stream = TokenStream(as_dataset(odd_texts()), TOKENIZER, **options)
+    states = [stream.state_dict() for _ in stream]
+    other = TokenStream(breaking(odd_texts(), {40: 1}, OSError("gone")), TOKENIZER, **options)
+    with pytest.raises(StreamError):
+        other.load_state_dict(states[-1])
+    assert not other.is_reading
 
 
-@pytest.mark.parametrize("error", LASTING, ids=lambda error: type(error).__name__)
-def test_what_stays_wrong_is_not_tried_again(pauses, error):
+WRONG = [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), ValueError("bad"), TypeError("bad"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", WRONG, ids=lambda error: type(error).__name__)
+def test_what_is_wrong_in_the_text_is_told_as_it_is(error):
     with pytest.raises((type(error), ValueError)):
         list(TokenStream(breaking(odd_texts(), {30: 1}, error), TOKENIZER, context_size=16))
-    assert pauses == []
 
 
-def test_retries_are_not_multiplied_by_those_of_datasets(pauses):
-    """Which wraps the files that it reads: 20 tries, 5 seconds apart, in each of ours."""
-    tries = []
+class Gone(io.BytesIO):
+    """A file at the other end of a connection that is interrupted, as datasets wraps it."""
 
-    class Gone(io.BytesIO):
-        def read(self, *arguments):
-            tries.append(arguments)
+    def __init__(self, failures):
+        super().__init__(b"some words " * 20)
+        self.failures = failures
+
+    def read(self, *arguments):
+        self.failures -= 1
+        if self.failures >= 0:
             raise file_utils.httpx.ConnectError("no route")
+        return super().read(*arguments)
 
-    def rows():
-        yield {"text": file_utils._add_retries_to_file_obj_read_method(Gone()).read()}
 
-    with pytest.raises(StreamError, match="after 3 retries"):
-        TokenStream(datasets.IterableDataset.from_generator(rows), TOKENIZER, heldout_tokens=5, retries=3)
-    assert len(tries) == 4 and sum(pauses) == 1 + 2 + 4 + 4 * 5
+@pytest.mark.parametrize("retries", [0, 3])
+def test_datasets_tries_again_as_often_as_was_asked_for(pauses, retries):
+    def rows(failures):
+        yield {"text": file_utils._add_retries_to_file_obj_read_method(Gone(failures)).read().decode()}
+
+    def stream(failures):
+        dataset = datasets.IterableDataset.from_generator(rows, gen_kwargs={"failures": failures})
+        return TokenStream(dataset, TOKENIZER, context_size=16, retries=retries)
+
+    assert list(stream(retries)) and pauses == [5] * 2 * retries  # looked at, then read
+    with pytest.raises(StreamError, match=rf"stream_retries={retries} \(ConnectError: no route\)"):
+        stream(retries + 1)
     assert datasets.config.STREAMING_READ_MAX_RETRIES == 20
-
-
-def test_no_retries(pauses):
-    with pytest.raises(StreamError, match="after 0 retries"):
-        TokenStream(breaking(odd_texts(), {0: 1}, OSError("gone")), TOKENIZER, retries=0)
-    assert pauses == []
 
 
 def test_bad_documents_train_as_what_is_readable_of_them(tmp_path):
@@ -618,6 +627,7 @@ def test_bad_paths_are_refused(tmp_path):
 def test_bad_requests_on_good_files_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", TEXTS)
     refuse("no split 'test'.*'train'", str(path), split="test")
+    refuse("a::b.*give a path without", write(tmp_path / "a::b.jsonl", TEXTS))
     refuse("no configurations", str(path), config_name="en")
     for number in (0, -1):
         refuse(f"max_samples is {number}", str(path), max_samples=number)

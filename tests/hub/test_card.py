@@ -14,7 +14,7 @@ from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.commands import COMMANDS
 from hf_clt.hub import build_model_card, card_from_folder, is_human_edited, save_model_card, update_card
 from hf_clt.hub.card import check_update, circuit_tracer_gaps, count_parameters, is_hub_name, set_loading_name
-from hf_clt.hub.facts import POINTS, as_curves, as_history, check_license, read_facts, without_private
+from hf_clt.hub.facts import FORMAT, POINTS, as_curves, as_history, check_license, read_facts, without_private
 from hf_clt.training.parser import parse_train_args
 from scripts import build_cards
 
@@ -471,3 +471,9 @@ def tiny_language_model(folder):
     shape = {"vocab_size": len(words), "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}
     GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     return folder
+
+
+def test_what_an_older_version_counted_is_left_out(tmp_path):
+    facts = {"format": FORMAT, "training": {"steps": 3, "energy_joules": {"cpu": 5.0}}}
+    (tmp_path / "metrics.json").write_text(json.dumps(facts))
+    assert read_facts(tmp_path)["training"] == {"steps": 3}

@@ -901,9 +901,7 @@ def test_text_that_fails_for_good_stops_with_a_checkpoint(make, tmp_path, accumu
     for number in (10, 12, 15, 17, 19):  # 4 batches for the statistics, 4 for the first fill
         trainer = make(config, **arguments)
         failing_from(trainer.tokens, number)
-        with pytest.raises(
-            StreamError, match=r"the text cannot be read, after 0 retries \(ConnectionError: no"
-        ) as info:
+        with pytest.raises(StreamError, match=r"the text cannot be read, .*=0 \(ConnectionError: no") as info:
             trainer.train()
         in_an_update += trainer._tokens_since_log > 0
         assert trainer.step > 0
