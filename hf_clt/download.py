@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE
+from .release import CIRCUIT_TRACER_FILE, INDEX_FILE
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")

@@ -21,8 +21,8 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from . import checkpoint_format as files
 from . import folding
+from . import release as files
 from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from .device import values_at_hand
 from .download import HUB_ARGUMENTS, find_folder
@@ -646,7 +646,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     # -- files --------------------------------------------------------------------------------------------------------
 
     def released_layer(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of one layer as they are released; see [`hf_clt.checkpoint_format.released_layer`]."""
+        """The tensors of one layer as they are released; see [`hf_clt.release.released_layer`]."""
         return files.released_layer(self, layer)
 
     def per_feature(self) -> set[str]:
@@ -667,7 +667,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         **kwargs,
     ) -> None:
         """
-        Writes the released CLT: the files of `hf_clt.checkpoint_format`, with statistics folded into the weights, and
+        Writes the released CLT: the files of `hf_clt.release`, with statistics folded into the weights, and
         a model card. The live model is left as it is. Every file is replaced as a whole or not at all.
 
         Args:

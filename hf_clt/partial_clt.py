@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint_format import check_files, check_half_range, read_slice, wanted_dtype
 from .configuration_clt import CLTConfig
 from .modeling_clt import CrossLayerTranscoder
+from .release import check_files, check_half_range, read_slice, wanted_dtype
 from .sparsity import LayerFeatures
 
 

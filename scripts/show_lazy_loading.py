@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
-from hf_clt.checkpoint_format import write_release
+from hf_clt.release import write_release
 
 
 NUM_LAYERS, D_MODEL, NUM_FEATURES = 26, 2304, 12288  # Gemma 2 2B

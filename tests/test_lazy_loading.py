@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
-from hf_clt import checkpoint_format as files
+from hf_clt import release as files
 from tests.reference import random_batch
-from tests.test_checkpoint_format import ALL_VARIANTS, VARIANTS, circuit_tracer_files_alone, trained
+from tests.test_release import ALL_VARIANTS, VARIANTS, circuit_tracer_files_alone, trained
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="lazy=True is for Linux")

@@ -10,7 +10,7 @@ from hf_clt import CrossLayerTranscoder
 from hf_clt.partial_clt import PartialCLT
 from hf_clt.sharding import FeatureShard
 from tests.reference import random_batch
-from tests.test_checkpoint_format import VARIANTS, L, circuit_tracer_files_alone, trained
+from tests.test_release import VARIANTS, L, circuit_tracer_files_alone, trained
 
 
 SHARED_BUDGET = "topk over all layers"

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checkpoint_format import write_tensors
 from ..evaluation.evaluate import eval_mode
 from ..harvest.harvester import Harvester, check_fit
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
+from ..release import write_tensors
 from ..sparsity import LayerFeatures, counts_of
 
 

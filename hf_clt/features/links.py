@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checkpoint_format import write_tensors
 from ..modeling_clt import CrossLayerTranscoder
+from ..release import write_tensors
 
 
 BLOCK_ENTRIES = 2**24  # of a product that exists at a time: 64 MiB in float32

@@ -5,15 +5,15 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 
-from ..checkpoint_format import (
+from ..configuration_clt import TOPK_FAMILY
+from ..download import download
+from ..release import (
     CIRCUIT_TRACER_FILE,
     INDEX_FILE,
     WEIGHT_FILE,
     config_from_headers,
     read_config,
 )
-from ..configuration_clt import TOPK_FAMILY
-from ..download import download
 from .card import SCALARS, count_parameters
 from .facts import FACTS_FILE, read_facts
 from .plots import PLOTS, PLOTS_FOLDER

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ..checkpoint_format import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
+from ..release import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
 from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name
 from .facts import FACTS_FILE, as_text, check_license, make_facts, read_facts
 from .plots import PLOTS, PLOTS_FOLDER

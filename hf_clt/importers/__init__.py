@@ -4,7 +4,7 @@ circuit-tracer.
 
 | format | what it is | read by |
 |---|---|---|
-| `hf_clt` | the files of `hf_clt.checkpoint_format` | `circuit_tracer.py` |
+| `hf_clt` | the files of `hf_clt.release` | `circuit_tracer.py` |
 | `circuit-tracer` | the same tensors, no `config.json` | `circuit_tracer.py` |
 | `circuit-tracer-plt` | one file per layer, a transcoder each | `circuit_tracer_plt.py` |
 | `crosslayer-coding` | one flat file, pairs of layers | `crosslayer_coding.py` |
@@ -26,7 +26,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .. import checkpoint_format as files
+from .. import release as files
 from ..configuration_clt import CLTConfig
 from ..hub.card import circuit_tracer_gaps, save_model_card
 from ..modeling_clt import CrossLayerTranscoder
@@ -98,7 +98,7 @@ def read_clt(path: str | Path, format: str | None = None, **options) -> Checkpoi
 
     Returns:
         The configuration, and an iterator over one dict per layer with the tensors that
-        [`hf_clt.checkpoint_format.write_release`] takes.
+        [`hf_clt.release.write_release`] takes.
 
     Raises:
         FileNotFoundError: For a missing file.

@@ -1,5 +1,5 @@
 """
-`hf_clt` and `circuit-tracer`: one set of files, those of [`hf_clt.checkpoint_format`].
+`hf_clt` and `circuit-tracer`: one set of files, those of [`hf_clt.release`].
 
 A released CLT is `hf_clt`. The same tensors without a `config.json` are `circuit-tracer`: circuit-tracer reads a
 released CLT as it is, and its own CLTs have these files and no others. Source: `cross_layer_transcoder.py` in
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint_format as files
+from .. import release as files
 from ..configuration_clt import CLTConfig
 from .shared import Checkpoint
 

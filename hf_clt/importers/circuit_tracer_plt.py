@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from .. import checkpoint_format as files
+from .. import release as files
 from ..configuration_clt import CLTConfig
 from ..files import write_text
 from .shared import (

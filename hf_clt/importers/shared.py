@@ -10,8 +10,8 @@ import yaml
 from safetensors import safe_open
 from torch import Tensor
 
-from .. import checkpoint_format as files
 from .. import folding
+from .. import release as files
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS, CLTConfig
 from ..modeling_clt import CrossLayerTranscoder
 

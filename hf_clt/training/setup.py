@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration
 
-from .. import checkpoint_format as files
+from .. import release as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..device import chosen_device, prompts_by_memory, total_memory, usual_model_dtype
 from ..hub.facts import FACTS_FILE, read_facts, write_facts

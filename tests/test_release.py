@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from hf_clt import CLTConfig, CrossLayerTranscoder, checkpoint_format
+from hf_clt import CLTConfig, CrossLayerTranscoder, release
 from hf_clt.sharding import FeatureShard
 from tests.reference import random_batch, random_clt, random_statistics
 
@@ -201,7 +201,7 @@ def test_round_trip(saved, variant, load):
         else:
             assert torch.equal(found, tensor), name
     torch.testing.assert_close(loaded(inputs).reconstruction, clt(inputs).reconstruction, rtol=1e-5, atol=1e-6)
-    own = {name: value for name, value in clt.config.to_dict().items() if name in checkpoint_format_fields()}
+    own = {name: value for name, value in clt.config.to_dict().items() if name in release_fields()}
     assert {name: loaded.config.to_dict()[name] for name in own} == own
     # It trains on.
     loss = loaded.train()(inputs, labels=labels).loss
@@ -209,7 +209,7 @@ def test_round_trip(saved, variant, load):
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
-def checkpoint_format_fields():
+def release_fields():
     return set(CLTConfig(num_layers=1, d_model=1, num_features=1).to_dict()) - {
         "architectures",
         "dtype",
@@ -693,8 +693,8 @@ def failing_on_call(number, function, write_half):
 
 def test_a_crash_while_saving_leaves_no_half_file(tmp_path, monkeypatch):
     clt = trained()
-    failing = failing_on_call(2, checkpoint_format.save_file, lambda path: path.write_bytes(b"half"))
-    monkeypatch.setattr(checkpoint_format, "save_file", failing)
+    failing = failing_on_call(2, release.save_file, lambda path: path.write_bytes(b"half"))
+    monkeypatch.setattr(release, "save_file", failing)
     with pytest.raises(OSError, match="no space left"):
         clt.save_pretrained(tmp_path)
     assert file_names(tmp_path) == {"W_enc_0.safetensors"}  # whole, and no leftovers under another name
@@ -705,8 +705,8 @@ def test_a_crash_while_overwriting_keeps_every_file_whole(saved, monkeypatch):
     _, folder = saved()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     new = random_clt(seed=1, double=False)
-    failing = failing_on_call(2, checkpoint_format.save_file, lambda path: path.write_bytes(b"half"))
-    monkeypatch.setattr(checkpoint_format, "save_file", failing)
+    failing = failing_on_call(2, release.save_file, lambda path: path.write_bytes(b"half"))
+    monkeypatch.setattr(release, "save_file", failing)
     with pytest.raises(OSError, match="no space left"):
         new.save_pretrained(folder)
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -726,7 +726,7 @@ def test_a_text_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(OSError, match="no space left"):
-        checkpoint_format.write_text(path, "new text")
+        release.write_text(path, "new text")
     monkeypatch.undo()
     assert path.read_text() == "old" and file_names(tmp_path) == {"config.json"}
 
@@ -805,9 +805,9 @@ def test_what_is_left_of_a_save_over_another_is_the_old_clt_the_new_one_or_refus
         return write
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_format, "write_tensors", cut_off(checkpoint_format.write_tensors))
+        patched.setattr(release, "write_tensors", cut_off(release.write_tensors))
         if written == 2 * L:
-            patched.setattr(checkpoint_format, "write_text", cut_off(checkpoint_format.write_text))
+            patched.setattr(release, "write_text", cut_off(release.write_text))
         if written <= 2 * L:
             with pytest.raises(KeyboardInterrupt):
                 new.save_pretrained(tmp_path)
@@ -833,7 +833,7 @@ def test_a_save_over_a_release_of_an_older_version_that_was_cut_off_is_refused(t
     del index["metadata"]["digests"]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     CrossLayerTranscoder.from_pretrained(tmp_path)
-    write, left = checkpoint_format.write_tensors, [None] * written
+    write, left = release.write_tensors, [None] * written
 
     def cut_off(*arguments, **keywords):
         if not left:
@@ -841,7 +841,7 @@ def test_a_save_over_a_release_of_an_older_version_that_was_cut_off_is_refused(t
         left.pop()
         write(*arguments, **keywords)
 
-    monkeypatch.setattr(checkpoint_format, "write_tensors", cut_off)
+    monkeypatch.setattr(release, "write_tensors", cut_off)
     with pytest.raises(KeyboardInterrupt):
         trained(activation_fn="relu").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the other files: writing one over the other was cut off"):
