@@ -114,7 +114,7 @@ def load_layers(
             "no layer's features are known without the others; leave out layers, or load with lazy=True"
         )
     check_files(folder, config, layers=layers)
-    # Ties are written out in the files, and a decoder that is tied to another layer's shall stand by itself.
+    # Ties are written out in the files, and the layer that a decoder is tied to may not be read.
     config = CLTConfig.from_dict({**config.to_dict(), "decoder_tying": "none"})
     wanted = wanted_dtype(config, dtype)
     state = {}

@@ -1,4 +1,4 @@
-"""The model against the dense float64 reference of tests/reference.py, and the properties of DESIGN 2 and 6."""
+"""The model against the dense float64 reference of tests/reference.py, and what holds of it whatever the settings."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""The files of a released CLT (DESIGN section 4): what is written, what is read back, and what is refused."""
+"""The files of a released CLT: what is written, what is read back, and what is refused."""
 
 import json
 import shutil

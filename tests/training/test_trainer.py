@@ -436,7 +436,7 @@ def test_the_seed_decides(make, tmp_path):
 
 
 def test_losses_are_means_since_the_line_before(make, tmp_path):
-    """With weights that stand still, each line is the mean over its batches of the loss that DESIGN writes down."""
+    """With weights that stand still, each line is the mean over its batches of the losses of docs/concepts.md."""
     trainer = make(
         {"activation_fn": "relu", "sparsity_lambda": 0.5},
         training_steps=7,
