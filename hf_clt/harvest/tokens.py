@@ -424,11 +424,12 @@ class TokenStream:
         old._pieces = self._pieces_of(old.rank, old.world_size)
         old.load_state_dict(first)  # which checks that the text and the settings are the same
         start = {**first["position"], "dataset": old._dataset_state}
-        self._position = self._with_retries(lambda: self._after(start, min(p.get("next", -1) for p in positions)))
-        if self._position is None:  # no piece of this process is left
-            self._left, self._reader = (np.empty(0, dtype=np.int64),) * 2, iter(())
-        else:
-            self._with_retries(self._open)
+        with self._reading():
+            self._position = self._after(start, min(p.get("next", -1) for p in positions))
+            if self._position is None:  # no piece of this process is left
+                self._left, self._reader = (np.empty(0, dtype=np.int64),) * 2, iter(())
+            else:
+                self._open()
 
     def _after(self, start, document):
         """The position of this process's first piece from `start` on that is of the document, or of a later one."""
