@@ -350,6 +350,11 @@ class ActivationBuffer:
         self.generator.set_state(tensors["generator"])
         self._text, self._text_ended = None, values["text_ended"]
         text = values["text"]
+        if text is not None and "streams" in text:
+            raise ValueError(
+                "the checkpoint is of a run that an older version of hf_clt had gone on with on another number of "
+                "processes; go on with that version, or begin a run with init_from"
+            )
         if text is not None:
             self.tokens.go_on_from(text["others"]) if "others" in text else self.tokens.load_state_dict(text)
             self._text = iter(()) if self._text_ended else iter(self.tokens)

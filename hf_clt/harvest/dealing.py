@@ -24,11 +24,12 @@ def deal_buffers(
     batches = [batch for state in buffers for batch in unread_batches(*state)][rank::num_processes]
     passes = [v["epoch"] + v["text_ended"] for v in values]  # over the text; a short share may be in a later one
     texts = [v["text"] for v, number in zip(values, passes, strict=True) if number == min(passes)]
+    old = next((text for text in texts if text is not None and "streams" in text), None)  # of an older version
     nothing = torch.empty(0, dtype=torch.int64)
     tensors = {"order": nothing, "slot_batch": nothing.clone(), "slot_row": nothing.clone()}
     tensors |= {f"ahead.{n}.{name}": value for n, batch in enumerate(batches) for name, value in batch.items()}
     return {
-        "text": None if None in texts else {"others": texts},
+        "text": old or (None if None in texts else {"others": texts}),
         "text_ended": False,
         "num_harvested": 0,
         "epoch": min(passes),

@@ -14,13 +14,12 @@ class Moments:
     Args:
         shape (`tuple[int, int]`): (L, D).
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where the sums are kept. Apple's GPU has no float64, so `"mps"` accumulates on the CPU.
+            Where the sums are kept.
     """
 
     STATE = ("count", "mean", "squared_deviation")
 
     def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu"):
-        device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.mean = torch.zeros(shape, dtype=torch.float64, device=device)
         self.squared_deviation = torch.zeros(shape, dtype=torch.float64, device=device)

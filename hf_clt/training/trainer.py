@@ -31,6 +31,7 @@ from ..harvest.normalization import (
     set_output_bias,
     warn_if_lost,
 )
+from ..harvest.statistics import gather
 from ..harvest.tokens import open_text
 from ..hub.background import BackgroundPush
 from ..hub.card import save_model_card
@@ -662,11 +663,7 @@ class CLTTrainer:
                 yield batch
 
     def _gathered(self, sums: MetricSums) -> MetricSums:
-        count = self.accelerator.num_processes
-        if count == 1:
-            return sums
-        gathered = {name: self.accelerator.gather(tensor[None]) for name, tensor in sums.tensors().items()}
-        parts = [{name: tensor[rank] for name, tensor in gathered.items()} for rank in range(count)]
+        parts = gather(self.accelerator, sums.tensors())
         if self.shard is not None:
             parts = MetricSums.with_joined_features(parts, self.shard.size)
         return MetricSums.from_gathered(parts)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt import ActivationBuffer
+from hf_clt.harvest.dealing import deal_buffers
 from hf_clt.harvest.harvester import ActivationError, Harvester, load_language_model
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
 
@@ -549,3 +550,15 @@ def test_activations_that_are_not_finite_are_named(tiny_gpt2, small_text_file):
     buffer = real_buffer((model, tokenizer), small_text_file)
     with pytest.raises(ActivationError, match=r"not finite .*layer 1, hook_mlp_out, document 0"):
         next(iter(buffer))
+
+
+def test_a_position_of_an_older_version_is_refused_in_words():
+    state = {"text": {"streams": []}, "epoch": 0, "text_ended": False, "skipped_tokens": 0, "num_ahead": 0}
+    empty = {name: torch.empty(0, dtype=torch.int64) for name in ("order", "slot_batch", "slot_row")}
+    dealt, tensors = deal_buffers([(state, empty)] * 2, 0, 1, torch.Generator())
+    buffer = object.__new__(ActivationBuffer)
+    buffer.capacity, buffer.progress, buffer.inputs = 0, False, torch.empty(0)
+    buffer.slot_batch = buffer.slot_row = torch.empty(0, dtype=torch.int64)
+    buffer.generator = torch.Generator()
+    with pytest.raises(ValueError, match="of a run that an older version of hf_clt had gone on with"):
+        buffer.load_state_dict(dealt, tensors)
