@@ -54,8 +54,9 @@ def run(argv: list[str] | None) -> int:
     from ..harvest.harvester import Harvester, check_context_size, load_language_model
     from ..harvest.sites import default_hooks
     from ..harvest.tokens import open_text
+    from ..training.output_folder import lock_folder
     from ..training.processes import connect_hosts, wait_for_all
-    from ..training.setup import check_num_processes, lock_folder, take_device
+    from ..training.setup import check_num_processes, take_device
 
     if options.verify:
         ActivationCache(options.cache).verify(progress=not options.disable_progress_bar)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.harvest.normalization import set_firing_rate
 from hf_clt.sharding import FeatureShard, gather_parts, gather_tokens
+from hf_clt.training import heldout
 from hf_clt.training.setup import load_initial_clt, make_layout
 from tests.reference import random_batch, random_clt, random_statistics
 
@@ -228,15 +229,15 @@ def train(folder: Path, name: str, arguments: dict, config: dict) -> None:
         return forward(inputs, labels=labels, **kwargs)
 
     trainer.model.forward = recording
-    in_lockstep, heldout = trainer._in_lockstep, {}
+    in_lockstep, heldout_batches = heldout.read_in_lockstep, {}
 
-    def recording_heldout(rows):
-        heldout.clear()  # of the last evaluation
-        for number, batch in enumerate(in_lockstep(rows)):
-            heldout.update({f"{n}.{number}": tensor for n, tensor in batch.items()})
+    def recording_heldout(trainer, rows):
+        heldout_batches.clear()  # of the last evaluation
+        for number, batch in enumerate(in_lockstep(trainer, rows)):
+            heldout_batches.update({f"{n}.{number}": tensor for n, tensor in batch.items()})
             yield batch
 
-    trainer._in_lockstep = recording_heldout
+    heldout.read_in_lockstep = recording_heldout
     made = {}
     prepare = trainer.accelerator.prepare_optimizer
     trainer.accelerator.prepare_optimizer = lambda *args, **kwargs: made.setdefault("it", prepare(*args, **kwargs))
@@ -245,7 +246,7 @@ def train(folder: Path, name: str, arguments: dict, config: dict) -> None:
     tensors = {n: value.contiguous() for n, value in clt.state_dict().items()}
     tensors["steps_since_fired"] = trainer.steps_since_fired
     save_file(tensors, folder / f"{name}-{rank}.safetensors")
-    for kind, recorded in (("batches", batches), ("heldout", heldout)):
+    for kind, recorded in (("batches", batches), ("heldout", heldout_batches)):
         copies = {n: tensor.contiguous().clone() for n, tensor in recorded.items()}
         save_file(copies, folder / f"{name}-{kind}-{rank}.safetensors")
     state = made["it"].optimizer.state.values()

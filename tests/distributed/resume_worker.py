@@ -17,7 +17,7 @@ from datasets.utils import file_utils
 from safetensors.torch import save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
-from hf_clt.training import trainer as trainer_module
+from hf_clt.training import processes
 from hf_clt.training.checkpoints import optimizer_tensors
 
 
@@ -73,22 +73,22 @@ def run(
         patience: Seconds for which it then waits until it gets SIGTERM.
         ask_seconds: At most between two times that the processes ask each other how they are; 0: at every batch.
     """
-    trainer_module.ASK_SECONDS = ask_seconds
+    processes.ASK_SECONDS = ask_seconds
     asked = [0]
-    least = trainer_module.least
+    smallest = processes.smallest
 
     def counting(*arguments):
         asked[0] += 1
-        return least(*arguments)
+        return smallest(*arguments)
 
-    trainer_module.least = counting
+    processes.smallest = counting
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     trainer = CLTTrainer(CLTTrainingArguments(**arguments), CLTConfig(**config))
     trained, start = recorded(trainer), {}
     update = trainer._update
 
-    def watched(model, optimizer, batches):
+    def watched(model, optimizer):
         if not start:
             start["step"] = trainer.step
             start["tensors"] = {
@@ -102,7 +102,7 @@ def run(
                 threading.Timer(patience, os.kill, (os.getpid(), signal.SIGTERM)).start()
         before = len(trained)
         try:
-            done = update(model, optimizer, batches)
+            done = update(model, optimizer)
         except BaseException:
             del trained[before:]  # read, and not trained on
             raise
@@ -122,7 +122,7 @@ def run(
         trainer.train()
     except (Exception, KeyboardInterrupt) as error:
         told["error"] = [type(error).__name__, str(error), *getattr(error, "__notes__", [])]
-    trainer_module.least = least
+    processes.smallest = smallest
     told |= {
         "seconds": time.monotonic() - begun,
         "asked": asked[0],

@@ -35,19 +35,19 @@ class Recording:
 
 trainer.buffer.harvester = Recording()
 heldout = {int(d) for batch in trainer.heldout for d in batch["documents"][batch["counted"]]}
-prepare, prepared = trainer.accelerator.prepare, []
+distribute, distributed = trainer._distribute, []
 
-def keeping(*parts):
-    prepared.append(prepare(*parts))
-    return prepared[-1]
+def keeping(optimizer):
+    distributed.append(distribute(optimizer))
+    return distributed[-1]
 
-trainer.accelerator.prepare = keeping
+trainer._distribute = keeping
 clt = trainer.train()
 metrics = trainer.evaluate()
 heldout_tokens = sum(int(batch["counted"].sum()) for batch in trainer.heldout)
 seen = {"documents": sorted(documents), "heldout": sorted(heldout), "heldout_tokens": heldout_tokens}
 seen |= {"metrics": metrics, "processes": trainer.accelerator.num_processes}
-seen["views"] = prepared[0][0].gradient_as_bucket_view
+seen["views"] = distributed[0][0].gradient_as_bucket_view
 with open(f"{folder}/rank-{rank}.json", "w") as file:
     json.dump(seen, file)
 tensors = {name: value.contiguous() for name, value in clt.state_dict().items()}
