@@ -55,7 +55,7 @@ def run(argv: list[str] | None) -> int:
     from ..harvest.sites import default_hooks
     from ..harvest.tokens import open_text
     from ..training.output_folder import lock_folder
-    from ..training.processes import connect_hosts, wait_for_all
+    from ..training.processes import connect_hosts, disconnect, wait_for_all
     from ..training.setup import check_num_processes, take_device
 
     if options.verify:
@@ -123,6 +123,7 @@ def run(argv: list[str] | None) -> int:
             f"{manifest['splits']['heldout']['tokens']:,} held out are in {options.cache}: {size / 1e9:.2f} GB in "
             f"{len(shards)} files, {size / tokens:,.0f} bytes per token"
         )
+    disconnect()
     return 0
 
 

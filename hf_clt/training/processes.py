@@ -45,6 +45,15 @@ def connect_hosts(accelerator) -> None:
     accelerator.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
 
 
+def disconnect() -> None:
+    """
+    Ends the connections at the end of a program. Left to the interpreter's shutdown, their threads may find Python gone
+    and abort a process that has done all its work.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def together(accelerator, function):
     """
     Calls `function` in every process. If it fails in one, it raises in all, once all are through with it.
@@ -213,6 +222,7 @@ __all__ = [
     "StopSignals",
     "any_process",
     "connect_hosts",
+    "disconnect",
     "smallest",
     "together",
     "wait_for_all",
