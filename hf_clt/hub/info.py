@@ -7,6 +7,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download
+from ..files import format_size
 from ..release import (
     CIRCUIT_TRACER_FILE,
     INDEX_FILE,
@@ -157,7 +158,9 @@ def format_info(found: dict) -> str:
         lines[-1] += ", with a skip connection"
     weights = [size for file, size in files.items() if file.endswith(".safetensors")]
     dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    lines.append(f"{count_parameters(config):,} weights in {dtype}: {_size(sum(weights))} in {len(weights)} files")
+    lines.append(
+        f"{count_parameters(config):,} weights in {dtype}: {format_size(sum(weights))} in {len(weights)} files"
+    )
     training = found["training"] or {}
     if training.get("tokens"):
         steps = f" in {training['steps']:,} updates" if training.get("steps") else ""
@@ -191,22 +194,15 @@ def _grouped(files: dict[str, int]) -> list[tuple[str, str]]:
     for file, size in sorted(files.items()):
         match = WEIGHT_FILE.fullmatch(file)
         if match is None:
-            rows.append((_size(size), file))
+            rows.append((format_size(size), file))
         else:
             layers.setdefault(match[1], []).append((int(match[2]), size))
     for kind, found in layers.items():
         numbers = sorted(number for number, _ in found)
         whole = numbers == list(range(numbers[0], numbers[-1] + 1))
         which = f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 1 else ", ".join(map(str, numbers))
-        rows.append((_size(sum(size for _, size in found)), f"W_{kind}_N.safetensors, N = {which}"))
+        rows.append((format_size(sum(size for _, size in found)), f"W_{kind}_N.safetensors, N = {which}"))
     return rows
-
-
-def _size(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size} B"
 
 
 __all__ = ["describe_clt", "format_info"]

@@ -13,8 +13,7 @@ from accelerate import Accelerator
 
 from .. import __version__
 from ..configuration_clt import CLTConfig
-from ..files import write_text
-from ..hub.report import shown
+from ..files import format_number, write_text
 
 
 NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
@@ -25,9 +24,9 @@ def progress_figures(row: dict) -> dict:
     """The figures of a log line that the progress bar shows."""
     return {
         "loss": f"{row['loss']:.4g}",
-        "nmse": shown(row["nmse"], ".3f"),
+        "nmse": format_number(row["nmse"], ".3f"),
         "l0": f"{row['l0']:.0f}",
-        "dead": shown(row["dead_fraction"], ".1%"),
+        "dead": format_number(row["dead_fraction"], ".1%"),
         "tok/s": f"{row['tokens_per_second']:.0f}",
     }
 
