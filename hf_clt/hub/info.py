@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 
 from ..configuration_clt import TOPK_FAMILY
@@ -75,13 +74,13 @@ def _in_folder(folder: Path) -> dict:
 
 
 def _on_hub(name: str, revision: str | None, subfolder: str, token: str | None) -> dict:
-    hub = {"revision": revision, "token": token}
+    api = HfApi(token=token, library_name="hf_clt")
     prefix = f"{subfolder}/" if subfolder else ""
-    snapshot = download(name, [prefix + file for file in SMALL_FILES], hub)
+    snapshot = download(name, [prefix + file for file in SMALL_FILES], {"revision": revision, "token": token})
     folder = snapshot / subfolder
     complete = not constants.is_offline_mode()
     if complete:
-        info = HfApi(token=token, library_name="hf_clt").model_info(name, revision=revision, files_metadata=True)
+        info = api.model_info(name, revision=revision, files_metadata=True)
         files = {file.rfilename: file.size for file in info.siblings}
         commit = info.sha
     else:
@@ -94,26 +93,16 @@ def _on_hub(name: str, revision: str | None, subfolder: str, token: str | None) 
     }
     if (folder / "config.json").is_file():
         config = read_config(folder, {})
-    else:
-        config = _config_of_remote_weights(name, files, prefix, folder, complete, hub)
+    else:  # circuit-tracer's files alone, of which the headers of two say what the CLT is
+        if not complete:
+            raise FileNotFoundError(f"{name} has no config.json, and its weights' headers cannot be read offline")
+
+        def header_of(file):
+            header = api.parse_safetensors_file_metadata(name, prefix + file, revision=revision)
+            return {tensor: (tuple(info.shape), info.dtype) for tensor, info in header.tensors.items()}
+
+        config = config_from_headers(name, folder, files, header_of, {})
     return {"config": config, "files": files, "complete": complete, "commit": commit, **_measured(folder)}
-
-
-def _config_of_remote_weights(name, files, prefix, folder, complete, hub):
-    """Of a repository with circuit-tracer's files alone: what the heads of two weight files say."""
-    layers = [int(match[2]) for file in files if (match := WEIGHT_FILE.fullmatch(file))]
-    if not layers:
-        raise FileNotFoundError(f"{name} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
-    if not complete:
-        raise FileNotFoundError(f"{name} has no config.json, and its weights' heads cannot be read offline")
-    api = HfApi(token=hub["token"], library_name="hf_clt")
-    headers = []
-    for file in ("W_enc_0.safetensors", "W_dec_0.safetensors"):
-        head = api.parse_safetensors_file_metadata(name, prefix + file, revision=hub["revision"])
-        headers.append({tensor: (tuple(info.shape), info.dtype) for tensor, info in head.tensors.items()})
-    path = folder / CIRCUIT_TRACER_FILE
-    described = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-    return config_from_headers(name, max(layers) + 1, *headers, described, {})
 
 
 def _is_of_release(name: str) -> bool:
