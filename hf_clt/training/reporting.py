@@ -15,8 +15,7 @@ from accelerate import Accelerator
 
 from .. import __version__
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
-from ..files import as_json, write_text
-from ..hub.report import shown
+from ..files import as_json, format_number, write_text
 from ..sparsity import SparseFeatures
 from .checkpoints import newest_usable
 from .trackers import log_row
@@ -37,9 +36,9 @@ def progress_figures(row: dict) -> dict:
     """The figures of a log line that the progress bar shows."""
     return {
         "loss": f"{row['loss']:.4g}",
-        "nmse": shown(row["nmse"], ".3f"),
+        "nmse": format_number(row["nmse"], ".3f"),
         "l0": f"{row['l0']:.0f}",
-        "dead": shown(row["dead_fraction"], ".1%"),
+        "dead": format_number(row["dead_fraction"], ".1%"),
         "tok/s": f"{row['tokens_per_second']:.0f}",
     }
 
