@@ -2,8 +2,8 @@
 The replacement model: a language model whose MLP outputs are a cross-layer transcoder's reconstruction (Ameisen et al.
 2025, "Circuit Tracing: Revealing Computational Graphs in Language Models"), and how far it is from the original.
 
-The features are read from the replaced stream: those of layer s from what layer s receives when all MLPs before it are
-replaced already. So the CLT runs along with the model, source layer by source layer.
+Features are read from the replaced stream: those of layer s from what layer s receives when the MLPs of all layers
+before it are replaced. So the CLT runs along with the language model, source layer by source layer.
 """
 
 import math
@@ -28,7 +28,9 @@ from .metrics import ce_recovered
 
 PREDICTIONS_AT_A_TIME = 256  # float64 log-probabilities of a whole batch would be as large as the model
 
-# How nnsight ends an open loop over the steps of a generation, whose number nobody knows beforehand.
+Intervention = tuple[int, int | None, int, float]  # layer, position, feature, value; see ReplacementModel
+
+# The warning with which nnsight ends a loop over the steps of a generation, whose number is not known beforehand.
 LOOP_ENDS = r"(?s).*the loop asked for a step the run did not make"
 
 
@@ -66,13 +68,13 @@ def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
 
 
 def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatures:
-    """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode whatever the mode is."""
+    """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode."""
     theta = clt.thresholds[layer]() if hasattr(clt, "thresholds") else None
     features, *_ = clt.encoders[layer](x, [partial(clt._select, theta=theta, training=False, grad=False)])
     return clt._activate(features, theta, training=False)
 
 
-def add_written(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:
+def decode_layer(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:
     """Adds a_s W_dec[s][:, t-s] to all target layers t of source layer s, in place in (N, L, D)."""
     num_targets = clt.config.num_targets(source)
     if clt.config.decoder_tying != "per_target":
@@ -84,8 +86,8 @@ def add_written(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFe
 
 class LayerwiseReconstruction:
     """
-    A CLT on N tokens, given its inputs one layer after the other: what `clt(inputs)` gives in eval mode, where the
-    inputs of a layer may depend on the reconstruction of the layers before it.
+    What `clt(inputs)` gives in eval mode for N tokens, one layer after the other, where the inputs of a layer may
+    depend on the reconstruction of the layers before it.
 
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT.
@@ -107,8 +109,8 @@ class LayerwiseReconstruction:
     @torch.no_grad()
     def __call__(self, layer: int, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
         """
-        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from what its features read,
-        raw (N, D). `outputs` is not used.
+        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from its raw inputs (N, D).
+        `outputs` is there for functions that stand in for a CLT, and not used.
         """
         clt = self.clt
         if layer != len(self.features):
@@ -120,7 +122,7 @@ class LayerwiseReconstruction:
         if self.edit is not None:
             features = self.edit(layer, features)
         self.features.append(features)
-        self.normalized = add_written(clt, self.normalized, features, layer)
+        self.normalized = decode_layer(clt, self.normalized, features, layer)
         y = self.normalized[:, layer]
         if clt.config.skip_connection:
             y = y + clt.skips[layer](x)
@@ -137,9 +139,9 @@ def token_positions(attention_mask: Tensor) -> Tensor:
 
 def columns_of_step(positions: Tensor, counted: Tensor, start: int, stop: int, num_rows: int) -> tuple[Tensor, Tensor]:
     """
-    Token positions, and whether tokens count, of what a step of a generation computes, (R, stop - start) each: the
-    columns `start` to `stop` of prompts (P, T) that generated tokens, which count, continue. R is a multiple of P
-    where every prompt has several beams or samples, which are consecutive rows.
+    Token positions of the columns `start` to `stop` that a step of a generation computes, and whether they are
+    replaced, (R, stop - start) each. Prompts (P, T) are continued by generated tokens, which are replaced. R is a
+    multiple of P where a prompt has several beams or samples, which are consecutive rows.
     """
     steps = torch.arange(1, max(0, stop - positions.shape[1]) + 1, device=positions.device)
     positions = torch.cat([positions, positions.amax(dim=1, keepdim=True) + steps], dim=1)
@@ -177,7 +179,7 @@ def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     The layers to replace, ascending; all if None.
 
     Raises:
-        ValueError: If `layers` is empty or names a layer that is none.
+        ValueError: If `layers` is empty or names a layer that the model has not.
     """
     if layers is None:
         return list(range(num_layers))
@@ -189,36 +191,55 @@ def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     return checked
 
 
-def check_intervention(name: str, given: tuple, clt, layers: list[int]) -> tuple[int, int | None, int, float]:
+def check_interventions(
+    interventions: Iterable[Intervention],
+    clt: CrossLayerTranscoder | Callable,
+    layers: list[int],
+    positions: Tensor,
+    counted: Tensor,
+    generates: bool,
+) -> dict[int, list[tuple[int | None, int, float]]]:
     """
-    The layer, position, feature and value of an intervention.
+    The interventions by source layer, as (position, feature, value) each. `positions` and `counted` (P, T) are the
+    position of each token and whether it is replaced; with `generates`, generated tokens follow.
 
     Raises:
-        ValueError: If it is not these four, is out of range, or cannot change anything in `layers`.
+        ValueError: If one is not these four numbers, is out of range, or cannot change anything.
     """
-    if not isinstance(clt, CrossLayerTranscoder):
-        raise ValueError(f"{name}: a function stands in for the CLT and has no features; give a CLT to intervene")
-    try:
-        layer, position, feature, value = given
-        layer, feature, value = operator.index(layer), operator.index(feature), float(value)
-        position = None if position is None else operator.index(position)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name}: give (layer, position, feature, value), a number each; position None is every token"
-        ) from error
-    config = clt.config
-    for field, found, size in (("layer", layer, config.num_layers), ("feature", feature, config.num_features)):
-        if not 0 <= found < size:
-            raise ValueError(f"{name}: {field} {found} is outside 0 to {size - 1}; give one that the CLT has")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: value {value} is not finite; give the activation to set, 0 to ablate")
-    reached = range(layer, layer + config.num_targets(layer))
-    if not set(reached) & set(layers):
-        raise ValueError(
-            f"{name}: layer {layer} writes to layers {reached[0]} to {reached[-1]}, none of which is replaced "
-            f"(layers={layers}); replace one of them"
-        )
-    return layer, position, feature, value
+    by_layer = {}
+    for number, given in enumerate(interventions):
+        name = f"interventions[{number}]={given!r}"
+        if not isinstance(clt, CrossLayerTranscoder):
+            raise ValueError(f"{name}: a function stands in for the CLT and has no features; give a CLT to intervene")
+        try:
+            layer, position, feature, value = given
+            layer, feature, value = operator.index(layer), operator.index(feature), float(value)
+            position = None if position is None else operator.index(position)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name}: give (layer, position, feature, value), a number each; position None is every token"
+            ) from error
+        config = clt.config
+        for field, found, size in (("layer", layer, config.num_layers), ("feature", feature, config.num_features)):
+            if not 0 <= found < size:
+                raise ValueError(f"{name}: {field} {found} is outside 0 to {size - 1}; give one that the CLT has")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: value {value} is not finite; give the activation to set, 0 to ablate")
+        last = layer + config.num_targets(layer) - 1
+        if not any(layer <= target <= last for target in layers):
+            raise ValueError(
+                f"{name}: layer {layer} writes to layers {layer} to {last}, none of which is replaced "
+                f"(layers={layers}); replace one of them"
+            )
+        replaced = counted if position is None else counted & (positions == position)
+        is_generated = generates and (position is None or (positions.amax(dim=1) < position).any())
+        if not is_generated and not replaced.any():
+            raise ValueError(
+                f"{name}: no row has a token at this position whose MLP outputs are replaced (position 0, padding "
+                "and what counted excludes are not); give another position"
+            )
+        by_layer.setdefault(layer, []).append((position, feature, value))
+    return by_layer
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -230,8 +251,8 @@ class ReplacementModel:
     stream. The language model itself can be used as before; one thread at a time may use either.
 
     **Layers.** With `layers`, only these get the reconstruction and the others keep their exact MLP outputs. The
-    features of all layers are read all the same, and write to the replaced layers behind them: the reconstruction of a
-    layer is what it always is, the sum over all its source layers.
+    features of all layers are still read, and write to the replaced layers after them: the reconstruction of a layer
+    is always the sum over all its source layers.
 
     **Excluded positions** keep the language model's own MLP outputs, and have no features: position 0 of each row (its
     first token that is not padding), padding, and what `counted` excludes. A CLT is not trained on them.
@@ -284,7 +305,7 @@ class ReplacementModel:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         counted: Tensor | None = None,
-        interventions: Iterable[tuple[int, int | None, int, float]] = (),
+        interventions: Iterable[Intervention] = (),
     ) -> ReplacementOutput:
         """
         One forward pass, without gradients.
@@ -305,17 +326,13 @@ class ReplacementModel:
                 intervention is out of range or changes nothing.
         """
         arguments, positions, counted = self._prepare(input_ids, attention_mask, counted)
-        by_layer = self._interventions(interventions, positions, counted)
+        by_layer = check_interventions(interventions, self.clt, self.layers, positions, counted, generates=False)
         rows = counted.flatten().nonzero().squeeze(1)
         replace = self._start(positions.flatten()[rows], by_layer)
         logits = self._run(arguments, rows, replace)
         if replace is self.clt:
             return ReplacementOutput(logits=logits)
-        nothing = torch.zeros(
-            0, self.clt.config.num_features, dtype=at_least_float32(self.clt.dtype), device=self.clt.device
-        )
-        layers = replace.features or [features_at(nothing, nothing != 0)] * self.clt.config.num_layers
-        layers = [spread_features(features, rows, positions.numel()) for features in layers]
+        layers = [spread_features(features, rows, positions.numel()) for features in replace.features]
         return ReplacementOutput(logits=logits, features=SparseFeatures(layers, positions.shape))
 
     def generate(
@@ -323,18 +340,17 @@ class ReplacementModel:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         counted: Tensor | None = None,
-        interventions: Iterable[tuple[int, int | None, int, float]] = (),
+        interventions: Iterable[Intervention] = (),
         **kwargs,
     ) -> Tensor | ModelOutput:
         """
         Continues prompts with the replacement model. Generated tokens are replaced as well, whatever they are.
 
         Args:
-            input_ids (`Tensor` of shape `(P, T)`): Token ids of the prompts.
+            input_ids, counted, interventions: As for a forward pass; positions of interventions may lie behind the
+                prompt.
             attention_mask (`Tensor` of shape `(P, T)`, *optional*): 1 for tokens, 0 for padding, which must be on the
                 left; by default there is none.
-            counted (`Tensor` of shape `(P, T)`, bool, *optional*): As for a forward pass.
-            interventions (`Iterable`, *optional*): See the class; positions may lie behind the prompt.
             kwargs: What the model's own `generate` takes: `max_new_tokens`, `do_sample`, `num_beams`, ...
 
         Returns:
@@ -348,7 +364,7 @@ class ReplacementModel:
             raise ValueError(
                 "attention_mask has padding in the last column, where generation goes on: pad on the left"
             )
-        by_layer = self._interventions(interventions, positions, counted, generates=True)
+        by_layer = check_interventions(interventions, self.clt, self.layers, positions, counted, generates=True)
         given = {name: arguments[name] for name in ("input_ids", "attention_mask")}
         returned = []
 
@@ -390,32 +406,16 @@ class ReplacementModel:
         included = positions > 0
         return arguments, positions, included if counted is None else included & counted.bool().to(included.device)
 
-    def _interventions(self, interventions, positions, counted, generates=False):
-        """Checked interventions by source layer; one at a position where nothing is replaced is refused."""
-        by_layer = {}
-        for number, given in enumerate(interventions):
-            name = f"interventions[{number}]={given!r}"
-            layer, position, feature, value = check_intervention(name, given, self.clt, self.layers)
-            replaced = counted if position is None else counted & (positions == position)
-            is_generated = generates and (position is None or (positions.amax(dim=1) < position).any())
-            if not is_generated and not replaced.any():
-                raise ValueError(
-                    f"{name}: no row has a token at this position whose MLP outputs are replaced (position 0, padding "
-                    "and what counted excludes are not); give another position"
-                )
-            by_layer.setdefault(layer, []).append((position, feature, value))
-        return by_layer
-
     def _start(self, positions, by_layer):
         """What replaces the outputs of one forward pass, at tokens of these positions (N,)."""
         if not isinstance(self.clt, CrossLayerTranscoder):
             return self.clt
         positions = positions.to(self.clt.device)
-        return LayerwiseReconstruction(
-            self.clt,
-            len(positions),
-            lambda layer, features: set_activations(features, positions, by_layer.get(layer, [])),
-        )
+
+        def edit(layer, features):
+            return set_activations(features, positions, by_layer.get(layer, []))
+
+        return LayerwiseReconstruction(self.clt, len(positions), edit)
 
     def _run(self, arguments, rows, replace):
         """Logits (P, T, V) of a forward pass in which `replace` gives the outputs at the flat positions `rows`."""
@@ -427,8 +427,6 @@ class ReplacementModel:
 
     def _replace(self, rows, replace):
         """In the body of a trace: one forward pass of the model, whose modules the reads below wait for."""
-        if len(rows) == 0:
-            return
         for layer in range(self._harvester.num_layers):
             module, io = self._harvester._inputs[layer]
             inputs = (module.input if io == "input" else module.output).flatten(0, 1)
@@ -451,6 +449,34 @@ class ReplacementModel:
 # -- the metrics ------------------------------------------------------------------------------------------------------
 
 
+def cross_entropy(log_p: Tensor, targets: Tensor) -> Tensor:
+    """-Σ log p[target] over M predictions: log-probabilities (M, V), token ids (M,)."""
+    return -log_p.gather(1, targets[:, None]).sum()
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ KL(p ‖ q) = Σ p (log p - log q) over M predictions, log-probabilities (M, V) each."""
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
+def prediction_sums(original: Tensor, replaced: Tensor, ablated: Tensor, targets: Tensor) -> Tensor:
+    """
+    Sums over M predictions of the three cross-entropies, the KL divergence, and whether the most probable token is
+    the same; last, M. From logits (M, V) each and token ids (M,); (6,) float64.
+    """
+    sums = torch.zeros(6, dtype=torch.float64, device=targets.device)
+    for start in range(0, len(targets), PREDICTIONS_AT_A_TIME):
+        part = slice(start, start + PREDICTIONS_AT_A_TIME)
+        logits = [values[part].to(targets.device) for values in (original, replaced, ablated)]
+        log_probs = [values.double().log_softmax(dim=1) for values in logits]
+        for number, log_p in enumerate(log_probs):
+            sums[number] += cross_entropy(log_p, targets[part])
+        sums[3] += kl_divergence(*log_probs[:2])
+        sums[4] += (logits[0].argmax(dim=1) == logits[1].argmax(dim=1)).sum()
+        sums[5] += len(targets[part])
+    return sums
+
+
 @torch.no_grad()
 def replacement_metrics(
     model,
@@ -466,16 +492,15 @@ def replacement_metrics(
     not depend on how the tokens are cut into batches. Four forward passes over each batch; about three times the
     logits of a batch are held.
 
-    Counted are the predictions that are made at a counted position (neither position 0, nor padding, nor excluded) and
-    whose next token is there. Positions that do not count keep the language model's own MLP outputs, in the ablation
-    too.
+    A prediction counts if it is made at a counted position (not position 0, padding, or excluded) and its next token
+    is there. Positions that do not count keep the language model's own MLP outputs, in the ablation too.
 
     Args:
         model (`PreTrainedModel`): The language model, with its head, in eval mode.
         clt ([`CrossLayerTranscoder`] or `Callable`): The CLT, or a function in its place, see [`ReplacementModel`].
         batches (`Iterable[dict]`):
             Batches of a [`TokenStream`]: `input_ids`, `attention_mask`, `counted` and `documents`, each (P, T). They
-            are gone through twice, first for the means of the ablation: give a list, or a stream that starts anew.
+            are read twice, first for the means of the ablation: give a list, or a stream that starts anew.
         layers (`Iterable[int]`, *optional*): The layers to replace, and to ablate; by default all.
         reduce (`Callable`, *optional*): Sums a float64 tensor over all processes, where each has batches of its own:
             `lambda tensor: accelerator.reduce(tensor, "sum")`.
@@ -497,42 +522,26 @@ def replacement_metrics(
     """
     if iter(batches) is batches:
         raise ValueError("batches is an iterator, which can be read once, and is read twice; give list(batches)")
-    reduce = (lambda tensor: tensor) if reduce is None else reduce
+    reduce = reduce or (lambda tensor: tensor)
     replaced = ReplacementModel(model, clt, layers)
     bar = tqdm(desc="Replacing MLPs", unit="batch", disable=not progress, leave=False)
 
-    def each_batch():
+    def total(sums_of_batch, *shape):
+        sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
         for batch in batches:
             if before_batch is not None:
                 before_batch()
-            yield batch
+            sums += sums_of_batch(replaced, batch)
             bar.update()
+        return reduce(sums)
 
-    means = reduce(_output_sums(replaced, each_batch()))
-    means = means[:, :-1] / means[:, -1:]
-
-    sums = torch.zeros(6, dtype=torch.float64, device=means.device)
-    for batch in each_batch():
-        arguments, positions, counted = replaced._prepare(*_tokens_of(batch))
-        predicts = counted[:, :-1] & (positions[:, 1:] >= 0)
-        if not predicts.any():
-            continue
-        targets = arguments["input_ids"][:, 1:][predicts]
-        rows = counted.flatten().nonzero().squeeze(1)
-        original = model(**arguments).logits[:, :-1]
-        logits = [original[predicts.to(original.device)]]
-        del original
-        reconstruct = replaced._start(positions.flatten()[rows], {})
-        for replace in (reconstruct, lambda layer, inputs, outputs: means[layer]):
-            found = replaced._run(arguments, rows, replace)[:, :-1]
-            logits.append(found[predicts.to(found.device)])
-            del found
-        sums += prediction_sums(*logits, targets, means.device)
-    bar.close()
-    *totals, count = reduce(sums).tolist()
+    with bar:
+        means = total(output_sums, replaced._harvester.num_layers, replaced._harvester.d_model + 1)
+        means = means[:, :-1] / means[:, -1:]
+        *totals, count = total(partial(batch_sums, means=means), 6).tolist()
     if count == 0:
         raise ValueError("no prediction counts: the held-out text gave none; raise eval_tokens or give more text")
-    ce_original, ce_replaced, ce_ablated, kl, agreement = (total / count for total in totals)
+    ce_original, ce_replaced, ce_ablated, kl, agreement = (value / count for value in totals)
     return {
         "ce_original": ce_original,
         "ce_replaced": ce_replaced,
@@ -544,39 +553,30 @@ def replacement_metrics(
     }
 
 
-def _tokens_of(batch):
-    return batch["input_ids"], batch["attention_mask"], batch["counted"]
-
-
-def _output_sums(replaced, batches):
+def output_sums(replaced: ReplacementModel, batch: dict[str, Tensor]) -> Tensor:
     """Σ over the counted tokens of each MLP output, and of 1, (L, D + 1) float64."""
-    harvester = replaced._harvester
-    # Apple's GPU has no float64
-    device = torch.device("cpu") if replaced.model.device.type == "mps" else replaced.model.device
-    sums = torch.zeros(harvester.num_layers, harvester.d_model + 1, dtype=torch.float64, device=device)
-    for batch in batches:
-        _, _, counted = replaced._prepare(*_tokens_of(batch))
-        counted = counted.to(batch["counted"].device)
-        _, outputs = harvester.harvest({**batch, "counted": counted}, dtype=at_least_float32(replaced.model.dtype))
-        for layer in range(harvester.num_layers):  # one at a time: a float64 copy of a whole batch is large
-            sums[layer, :-1] += outputs[:, layer].to(device).double().sum(dim=0)
-        sums[:, -1] += len(outputs)
-    return sums
+    _, _, counted = replaced._prepare(batch["input_ids"], batch["attention_mask"], batch["counted"])
+    batch = {**batch, "counted": counted.to(batch["counted"].device)}
+    _, outputs = replaced._harvester.harvest(batch, dtype=at_least_float32(replaced.model.dtype))
+    sums = [rows.double().sum(dim=0) for rows in outputs.unbind(dim=1)]  # float64 of one layer at a time
+    return torch.nn.functional.pad(torch.stack(sums), (0, 1), value=len(outputs))
 
 
-def prediction_sums(original, replaced, ablated, targets, device):
-    """Σ over M predictions, logits (M, V) each: the three cross-entropies, the KL, the agreements, and M; (6,)."""
-    sums = torch.zeros(6, dtype=torch.float64, device=device)
-    for start in range(0, len(targets), PREDICTIONS_AT_A_TIME):
-        part = slice(start, start + PREDICTIONS_AT_A_TIME)
-        logits = [values[part].to(device) for values in (original, replaced, ablated)]
-        logs = [values.double().log_softmax(dim=1) for values in logits]
-        target = targets[part].to(device)[:, None]
-        sums[:3] -= torch.stack([log.gather(1, target).sum() for log in logs])
-        sums[3] += (logs[0].exp() * (logs[0] - logs[1])).sum()
-        sums[4] += (logits[0].argmax(dim=1) == logits[1].argmax(dim=1)).sum()
-        sums[5] += len(target)
-    return sums
+def batch_sums(replaced: ReplacementModel, batch: dict[str, Tensor], means: Tensor) -> Tensor:
+    """[`prediction_sums`] of a batch; `means` (L, D) are the MLP outputs of the ablation."""
+    arguments, positions, counted = replaced._prepare(batch["input_ids"], batch["attention_mask"], batch["counted"])
+    predicts = counted[:, :-1] & (positions[:, 1:] >= 0)
+    rows = counted.flatten().nonzero().squeeze(1)
+
+    def predictions(logits):
+        return logits[:, :-1][predicts.to(logits.device)]
+
+    reconstruct = replaced._start(positions.flatten()[rows], {})
+    original = predictions(replaced.model(**arguments).logits)
+    reconstructed = predictions(replaced._run(arguments, rows, reconstruct))
+    ablated = predictions(replaced._run(arguments, rows, lambda layer, inputs, outputs: means[layer]))
+    targets = arguments["input_ids"][:, 1:][predicts]
+    return prediction_sums(original, reconstructed, ablated, targets.to(means.device))
 
 
 __all__ = [

@@ -15,7 +15,7 @@ feature, W positions shown around a peak.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..evaluation.evaluate import eval_mode
+from ..folding import at_least_float32
 from ..harvest.harvester import Harvester, check_fit
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
@@ -72,12 +73,11 @@ class ExampleSettings:
         return self.before + 1 + self.after
 
 
-@dataclass
 class Examples:
     """
-    The K best examples of each feature of a layer, best first.
+    The K best examples of each feature of a layer, best first; none at first.
 
-    Args:
+    Attributes:
         keys (`Tensor` of shape (F, K), float64): What they are ranked by; -inf where there is no example.
         peaks (`Tensor` of shape (F, K), float32): Activation at the peak, raw; 0 where there is none.
         places (`Tensor` of shape (F, K), int64): Block · T + position of the peak; -1 where there is none.
@@ -85,27 +85,18 @@ class Examples:
             tokens that do not count.
     """
 
-    keys: Tensor
-    peaks: Tensor
-    places: Tensor
-    windows: Tensor
-
-    @classmethod
-    def none(cls, num_features: int, size: int, width: int) -> "Examples":
-        return cls(
-            torch.full((num_features, size), -torch.inf, dtype=torch.float64),
-            torch.zeros(num_features, size),
-            torch.full((num_features, size), -1),
-            torch.zeros(num_features, size, width),
-        )
+    def __init__(self, num_features: int, size: int, width: int):
+        self.keys = torch.full((num_features, size), -torch.inf, dtype=torch.float64)
+        self.peaks = torch.zeros(num_features, size)
+        self.places = torch.full((num_features, size), -1)
+        self.windows = torch.zeros(num_features, size, width)
 
 
-@dataclass
 class LayerActivity:
     """
-    What is known of the features of one source layer.
+    What is known of the features of one source layer; nothing at first.
 
-    Args:
+    Attributes:
         top, sample ([`Examples`]): Those with the highest peaks, and a uniform sample of all.
         counts (`Tensor` of shape (F,), int64): Counted tokens on which each feature is active.
         smallest, largest (`Tensor` of shape (F,), float32): Of the activations above zero; inf and 0 without any.
@@ -113,25 +104,21 @@ class LayerActivity:
         exponents (`Tensor` of shape (F,), int64): 2^exponent is the smallest power of two above `largest`.
     """
 
-    top: Examples
-    sample: Examples
-    counts: Tensor
-    smallest: Tensor
-    largest: Tensor
-    histogram: Tensor
-    exponents: Tensor
+    def __init__(self, num_features: int, settings: ExampleSettings):
+        self.top = Examples(num_features, settings.top, settings.width)
+        self.sample = Examples(num_features, settings.sample, settings.width)
+        self.counts = torch.zeros(num_features, dtype=torch.int64)
+        self.smallest = torch.full((num_features,), torch.inf)
+        self.largest = torch.zeros(num_features)
+        self.histogram = torch.zeros(num_features, HISTOGRAM_BINS, dtype=torch.int64)
+        self.exponents = torch.full((num_features,), LOWEST_EXPONENT)
 
-    @classmethod
-    def none(cls, num_features: int, settings: ExampleSettings) -> "LayerActivity":
-        return cls(
-            Examples.none(num_features, settings.top, settings.width),
-            Examples.none(num_features, settings.sample, settings.width),
-            torch.zeros(num_features, dtype=torch.int64),
-            torch.full((num_features,), torch.inf),
-            torch.zeros(num_features),
-            torch.zeros(num_features, HISTOGRAM_BINS, dtype=torch.int64),
-            torch.full((num_features,), LOWEST_EXPONENT),
-        )
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, to be saved."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for kind, examples in (("top", self.top), ("sample", self.sample)):
+            own |= {f"{kind}.{name}": value for name, value in vars(examples).items()}
+        return own
 
 
 @dataclass
@@ -165,60 +152,12 @@ class FeatureActivity:
 # -- one batch, one layer ---------------------------------------------------------------------------------------------
 
 
-def block_peaks(features: LayerFeatures, blocks: Tensor, positions: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """
-    The largest activation of each feature in each block, and the first position that has it.
-
-    Args:
-        features ([`LayerFeatures`]): Of N tokens.
-        blocks, positions (`Tensor` of shape (N,), int64): Where each token stands; blocks from 0.
-        num_blocks (`int`): P.
-
-    Returns:
-        `tuple[Tensor, Tensor]`: peaks (F, P), 0 where the feature is not active, and their positions (F, P), -1 there.
-    """
-    shape = features.num_features, num_blocks
-    cell = features.indices * num_blocks + blocks[features.tokens]
-    peaks = features.values.new_zeros(shape[0] * shape[1]).scatter_reduce(0, cell, features.values, "amax")
-    at_peak = (features.values > 0) & (features.values == peaks[cell])
-    never = torch.iinfo(torch.int64).max
-    first = torch.full_like(peaks, never, dtype=torch.int64)
-    first = first.scatter_reduce(0, cell[at_peak], positions[features.tokens[at_peak]], "amin")
-    return peaks.view(shape), torch.where(first == never, -1, first).view(shape)
-
-
-def windows_at(features: LayerFeatures, tokens_at: Tensor, feature: Tensor, block: Tensor, start: Tensor, width: int):
-    """
-    Activations of single features at `width` consecutive positions of a block.
-
-    Args:
-        features ([`LayerFeatures`]): Of N tokens.
-        tokens_at (`Tensor` of shape (P, T), int64): Which of the N tokens stands at a position, -1 where none does.
-        feature, block, start (`Tensor` of shape (n,), int64): Which feature, which block, and from which position on;
-            the position may lie outside of the block.
-
-    Returns:
-        `Tensor` of shape (n, width): 0 outside of the block, and where no token stands.
-    """
-    position = start[:, None] + torch.arange(width)
-    inside = (position >= 0) & (position < tokens_at.shape[1])
-    token = tokens_at[block[:, None], position.clamp(0, tokens_at.shape[1] - 1)]
-    token = torch.where(inside, token, -1)
-    # The entries are in ascending order of (token, feature), so that one is found by bisection.
-    entries = features.tokens * features.num_features + features.indices
-    wanted = token * features.num_features + feature[:, None]
-    if len(entries) == 0:
-        return torch.zeros(wanted.shape)
-    nearest = torch.searchsorted(entries, wanted).clamp(max=len(entries) - 1)
-    return torch.where((token >= 0) & (entries[nearest] == wanted), features.values[nearest], 0.0)
-
-
 def keep_best(
     kept: Examples, keys: Tensor, peaks: Tensor, places: Tensor, window: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """
-    Takes the examples of further blocks in, where they are better than those that are kept; in place. Of equal ones
-    the earlier stays in front.
+    Adds the examples of further blocks where they are better than those that are kept, in place. Of equal ones the
+    earlier stays in front.
 
     Args:
         kept ([`Examples`]): The K best of each feature so far.
@@ -295,7 +234,7 @@ def add_tokens(
     settings: ExampleSettings,
 ) -> None:
     """
-    Takes the activations of one layer on whole blocks of text in; in place, on the CPU.
+    Adds the activations of one layer on whole blocks of text, in place, on the CPU.
 
     Args:
         activity ([`LayerActivity`]): What is known so far.
@@ -315,16 +254,18 @@ def add_tokens(
     add_to_histogram(activity.histogram, activity.exponents, indices, values)
 
     num_blocks, context_size = counted.shape
-    blocks, positions = counted.nonzero(as_tuple=True)
-    tokens_at = torch.full(counted.shape, -1)
-    tokens_at[counted] = torch.arange(len(blocks))
-    peaks, at = block_peaks(features, blocks, positions, num_blocks)
+    acts = torch.zeros(num_blocks, context_size, num_features)
+    acts[counted] = features.to_dense()
+    peaks = acts.amax(dim=1).T
+    at = torch.where(peaks > 0, acts.argmax(dim=1).T, -1)  # of equal ones the first
     numbers = first_block + torch.arange(num_blocks)
     places = torch.where(at < 0, -1, numbers * context_size + at)
+    around = torch.arange(-settings.before, settings.after + 1)
 
     def window(feature: Tensor, block: Tensor) -> Tensor:
-        start = at[feature, block] - settings.before
-        return windows_at(features, tokens_at, feature, block, start, settings.width)
+        position = at[feature, block][:, None] + around
+        inside = (position >= 0) & (position < context_size)
+        return acts[block[:, None], position.clamp(0, context_size - 1), feature[:, None]] * inside
 
     keys = torch.where(at < 0, -torch.inf, peaks.double())
     keep_best(activity.top, keys, peaks, places, window)
@@ -341,9 +282,9 @@ def collect_activity(
     harvester: Harvester,
     tokens: TokenStream,
     settings: ExampleSettings,
+    file: Path,
     batch_size: int = 1024,
     *,
-    file: Path | None = None,
     save_seconds: float = 60.0,
     progress: bool = False,
 ) -> FeatureActivity:
@@ -355,33 +296,24 @@ def collect_activity(
         harvester ([`Harvester`]): Runs the language model, at the CLT's hooks.
         tokens ([`TokenStream`]): The text; it is read from its beginning, or from where `file` stands.
         settings ([`ExampleSettings`]): What is kept.
+        file (`Path`): Where the state is kept. If it exists, the pass goes on from there, with the same result as one
+            that was never interrupted; it must be from the same CLT, settings and text.
         batch_size (`int`, *optional*, defaults to 1024): Most tokens that the CLT sees at a time, but always a block.
-        file (`Path`, *optional*): Where the state is kept. If it exists, the pass goes on from there, with the same
-            result as one that was never interrupted.
         save_seconds (`float`, *optional*, defaults to 60): Seconds between two writes of `file`.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar, with L0 and the share of
             features that were active so far.
 
-    Returns:
-        [`FeatureActivity`]
-
     Raises:
-        ValueError: If the harvester does not fit the CLT, no token counts, or `file` was made with other settings or
-            from another text.
+        ValueError: If the harvester does not fit the CLT, or no token counts.
     """
     check_fit(clt.config, harvester)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is below 1; give the number of tokens that fit in memory")
-    config = clt.config
-    activity = FeatureActivity(
-        settings, [LayerActivity.none(config.num_features, settings) for _ in range(config.num_layers)]
-    )
+    layers = [LayerActivity(clt.config.num_features, settings) for _ in range(clt.config.num_layers)]
+    activity = FeatureActivity(settings, layers)
     tokens.rewind()
-    if file is not None and file.exists():
+    if file.exists():
         position = load_activity(file, activity)
         if not activity.finished:
             tokens.load_state_dict(position)
-    dtype = torch.promote_types(harvester.model.dtype, torch.float32)
     saved = time.monotonic()
     bar = tqdm(
         total=tokens.heldout_tokens or None,
@@ -392,19 +324,18 @@ def collect_activity(
         leave=False,
     )
     with eval_mode(clt), bar:
-        while not activity.finished:
-            for batch in tokens:
-                add_batch(clt, harvester, activity, batch, batch_size, dtype)
-                bar.update(activity.num_tokens - bar.n)
-                active = sum(int(layer.counts.sum()) for layer in activity.layers)
-                alive = activity.active().float().mean().item()
-                bar.set_postfix_str(f"L0 {active / max(1, activity.num_tokens):.1f}, {alive:.1%} of features active")
-                if file is not None and time.monotonic() - saved >= save_seconds:
-                    save_activity(file, activity, tokens.state_dict())
-                    saved = time.monotonic()
-            activity.finished = True
-            if file is not None:
+        for batch in () if activity.finished else tokens:
+            add_batch(clt, harvester, activity, batch, batch_size)
+            bar.update(activity.num_tokens - bar.n)
+            active = sum(int(layer.counts.sum()) for layer in activity.layers)
+            alive = activity.active().float().mean().item()
+            bar.set_postfix_str(f"L0 {active / max(1, activity.num_tokens):.1f}, {alive:.1%} of features active")
+            if time.monotonic() - saved >= save_seconds:
                 save_activity(file, activity, tokens.state_dict())
+                saved = time.monotonic()
+    if not activity.finished:
+        activity.finished = True
+        save_activity(file, activity, tokens.state_dict())
     if activity.num_tokens == 0:
         raise ValueError("no tokens to look at: the held-out text gave none; raise eval_tokens or give more text")
     return activity
@@ -416,18 +347,16 @@ def add_batch(
     activity: FeatureActivity,
     batch: dict[str, Tensor],
     batch_size: int,
-    dtype: torch.dtype,
 ) -> None:
-    """Takes a batch of a [`TokenStream`] in; `activity` is changed once its activations are known."""
-    inputs, _ = harvester.harvest(batch, dtype=dtype)
+    """Adds a batch of a [`TokenStream`]; `activity` is changed only after the language model has run."""
+    inputs, _ = harvester.harvest(batch, dtype=at_least_float32(harvester.model.dtype))
     counted = batch["counted"]
     at_a_time = max(1, batch_size // counted.shape[1])
     for rows in torch.arange(len(counted)).split(at_a_time):
         first = int(counted[: rows[0]].sum())
         part = inputs[first : first + int(counted[rows].sum())]
-        features = clt.encode_sparse(part.to(clt.device)).layers
-        for layer, found in enumerate(features):
-            first_block = activity.num_blocks
+        first_block = activity.num_blocks
+        for layer, found in enumerate(clt.encode_sparse(part.to(clt.device)).layers):
             add_tokens(activity.layers[layer], layer, found, counted[rows], first_block, activity.settings)
         ids = batch["input_ids"][rows].to(torch.int32)
         activity.text.append(torch.where(batch["attention_mask"][rows] > 0, ids, -1))
@@ -438,53 +367,26 @@ def add_batch(
 
 
 def save_activity(file: Path, activity: FeatureActivity, position: dict) -> None:
-    """Writes the state of a pass: one safetensors file, replaced as a whole."""
+    """Writes the state of a pass, and where the text is to be read on: one safetensors file, replaced as a whole."""
     tensors = {"text": torch.cat(activity.text) if activity.text else torch.empty(0, 0, dtype=torch.int32)}
     for number, layer in enumerate(activity.layers):
-        tensors |= _tensors_of(layer, f"{number}.")
-    record = {
-        "settings": asdict(activity.settings),
-        "num_tokens": activity.num_tokens,
-        "finished": activity.finished,
-        "position": position,
-    }
+        tensors |= {f"{number}.{name}": tensor for name, tensor in layer.tensors().items()}
+    record = {"num_tokens": activity.num_tokens, "finished": activity.finished, "position": position}
     # As a tensor, so that the state and the place in the text it belongs to can never come from two writes.
     tensors["record"] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
     write_tensors(file, tensors)
 
 
 def load_activity(file: Path, activity: FeatureActivity) -> dict:
-    """
-    Reads what [`save_activity`] wrote into `activity`, whose settings and shapes it must have.
-
-    Returns:
-        `dict`: where the text is to be read on, a state of [`TokenStream`].
-
-    Raises:
-        ValueError: If the file was made with other settings, or for a CLT of another size.
-    """
+    """Reads what [`save_activity`] wrote into `activity`; returns where the text is to be read on."""
     tensors = load_file(file)
-    record = json.loads(bytes(tensors.pop("record").tolist()))
-    if record["settings"] != asdict(activity.settings):
-        raise ValueError(f"{file} was made with {record['settings']}, now {asdict(activity.settings)}; remove it")
-    text = tensors.pop("text")
+    record = json.loads(bytes(tensors["record"].tolist()))
     for number, layer in enumerate(activity.layers):
-        for name, tensor in _tensors_of(layer, f"{number}.").items():
-            if name not in tensors or tensors[name].shape != tensor.shape:
-                raise ValueError(f"{file} does not fit this CLT (its tensor {name}); remove it")
-            tensor.copy_(tensors.pop(name))
-    activity.text = [text] if len(text) else []
+        for name, tensor in layer.tensors().items():
+            tensor.copy_(tensors[f"{number}.{name}"])
+    activity.text = [tensors["text"]] if len(tensors["text"]) else []
     activity.num_tokens, activity.finished = record["num_tokens"], record["finished"]
     return record["position"]
-
-
-def _tensors_of(record, prefix: str) -> dict[str, Tensor]:
-    tensors = {}
-    for entry in fields(record):
-        value = getattr(record, entry.name)
-        name = prefix + entry.name
-        tensors |= {name: value} if isinstance(value, Tensor) else _tensors_of(value, f"{name}.")
-    return tensors
 
 
 __all__ = [
@@ -494,9 +396,7 @@ __all__ = [
     "LayerActivity",
     "add_to_histogram",
     "add_tokens",
-    "block_peaks",
     "collect_activity",
     "keep_best",
     "sample_keys",
-    "windows_at",
 ]

@@ -5,18 +5,13 @@ that they feed.
 Notation as in `modeling_clt`; W_enc[s] is (F, D), W_dec[s] is (F, J, D), statistics folded in.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modeling_clt import CrossLayerTranscoder
-from ..release import write_tensors
 
 
 BLOCK_ENTRIES = 2**24  # of a product that exists at a time: 64 MiB in float32
@@ -53,29 +48,38 @@ def logit_extremes(decoder: Tensor, unembedding: Tensor, count: int) -> tuple[Te
 # -- virtual weights --------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Links:
     """
-    The strongest virtual weights of every feature, strongest first.
+    The strongest virtual weights of every feature, strongest first; none at first.
 
-    Args:
+    Attributes:
         weights (`Tensor` of shape (L, F, M), float32): 0 where there is no link.
         partners (`Tensor` of shape (L, F, M), int64): Layer · F + feature at the other end; -1 where there is none.
     """
 
-    weights: Tensor
-    partners: Tensor
-
-    @classmethod
-    def none(cls, num_layers: int, num_features: int, size: int) -> "Links":
-        shape = num_layers, num_features, size
-        return cls(torch.zeros(shape), torch.full(shape, -1))
+    def __init__(self, num_layers: int, num_features: int, size: int):
+        self.weights = torch.zeros(num_layers, num_features, size)
+        self.partners = torch.full((num_layers, num_features, size), -1)
 
     def of(self, layer: int, feature: int) -> list[tuple[int, int, float]]:
         """Layer, feature and weight at the other ends of one feature's links."""
         num_features = self.weights.shape[1]
         weights, partners = self.weights[layer, feature].tolist(), self.partners[layer, feature].tolist()
         return [(*divmod(p, num_features), w) for w, p in zip(weights, partners, strict=True) if p >= 0]
+
+    def add(self, layer: int, rows: slice, found: Tensor, candidates: Tensor) -> None:
+        """
+        Keeps the M strongest links, by |weight|, of features `rows` of a layer: of those so far and of `found` (n, C),
+        whose other ends are `candidates` (C,). Weights that are 0 are no links.
+        """
+        size = self.weights.shape[2]
+        order = found.abs().topk(min(size, found.shape[1]), dim=1).indices
+        new = found.gather(1, order).cpu()
+        partners = torch.where(new == 0, -1, candidates[order.cpu()])
+        weights = torch.cat([self.weights[layer, rows], new], dim=1)
+        partners = torch.cat([self.partners[layer, rows], partners], dim=1)
+        order = weights.abs().argsort(dim=1, descending=True, stable=True)[:, :size]
+        self.weights[layer, rows], self.partners[layer, rows] = weights.gather(1, order), partners.gather(1, order)
 
 
 def virtual_weights(decoder: Tensor, source: int, encoders: list[Tensor]) -> Iterator[tuple[int, slice, Tensor]]:
@@ -107,23 +111,9 @@ def virtual_weights(decoder: Tensor, source: int, encoders: list[Tensor]) -> Ite
             yield target, rows, written[rows] @ encoder.T
 
 
-def keep_strongest(weights: Tensor, partners: Tensor, found: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    The M strongest links by |weight| of those that are kept, `weights` and `partners` (n, M), and of `found` (n, C),
-    whose other ends are `candidates` (C,). Weights that are 0 are no links.
-    """
-    size = weights.shape[1]
-    order = found.abs().topk(min(size, found.shape[1]), dim=1).indices
-    new = found.gather(1, order)
-    weights = torch.cat([weights, new.cpu()], dim=1)
-    partners = torch.cat([partners, torch.where(new == 0, -1, candidates.to(order.device)[order]).cpu()], dim=1)
-    order = weights.abs().argsort(dim=1, descending=True, stable=True)[:, :size]
-    return weights.gather(1, order), partners.gather(1, order)
-
-
 @torch.no_grad()
 def strongest_links(
-    clt: CrossLayerTranscoder, active: Tensor, size: int, *, file: Path | None = None, progress: bool = False
+    clt: CrossLayerTranscoder, active: Tensor, size: int, *, progress: bool = False
 ) -> tuple[Links, Links]:
     """
     For every feature the features of later layers that it feeds most, and those of earlier layers that it reads most,
@@ -134,62 +124,29 @@ def strongest_links(
         clt ([`CrossLayerTranscoder`]): The CLT.
         active (`Tensor` of shape (L, F), bool): Features that are considered.
         size (`int`): Links kept per feature and direction.
-        file (`Path`, *optional*): Where the state is kept after each source layer. If it exists, the computation goes
-            on from there.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar over pairs of layers.
 
     Returns:
         `tuple[Links, Links]`: what each feature feeds, and what it reads.
-
-    Raises:
-        ValueError: If `file` was made for another shape.
     """
     num_layers, num_features = active.shape
-    feeds, reads = Links.none(num_layers, num_features, size), Links.none(num_layers, num_features, size)
-    done = load_links(file, feeds, reads) if file is not None and file.exists() else 0
+    feeds, reads = Links(num_layers, num_features, size), Links(num_layers, num_features, size)
     if size == 0:
         return feeds, reads
     encoders = [clt.released_layer(layer)[f"W_enc_{layer}"] for layer in range(num_layers)]
     pairs = num_layers * (num_layers - 1) // 2
-    bar = tqdm(total=pairs, desc="Virtual weights", unit="pair of layers", disable=not progress, leave=False)
     numbers = torch.arange(num_features)
-    with bar:
-        bar.update(sum(num_layers - 1 - layer for layer in range(done)))
-        for source in range(done, num_layers):
+    with tqdm(total=pairs, desc="Virtual weights", unit="pair", disable=not progress, leave=False) as bar:
+        for source in range(num_layers):
             decoder = clt.released_layer(source)[f"W_dec_{source}"].to(clt.device)
             for target, rows, found in virtual_weights(decoder, source, encoders):
                 both = active[source, rows, None] & active[target]
                 found = torch.where(both.to(found.device), found, 0.0)
-                feeds.weights[source, rows], feeds.partners[source, rows] = keep_strongest(
-                    feeds.weights[source, rows], feeds.partners[source, rows], found, target * num_features + numbers
-                )
-                reads.weights[target], reads.partners[target] = keep_strongest(
-                    reads.weights[target], reads.partners[target], found.T, source * num_features + numbers[rows]
-                )
+                feeds.add(source, rows, found, target * num_features + numbers)
+                reads.add(target, slice(None), found.T, source * num_features + numbers[rows])
                 if rows.stop == num_features:
                     bar.update()
-            if file is not None:
-                save_links(file, feeds, reads, source + 1)
     return feeds, reads
 
 
-def save_links(file: Path, feeds: Links, reads: Links, done: int) -> None:
-    """Writes the links, of which those from source layers below `done` are complete."""
-    record = torch.tensor(list(json.dumps({"done": done}).encode()), dtype=torch.uint8)
-    tensors = {"feeds.weights": feeds.weights, "feeds.partners": feeds.partners, "record": record}
-    write_tensors(file, tensors | {"reads.weights": reads.weights, "reads.partners": reads.partners})
-
-
-def load_links(file: Path, feeds: Links, reads: Links) -> int:
-    """Reads what [`save_links`] wrote into `feeds` and `reads`; returns `done`."""
-    tensors = load_file(file)
-    for name, links in (("feeds", feeds), ("reads", reads)):
-        for part in ("weights", "partners"):
-            tensor = getattr(links, part)
-            if tensors[f"{name}.{part}"].shape != tensor.shape:
-                raise ValueError(f"{file} does not fit this CLT or --links (its tensor {name}.{part}); remove it")
-            tensor.copy_(tensors[f"{name}.{part}"])
-    return json.loads(bytes(tensors["record"].tolist()))["done"]
-
-
-__all__ = ["Links", "keep_strongest", "logit_extremes", "strongest_links", "virtual_weights"]
+__all__ = ["Links", "logit_extremes", "strongest_links", "virtual_weights"]

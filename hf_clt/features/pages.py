@@ -18,12 +18,11 @@ import importlib.resources
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import jinja2
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -40,7 +39,6 @@ from .links import Links, logit_extremes, strongest_links
 SETTINGS_FILE = "feature_pages.json"
 INDEX_FILE = "features/index.json.gz"
 ACTIVITY_FILE = ".feature_activity.safetensors"  # what an interrupted run goes on from
-LINKS_FILE = ".feature_links.safetensors"
 TOP_NAME = "Top"  # quantile_name of the examples with the highest peaks, as in published feature files
 DIGITS = 5  # significant digits of the activations in the files
 # What cannot be seen in a line of text, as circuit-tracer shows it.
@@ -74,16 +72,13 @@ def feature_record(
     settings, found = activity.settings, activity.layers[layer]
     (top_ids, top_logits, bottom_ids, bottom_logits), (feeds, reads) = (part[feature] for part in logits), links
     count = int(found.counts[feature])
-    top = shown_examples(found.top, feature, text, strings, settings)
-    # From the highest peak to the lowest; of equal peaks the earlier block first.
+    best = (found.top.places[feature] >= 0).nonzero().squeeze(1)
+    top = format_examples(found.top, feature, best, text, strings, settings)
     order = sample_order(found.sample, feature)
-    sampled = shown_examples(found.sample, feature, text, strings, settings, order)
     shown = set(found.top.places[feature].tolist())
-    for example, place in zip(sampled, found.sample.places[feature, order].tolist(), strict=True):
-        example["is_repeated_datapoint"] = place in shown
+    sampled = format_examples(found.sample, feature, order, text, strings, settings, shown)
     peaks = found.sample.peaks[feature, order].double()
     levels = torch.linspace(1, 0, settings.quantiles + 1, dtype=torch.float64)
-    upper = 2.0 ** int(found.exponents[feature]) if count else 0.0
     return {
         "transcoder_id": str(layer),
         "index": feature,
@@ -93,24 +88,18 @@ def feature_record(
         ],
         "top_logits": [strings[token] for token in top_ids.tolist()],
         "bottom_logits": [strings[token] for token in bottom_ids.tolist()],
-        "act_min": rounded(found.smallest[feature]).item() if 0 < count == activity.num_tokens else 0.0,
-        "act_max": rounded(found.largest[feature]).item(),
-        "quantile_values": rounded(torch.quantile(peaks, levels)).tolist() if len(peaks) else [],
+        "act_min": round_digits(found.smallest[feature].item()) if 0 < count == activity.num_tokens else 0.0,
+        "act_max": round_digits(found.largest[feature].item()),
+        "quantile_values": round_all(torch.quantile(peaks, levels)) if len(peaks) else [],
         "histogram": found.histogram[feature].tolist(),
         "activation_frequency": count / activity.num_tokens,
         # What readers of the format do not ask for, and our pages show.
-        "histogram_range": [0.0, upper],
-        "top_logit_values": rounded(top_logits).tolist(),
-        "bottom_logit_values": rounded(bottom_logits).tolist(),
-        "feeds": shown_links(feeds.of(layer, feature)),
-        "reads": shown_links(reads.of(layer, feature)),
+        "histogram_range": [0.0, 2.0 ** int(found.exponents[feature]) if count else 0.0],
+        "top_logit_values": round_all(top_logits),
+        "bottom_logit_values": round_all(bottom_logits),
+        "feeds": [[*partner, round_digits(weight)] for *partner, weight in feeds.of(layer, feature)],
+        "reads": [[*partner, round_digits(weight)] for *partner, weight in reads.of(layer, feature)],
     }
-
-
-def shown_links(links: list[tuple[int, int, float]]) -> list[list]:
-    """Layer, feature and weight of each link, as the files hold them."""
-    weights = rounded([weight for _, _, weight in links]).tolist()
-    return [[layer, feature, weight] for (layer, feature, _), weight in zip(links, weights, strict=True)]
 
 
 def sample_order(sample: Examples, feature: int) -> Tensor:
@@ -121,38 +110,34 @@ def sample_order(sample: Examples, feature: int) -> Tensor:
     return earliest[peaks[earliest].argsort(descending=True, stable=True)]
 
 
-def shown_examples(
+def format_examples(
     examples: Examples,
     feature: int,
+    order: Tensor,
     text: Tensor,
     strings: dict[int, str],
     settings: ExampleSettings,
-    order: Tensor | None = None,
+    shown: Collection[int] = (),
 ) -> list[dict]:
     """
-    The examples of one feature as the files hold them, in the order in which they are kept, or in another one. A
-    window ends where its block or the text does.
+    The examples of one feature at `order` as the files hold them; `shown` are the places of those that were shown
+    before. A window ends where its block or the text does.
     """
-    context_size = text.shape[1]
-    places = examples.places[feature] if order is None else examples.places[feature, order]
-    windows = rounded(examples.windows[feature] if order is None else examples.windows[feature, order])
-    shown = []
-    for place, window in zip(places.tolist(), windows, strict=True):
-        if place < 0:
-            continue
+    context_size, formatted = text.shape[1], []
+    for place, window in zip(examples.places[feature, order].tolist(), examples.windows[feature, order], strict=True):
         block, position = divmod(place, context_size)
-        first, last = max(0, position - settings.before), min(context_size, position + settings.after + 1)
+        start = position - settings.before
+        first, last = max(0, start), min(context_size, start + settings.width)
         ids = [token for token in text[block, first:last].tolist() if token >= 0]  # padding is at the end
-        offset = first - (position - settings.before)
-        shown.append(
+        formatted.append(
             {
                 "tokens": [strings[token] for token in ids],
-                "tokens_acts_list": window[offset : offset + len(ids)].tolist(),
+                "tokens_acts_list": round_all(window[first - start : first - start + len(ids)]),
                 "train_token_ind": position - first,
-                "is_repeated_datapoint": False,
+                "is_repeated_datapoint": place in shown,
             }
         )
-    return shown
+    return formatted
 
 
 def quantile_bands(sampled: list[dict], quantiles: int) -> list[dict]:
@@ -166,15 +151,13 @@ def quantile_bands(sampled: list[dict], quantiles: int) -> list[dict]:
     return bands
 
 
-def rounded(values) -> np.ndarray:
-    """Values as float64 with 5 significant digits, so that they are short when written."""
-    values = np.asarray(values, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        digits = DIGITS - 1 - np.floor(np.log10(np.abs(values)))
-    # Beyond 1e22 a power of ten is no float64 of its own, and numbers of that size are as good as zero or infinite.
-    digits = np.clip(np.where(np.isfinite(digits), digits, 0), -22, 22)
-    up, down = 10.0 ** np.maximum(digits, 0), 10.0 ** np.maximum(-digits, 0)
-    return np.rint(values / down * up) / up * down
+def round_digits(value: float) -> float:
+    """A number with 5 significant digits, so that it is short when written."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def round_all(values: Tensor) -> list[float]:
+    return [round_digits(value) for value in values.tolist()]
 
 
 def token_string(tokenizer, token: int) -> str:
@@ -200,7 +183,7 @@ def piece_bytes(piece: str) -> bytes | None:
     return None
 
 
-def shown_name(value) -> str:
+def short_name(value) -> str:
     """A name for readers: of a local file or folder only its last part."""
     path = Path(str(value)).expanduser()
     return path.absolute().name if path.exists() else str(value)
@@ -256,25 +239,23 @@ def write_page(path: Path, **values) -> None:
 
 def write_layer_page(path: Path, records: Iterator[bytes], activity: FeatureActivity, layer: int, clt: str) -> None:
     """
-    Writes the page of one layer: a list of its features, and their `records`, JSON in gzip. They are in the page in
-    base64, and it unpacks the one that is looked at; `clt` is the name of the CLT.
+    Writes the page of one layer of the CLT named `clt`: a list of its features, and their packed `records` in base64,
+    of which it unpacks the one that is looked at.
     """
-    found, num_tokens = activity.layers[layer], activity.num_tokens
+    found = activity.layers[layer]
     summary = {
         "layer": layer,
         "layers": len(activity.layers),
-        "tokens": num_tokens,
+        "tokens": activity.num_tokens,
         "counts": found.counts.tolist(),
         "peaks": [float(f"{peak:.3g}") for peak in found.largest.tolist()],
     }
     write_page(
         path,
-        title=f"Layer {layer}: features of {clt}",
         clt=clt,
         layer=layer,
-        num_layers=len(activity.layers),
-        facts=f"{len(found.counts):,} features, {int((found.counts > 0).sum()):,} of them active on {num_tokens:,} "
-        f"tokens; L0 {found.counts.sum().item() / num_tokens:.1f}",
+        num_active=int((found.counts > 0).sum()),
+        l0=found.counts.sum().item() / activity.num_tokens,
         summary=summary,
         records=(base64.b64encode(packed).decode("ascii") for packed in records),
     )
@@ -282,26 +263,23 @@ def write_layer_page(path: Path, records: Iterator[bytes], activity: FeatureActi
 
 def write_index_page(path: Path, activity: FeatureActivity, made_with: dict[str, str], clt: str) -> None:
     """Writes the page that leads to the layers, with the settings that everything was made with."""
+    layers = [
+        {
+            "l0": layer.counts.sum().item() / activity.num_tokens,
+            "never_active": (layer.counts == 0).double().mean().item(),
+            "largest": layer.largest.max().item(),
+        }
+        for layer in activity.layers
+    ]
     write_page(
-        path,
-        title=f"Features of {clt}",
-        facts=f"{activity.num_tokens:,} tokens in {activity.num_blocks:,} blocks were looked at.",
-        layers=[
-            (
-                layer.counts.sum().item() / activity.num_tokens,
-                (layer.counts == 0).double().mean().item(),
-                layer.largest.max().item(),
-            )
-            for layer in activity.layers
-        ],
-        made_with=made_with,
+        path, clt=clt, tokens=activity.num_tokens, blocks=activity.num_blocks, layers=layers, made_with=made_with
     )
 
 
 # -- everything, in order ---------------------------------------------------------------------------------------------
 
 
-def settings_digest(clt: CrossLayerTranscoder) -> str:
+def weights_digest(clt: CrossLayerTranscoder) -> str:
     """A short name for the weights, from biases and thresholds alone, so that two CLTs of one name are told apart."""
     digest = sha256()
     for layer in range(clt.config.num_layers):
@@ -313,7 +291,7 @@ def settings_digest(clt: CrossLayerTranscoder) -> str:
 
 def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> bool:
     """
-    Makes the folder ready: nothing of another run is in it.
+    Makes the folder ready, so that no files of other settings are in it, and writes the settings.
 
     Args:
         output (`Path`): The folder; made if absent.
@@ -321,7 +299,7 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
         overwrite (`bool`, *optional*, defaults to `False`): Remove feature pages that are there.
 
     Returns:
-        `bool`: Whether everything is there already.
+        `bool`: Whether the pages are finished already.
 
     Raises:
         ValueError: If the folder holds pages made with other settings, or files of these names of unknown origin.
@@ -331,11 +309,10 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
     path = output / SETTINGS_FILE
     try:
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:  # it is then refused as a file of something else
+    except ValueError:  # refused below, as a file of something else
         old = {}
-    names = [SETTINGS_FILE, INDEX_FILE, "index.html", ACTIVITY_FILE, LINKS_FILE]
-    present = [output / name for name in names if (output / name).exists()]
-    present += [*output.glob("layer_*.html"), *output.glob("features/layer_*.bin")]
+    names = (SETTINGS_FILE, INDEX_FILE, "index.html", ACTIVITY_FILE, "layer_*.html", "features/layer_*.bin")
+    present = [file for name in names for file in output.glob(name)]
     if present and "clt_digest" not in old:
         raise ValueError(
             f"output={str(output)!r} holds {present[0].name}, which is not of feature pages; give another folder"
@@ -398,7 +375,7 @@ def build_feature_pages(
         ValueError: If an argument does not fit, the language model has no unembedding, or `output` holds something
             else.
     """
-    examples = ExampleSettings() if examples is None else examples
+    examples = examples or ExampleSettings()
     for name, value, smallest in (("logits", logits, 1), ("links", links, 0), ("batch_size", batch_size, 1)):
         if value < smallest:
             raise ValueError(f"{name}={value} is below {smallest}; give {smallest} or more")
@@ -406,50 +383,40 @@ def build_feature_pages(
     if head is None or getattr(head, "weight", None) is None:
         raise ValueError("the language model has no unembedding (output embeddings); load it as a causal LM")
     output = Path(output).expanduser()
-    title = shown_name(settings.get("clt") or clt.config.name_or_path or "a CLT")
+    name = short_name(settings.get("clt") or clt.config.name_or_path or "a CLT")
     kept = {f"examples_{name}": value for name, value in vars(examples).items()}
-    settings = {**settings, **kept, "logits": logits, "links": links, "clt_digest": settings_digest(clt)}
+    settings = {**settings, **kept, "logits": logits, "links": links, "clt_digest": weights_digest(clt)}
     if prepare_output(output, settings, overwrite):
         return None
 
+    file = output / ACTIVITY_FILE
     activity = collect_activity(
-        clt,
-        harvester,
-        tokens,
-        examples,
-        batch_size,
-        file=output / ACTIVITY_FILE,
-        save_seconds=save_seconds,
-        progress=progress,
+        clt, harvester, tokens, examples, file, batch_size, save_seconds=save_seconds, progress=progress
     )
-    strongest = strongest_links(clt, activity.active(), links, file=output / LINKS_FILE, progress=progress)
+    strongest = strongest_links(clt, activity.active(), links, progress=progress)
     text = torch.cat(activity.text)
     # Rows beyond the tokenizer's entries, with which some models fill their vocabulary up, name no token.
     unembedding = head.weight[: len(tokens.tokenizer)]
     ids = {*text[text >= 0].unique().tolist(), *range(len(unembedding))}
     strings = {token: token_string(tokens.tokenizer, token) for token in ids}
-    total = clt.config.num_layers * clt.config.num_features
-    with tqdm(total=total, desc="Writing", unit="feature", disable=not progress, leave=False) as bar:
-        for layer in range(clt.config.num_layers):
-            bar.set_postfix_str(f"layer {layer}")
-            binary = output / "features" / f"layer_{layer}.bin"
-            if not binary.exists():
-                decoder = clt.released_layer(layer)[f"W_dec_{layer}"]
-                extremes = logit_extremes(decoder, unembedding, logits)
-                with replacing(binary) as temporary, open(temporary, "wb") as file:
-                    for feature in range(clt.config.num_features):
-                        packed = pack_record(
-                            feature_record(activity, extremes, strongest, text, strings, layer, feature)
-                        )
-                        file.write(struct.pack("<I", len(packed)) + packed)
-                        bar.update()
-            write_layer_page(output / f"layer_{layer}.html", read_records(binary), activity, layer, title)
-            bar.update((layer + 1) * clt.config.num_features - bar.n)
-    made_with = {name: shown_name(value) for name, value in settings.items() if value is not None}
-    write_index_page(output / "index.html", activity, made_with, title)
-    write_index(output / "features", clt.config.num_layers)  # last: where it is, everything is
-    for name in (ACTIVITY_FILE, LINKS_FILE):
-        (output / name).unlink(missing_ok=True)
+    config = clt.config
+    for layer in range(config.num_layers):
+        binary = output / "features" / f"layer_{layer}.bin"
+        features = tqdm(
+            range(config.num_features), f"Writing layer {layer}", unit="feature", disable=not progress, leave=False
+        )
+        if not binary.exists():
+            extremes = logit_extremes(clt.released_layer(layer)[f"W_dec_{layer}"], unembedding, logits)
+            with replacing(binary) as temporary, open(temporary, "wb") as opened:
+                for feature in features:
+                    record = feature_record(activity, extremes, strongest, text, strings, layer, feature)
+                    packed = pack_record(record)
+                    opened.write(struct.pack("<I", len(packed)) + packed)
+        write_layer_page(output / f"layer_{layer}.html", read_records(binary), activity, layer, name)
+    made_with = {name: short_name(value) for name, value in settings.items() if value is not None}
+    write_index_page(output / "index.html", activity, made_with, name)
+    write_index(output / "features", config.num_layers)  # last: where it is, everything is
+    file.unlink(missing_ok=True)
     return activity
 
 
@@ -459,7 +426,7 @@ __all__ = [
     "pack_record",
     "prepare_output",
     "read_records",
-    "rounded",
+    "round_digits",
     "token_string",
     "write_index",
 ]

@@ -690,10 +690,10 @@ def test_sums_by_hand():
     """p = (3/4, 1/4), q = (1/4, 3/4): KL = 3/4·ln 3 - 1/4·ln 3; the ablation is uniform; twice, with other targets."""
     three = math.log(3)
     original, replaced, ablated = (torch.tensor([row, row]) for row in ([three, 0.0], [0.0, three], [1.0, 1.0]))
-    sums = prediction_sums(original, replaced, ablated, torch.tensor([0, 1]), torch.device("cpu"))
+    sums = prediction_sums(original, replaced, ablated, torch.tensor([0, 1]))
     ce = math.log(4 / 3) + math.log(4)
     assert sums.tolist() == pytest.approx([ce, ce, 2 * math.log(2), three, 0, 2], rel=1e-6)
-    sums = prediction_sums(original[:1], original[:1], ablated[:1], torch.tensor([0]), torch.device("cpu"))
+    sums = prediction_sums(original[:1], original[:1], ablated[:1], torch.tensor([0]))
     assert sums.tolist() == pytest.approx([math.log(4 / 3), math.log(4 / 3), math.log(2), 0, 1, 1], rel=1e-6)
 
 

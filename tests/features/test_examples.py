@@ -11,9 +11,7 @@ from hf_clt.features.examples import (
     LayerActivity,
     add_to_histogram,
     add_tokens,
-    block_peaks,
     sample_keys,
-    windows_at,
 )
 from hf_clt.features.links import logit_extremes, strongest_links
 from hf_clt.sparsity import sparse_from_dense
@@ -42,32 +40,6 @@ def acts(counted):
     acts[torch.rand(acts.shape) < 0.5] = 0
     acts[:, 2] = 0
     return acts
-
-
-def test_peaks_are_the_first_of_the_largest(acts, counted):
-    blocks, positions = counted.nonzero(as_tuple=True)
-    peaks, at = block_peaks(sparse(acts), blocks, positions, 5)
-    for feature in range(6):
-        for block in range(5):
-            row = acts[blocks == block, feature].tolist()
-            largest = max(row, default=0)
-            assert peaks[feature, block] == largest
-            expected = positions[blocks == block].tolist()[row.index(largest)] if largest > 0 else -1
-            assert at[feature, block] == expected
-
-
-def test_windows_are_zero_outside_of_the_block_and_on_tokens_that_do_not_count(acts, counted):
-    dense = torch.zeros(5, 7, 6)
-    dense[counted] = acts
-    tokens_at = torch.full((5, 7), -1)
-    tokens_at[counted] = torch.arange(len(acts))
-    feature, block, start = (part.flatten() for part in torch.meshgrid(*(torch.arange(6),) * 3, indexing="ij"))
-    block, start = block % 5, start * 2 - 4
-    windows = windows_at(sparse(acts), tokens_at, feature, block, start, 5)
-    for window, f, b, first in zip(windows.tolist(), feature.tolist(), block.tolist(), start.tolist(), strict=True):
-        assert window == [dense[b, p, f].item() if 0 <= p < 7 else 0.0 for p in range(first, first + 5)]
-    nothing = sparse(torch.zeros(len(acts), 6))
-    assert windows_at(nothing, tokens_at, feature, block, start, 5).abs().sum() == 0
 
 
 def test_histogram_is_that_of_the_final_bins_whatever_the_order():
@@ -102,7 +74,7 @@ def test_sample_keys_are_uniform_and_each_their_own():
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
 def test_a_layer_is_the_same_however_its_blocks_come(acts, counted, at_a_time):
     settings = ExampleSettings(top=3, quantiles=2, per_quantile=1, before=1, after=2, seed=5)
-    activity = LayerActivity.none(6, settings)
+    activity = LayerActivity(6, settings)
     starts = [0, *counted.sum(dim=1).cumsum(0).tolist()]
     for first in range(0, 5, at_a_time):
         last = min(5, first + at_a_time)
@@ -224,26 +196,3 @@ def test_a_virtual_weight_is_how_a_feature_moves_a_later_pre_activation():
     assert len(links) == 21
     for layer, feature, weight in links:
         assert moved[layer, feature].item() == pytest.approx(1.5 * weight, abs=2e-5)
-
-
-def test_links_go_on_where_they_were_interrupted(tmp_path, monkeypatch):
-    clt, active = clt_of(4), torch.ones(4, 7, dtype=torch.bool)
-    whole = strongest_links(clt, active, 3)
-    released, calls = clt.released_layer, []
-
-    def interrupted(layer):
-        calls.append(layer)
-        if len(calls) == 4 + 3:  # the encoders, and two source layers
-            raise KeyboardInterrupt
-        return released(layer)
-
-    monkeypatch.setattr(clt, "released_layer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        strongest_links(clt, active, 3, file=tmp_path / "links")
-    calls.clear()
-    resumed = strongest_links(clt, active, 3, file=tmp_path / "links")
-    assert calls == [0, 1, 2, 3, 2, 3]
-    for one, other in zip(whole, resumed, strict=True):
-        assert torch.equal(one.weights, other.weights) and torch.equal(one.partners, other.partners)
-    with pytest.raises(ValueError, match="does not fit this CLT or --links"):
-        strongest_links(clt, active, 4, file=tmp_path / "links")

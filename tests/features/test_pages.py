@@ -23,7 +23,7 @@ from hf_clt.commands import features as script
 from hf_clt.features import pages as module
 from hf_clt.features.examples import ExampleSettings, sample_keys
 from hf_clt.features.links import strongest_links
-from hf_clt.features.pages import build_feature_pages, read_records, rounded, token_string
+from hf_clt.features.pages import build_feature_pages, read_records, round_digits, token_string
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.tokens import TokenStream, load_text_dataset
 
@@ -254,8 +254,8 @@ def test_every_number_against_plain_loops(pages, clt, dense, language_model):
 
 
 def test_rounded_keeps_five_digits():
-    values = [0, 1.2345678, -0.00012345678, 123456.78, 1e-30, 3e20, 1 / 3]
-    assert rounded(values).tolist() == [0, 1.2346, -0.00012346, 123460, 0, 3e20, 0.33333]
+    values = [0, 1.2345678, -0.00012345678, 123456.78, 1.2345678e-30, 3e20, 1 / 3]
+    assert [round_digits(value) for value in values] == [0, 1.2346, -0.00012346, 123460, 1.2346e-30, 3e20, 0.33333]
 
 
 def test_tokens_that_are_parts_of_characters_are_shown_as_bytes(language_model):
