@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from hf_clt import ActivationBuffer
 from hf_clt.harvest.dealing import deal_buffers
 from hf_clt.harvest.harvester import ActivationError, Harvester, load_language_model
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.harvest.text import load_text_dataset
+from hf_clt.harvest.tokens import TokenStream
 
 
 LAYERS, WIDTH = 3, 2
