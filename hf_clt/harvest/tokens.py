@@ -167,7 +167,7 @@ class TokenStream:
         Raises:
             ValueError: If the state was taken with other settings, or from another text or tokenizer.
         """
-        self._check_settings(state["settings"])
+        self._check_settings(state.get("settings", {}))
         self.rewind()
         self._position = copy.deepcopy(state["position"])
         with self._reading():
@@ -183,13 +183,14 @@ class TokenStream:
         Raises:
             ValueError: As [`load_state_dict`].
         """
+        for state in states:
+            self._check_settings({**state.get("settings", {}), "rank": self.rank, "world_size": self.world_size})
         self.rewind()
         positions = [state["position"] for state in states]
         if None in positions:
             return
         first = min(states, key=lambda state: state["position"]["piece"])
         share = first["settings"]["rank"], first["settings"]["world_size"]
-        self._check_settings({**first["settings"], "rank": self.rank, "world_size": self.world_size})
         document = min(position.get("next", -1) for position in positions)  # all before it was read
         with self._reading():
             # At its own position, to see that the text is the same; from there on to this process's first piece.
