@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.evaluation.replacement import replacement_metrics
 from hf_clt.harvest.harvester import ActivationError
-from hf_clt.harvest.tokens import StreamError
+from hf_clt.harvest.text import StreamError
 from hf_clt.hub.card import card_from_folder
 from hf_clt.hub.facts import read_facts
 from hf_clt.kernels import encode
