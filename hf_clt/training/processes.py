@@ -47,8 +47,8 @@ def connect_hosts(accelerator) -> None:
 
 def disconnect() -> None:
     """
-    Ends the connections at the end of a program. Left to the interpreter's shutdown, their threads may find Python gone
-    and abort a process that has done all its work.
+    Ends the connections at the end of a program. Left to the interpreter's shutdown, their threads may find Python
+    gone and abort a process that has done all its work.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
