@@ -51,7 +51,7 @@ def record_tokens(trainer: CLTTrainer) -> list:
 
     def recording():
         for slot in buffer.order[buffer.read : buffer.read + buffer.batch_size].tolist():
-            batch = buffer.live_batches[int(buffer.slot_batch[slot])]["tokens"]
+            batch = buffer.token_batches[int(buffer.slot_batch[slot])]
             prompt, position = batch["counted"].nonzero()[int(buffer.slot_row[slot])].tolist()
             trained.append([buffer.epoch, *identify_token(batch, prompt, position)])
         return next_batch()
