@@ -48,7 +48,7 @@ def decoder_seconds(features: LayerFeatures, weight: torch.Tensor, dense: bool, 
         synchronize(weight.device)
         start = time.perf_counter()
         with forced(dense):
-            out, _ = add_decoded(torch.zeros_like(grad), entries, weight, 0, num_targets)
+            out, _ = add_decoded(torch.zeros_like(grad), entries, weight, slice(0, num_targets))
             out.backward(grad)
         synchronize(weight.device)
         seconds.append(time.perf_counter() - start)

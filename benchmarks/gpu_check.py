@@ -25,8 +25,8 @@ from hf_clt.configuration_clt import TOPK_FAMILY
 from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
 from hf_clt.kernels import triton_rows
-from hf_clt.losses import largest_dead
-from hf_clt.sparsity import LayerFeatures, features_at, positions_batchtopk, positions_topk, true_positions
+from hf_clt.selection import largest_dead, positions_batchtopk, positions_topk
+from hf_clt.sparsity import LayerFeatures, features_at, true_positions
 from hf_clt.training.optimizers import CompactAdam
 
 from . import gpu_report
@@ -167,7 +167,7 @@ def step_errors(case: Case, dead_share: float) -> tuple[dict[str, float], bool]:
     revived = None
     if dead is not None and case.activation_fn in TOPK_FAMILY:
         with autocast(), torch.no_grad():
-            hidden = [encoder.pre_activations(inputs[:, s]) for s, encoder in enumerate(clt.encoders)]
+            hidden = [encoder(inputs[:, s]) for s, encoder in enumerate(clt.encoders)]
         revived = [largest_dead(h, dead[s], clt.config.aux_k) for s, h in enumerate(hidden)]
     wide = copy.deepcopy(clt).double()
     loss = dense_loss(wide, inputs.double(), labels.double(), output.features.layers, dead, revived)

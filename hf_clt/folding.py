@@ -109,6 +109,34 @@ def check_statistics(clt, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+@torch.no_grad()
+def set_statistics(clt, given: dict[str, Tensor], reparametrize: bool) -> None:
+    """See [`CrossLayerTranscoder.set_normalization`]."""
+    if clt.lazy:
+        raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to normalise it")
+    given = check_statistics(clt, given)
+    if reparametrize:
+        for std in (given["std_out"], clt.std_out):
+            if std is not None and scales_untie(clt.config, std):
+                raise ValueError(
+                    "decoder_tying='per_source' with a std_out that differs between layers cannot be "
+                    "reparametrized: load the CLT with decoder_tying='none'"
+                )
+        fold(clt)
+        inverse = unfold_statistics(*(given[name].double() for name in STATISTICS))
+        fold_into(clt, dict(zip(STATISTICS, inverse, strict=True)))
+    for name, value in given.items():
+        setattr(clt, name, value.to(at_least_float32(clt.dtype), copy=True))
+
+
+def fold(clt) -> None:
+    """See [`CrossLayerTranscoder.fold_normalization`]."""
+    if clt.mean_in is not None:
+        fold_into(clt, statistics_of(clt))
+        for name in STATISTICS:
+            setattr(clt, name, None)
+
+
 def statistics_of(clt) -> dict[str, Tensor]:
     """Those of a CLT that has some, in float64."""
     return {name: getattr(clt, name).double() for name in STATISTICS}
@@ -158,7 +186,7 @@ def folded(clt):
     modules = [*clt.encoders, *clt.decoders, *getattr(clt, "skips", ())]
     kept = [(m, name, p, p.detach().to("cpu", copy=True)) for m in modules for name, p in m.named_parameters()]
     try:
-        clt.fold_normalization()
+        fold(clt)
         yield
     finally:
         for module, name, parameter, values in kept:  # a decoder that was untied has another parameter now
@@ -174,6 +202,7 @@ __all__ = [
     "STATISTICS",
     "at_least_float32",
     "check_statistics",
+    "fold",
     "fold_decoder",
     "fold_encoder",
     "fold_into",
@@ -182,6 +211,7 @@ __all__ = [
     "folded",
     "narrow_tensors",
     "scales_untie",
+    "set_statistics",
     "statistics_of",
     "unfold_statistics",
 ]

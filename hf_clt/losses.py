@@ -1,26 +1,13 @@
 """
 The loss terms of a cross-layer transcoder, one pure function each. Every term is a mean over tokens, so doubling the
-batch changes nothing; over no tokens it is 0. Sources: Ameisen et al. 2025, "Circuit Tracing" (reconstruction, tanh
-sparsity, pre-activation loss); Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (auxiliary loss).
+batch changes nothing; over no tokens it is 0. Sources: Ameisen et al. 2025, "Circuit Tracing"
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .device import values_at_hand
-from .sharding import FeatureShard
-from .sparsity import (
-    GROUPS,
-    AtEntries,
-    LayerFeatures,
-    among_largest,
-    columns_of,
-    entries_at,
-    features_at,
-    positions_topk,
-    true_positions,
-)
+from .configuration_clt import CLTConfig
+from .sparsity import AtEntries, LayerFeatures
 
 
 def safe_sqrt(squares: Tensor) -> Tensor:
@@ -51,8 +38,8 @@ def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c:
 
 
 def preactivation_loss(
+    h: list[LayerFeatures],
     sums: list[Tensor],
-    above: list[LayerFeatures],
     thresholds: list[Tensor],
     decoder_norms: list[Tensor],
     dead: list[Tensor],
@@ -60,71 +47,61 @@ def preactivation_loss(
     """
     mean_N Σ over dead (s, f) of max(θ - h, 0) · ‖W_dec[s][f]‖: pulls dead features up to their threshold.
 
-    Nearly all of these h are below θ, where the maximum is linear: Σ_n max(θ - h, 0) = N θ - Σ_n h, and θ - h too much
-    for each h above θ. So no other h has to be kept, and no gradient is a product over all tokens.
+    Nearly all of these h are below θ, where the maximum is linear: Σ_n max(θ - h, 0) =
+    N θ - Σ_n h + Σ_n max(h - θ, 0), and the last sum has listed entries alone. So no other h has to be kept, and no
+    gradient is a product over all tokens.
 
     Args:
+        h: The pre-activations of each source layer, at least those above their threshold.
         sums: Σ_n h of the dead features, one (dead,) tensor per source layer.
-        above: The entries of dead features above their thresholds; values h.
         thresholds: One (F,) tensor of θ per source layer (0 for relu).
         decoder_norms: One (F,) tensor per source layer.
         dead: The dead features of each source layer, int64 vectors.
     """
-    num_tokens = above[0].num_tokens
+    num_tokens = h[0].num_tokens
     terms = []
-    for sum_h, entries, threshold, norms, f in zip(sums, above, thresholds, decoder_norms, dead, strict=True):
+    for entries, sum_h, threshold, norms, f in zip(h, sums, thresholds, decoder_norms, dead, strict=True):
         terms.append((norms[f] * (num_tokens * threshold[f] - sum_h)).sum())
-        missing = entries.values - AtEntries.apply(threshold, entries)
-        terms.append((AtEntries.apply(norms, entries) * missing).sum())
+        excess = torch.relu(entries.values - AtEntries.apply(threshold, entries))
+        norms_of_dead = norms * torch.zeros_like(norms).index_fill(0, f, 1)
+        terms.append((AtEntries.apply(norms_of_dead, entries) * excess).sum())
     return torch.stack(terms).sum() / max(1, num_tokens)
 
 
-@torch.no_grad()
-def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None = None) -> LayerFeatures:
+def auxiliary_loss(targets: Tensor, reconstruction: Tensor, explained: Tensor) -> Tensor:
     """
-    The `aux_k` largest pre-activations of each token among the dead features of one layer, all of them when fewer. On
-    a GPU, where their number is not asked for, entries of other features, with -inf, then make up the number.
+    Σ_t mean_N ‖(ỹ_t - ỹ̂_t) - what dead features write to t‖²: they explain what the others leave, which is held fixed.
+    All are (N, L, D), `explained` without output biases and skips.
+    """
+    return reconstruction_loss((targets - reconstruction).detach(), explained)
+
+
+def norms_over_targets(squares: list[Tensor], config: CLTConfig) -> list[Tensor]:
+    """
+    ‖W_dec[s][f]‖ over all targets and dimensions, (F,) per source layer, with a finite gradient at 0.
 
     Args:
-        h: (N, F).
-        dead: (F,) bool.
-        aux_k: Features per token.
-        shard: Where features are spread over a group of processes, all of whose dead features compete.
+        squares: Σ of W_dec² of each decoder as stored, (F,): a tied decoder counts once.
+        config: Says which decoders a source layer writes through.
     """
-    num_tokens, num_features = h.shape
-    if values_at_hand(h):  # the dead columns alone are looked through
-        features = true_positions(dead)
-        per_token = min(aux_k, len(features))
-        whole_groups = (0, 0, 0, -len(features) % max(GROUPS))  # in which `positions_topk` looks through them
-        columns = pad(columns_of(h, features).T, whole_groups, value=-torch.inf).T
-    else:
-        features, per_token = None, min(aux_k, num_features)
-        columns = h.masked_fill(~dead, -torch.inf)
-    entries = entries_at(columns, positions_topk(columns, per_token))
-    indices = entries.indices
-    if features is not None:  # a column that was added can be chosen where h is -inf itself, in a run that diverges
-        indices = features[indices.clamp(max=max(0, len(features) - 1))]
-    found = LayerFeatures(entries.values, indices, entries.offsets, num_features)
-    if shard is None:
-        return found
-    # Processes with fewer dead features than others fill their candidates up with -inf.
-    candidates = h.new_full((num_tokens, min(aux_k, num_features)), -torch.inf)
-    candidates[:, :per_token] = found.values.view(num_tokens, per_token)
-    kept = among_largest(candidates, min(aux_k, shard.size * candidates.shape[1]), shard)
-    return found.take(true_positions(kept[:, :per_token]))
+    reached = [range(s, s + config.num_targets(s)) for s in range(config.num_layers)]
+    if config.decoder_tying == "per_source":
+        squares = [square * len(targets) for square, targets in zip(squares, reached, strict=True)]
+    elif config.decoder_tying == "per_target":
+        squares = [torch.stack([squares[t] for t in targets]).sum(dim=0) for targets in reached]
+    return [safe_sqrt(square) for square in squares]
 
 
-@torch.no_grad()
-def dead_above(h: Tensor, dead: Tensor, threshold: Tensor) -> LayerFeatures:
-    """The entries of dead features of one layer, (dead,) int64, above their thresholds; h (N, F), θ (F,)."""
-    columns = columns_of(h, dead)
-    entries = features_at(columns, columns > threshold[dead])
-    return LayerFeatures(entries.values, dead[entries.indices], entries.offsets, h.shape[1])
+def list_by_layer(dead: Tensor) -> list[Tensor]:
+    """The features that are true in (L, F), an int64 vector per layer."""
+    layer, feature = dead.nonzero(as_tuple=True)
+    return list(feature.split(layer.bincount(minlength=len(dead)).tolist()))
 
 
 __all__ = [
-    "dead_above",
-    "largest_dead",
+    "auxiliary_loss",
+    "list_by_layer",
+    "norms_over_targets",
     "preactivation_loss",
     "reconstruction_loss",
     "safe_sqrt",

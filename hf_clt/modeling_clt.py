@@ -8,8 +8,6 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,32 +21,26 @@ from transformers.utils import ModelOutput
 
 from . import folding
 from . import release as files
-from .configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
+from .configuration_clt import TOPK_FAMILY, CLTConfig
 from .device import values_at_hand
-from .download import HUB_ARGUMENTS, find_folder
 from .folding import STATISTICS, at_least_float32
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
-from .losses import dead_above, largest_dead, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
-from .sharding import FeatureShard, any_over, min_over, rows_of, sum_over, uniform_
-from .sparsity import (
-    AtEntries,
-    JumpReLU,
-    LayerFeatures,
-    SparseFeatures,
-    batchtopk_over_layers,
-    entries_at,
-    features_at,
-    positions_batchtopk,
-    positions_topk,
-    sparse_from_dense,
-    topk_over_layers,
+from .losses import (
+    auxiliary_loss,
+    list_by_layer,
+    norms_over_targets,
+    preactivation_loss,
+    reconstruction_loss,
+    sparsity_loss,
 )
+from .selection import largest_dead, select, shares_budget, within_budget
+from .sharding import FeatureShard, any_over, min_over, rows_of, sum_over, uniform_
+from .sparsity import LayerFeatures, SparseFeatures, activate, sparse_from_dense
 
-
-logger = logging.getLogger(__name__)
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
+ALL_LAYERS = slice(None)
 
 
 @dataclass
@@ -78,55 +70,31 @@ class CLTOutput(ModelOutput):
 
 
 class Encoder(nn.Module):
-    """
-    h_s = W_enc[s] x̃_s + b_enc[s], (N, D) to (N, F), of which only the entries that are asked for stay.
-    """
+    """h_s = W_enc[s] x̃_s + b_enc[s], (N, D) to (N, F), in at least float32."""
 
     def __init__(self, num_features: int, d_model: int):
         super().__init__()
         self.weight = nn.Parameter(wide_empty(num_features, d_model))
         self.bias = nn.Parameter(wide_empty(num_features))
 
-    def forward(
-        self,
-        x: Tensor,
-        select: list[Callable[[Tensor], LayerFeatures]] | None = None,
-        selected: list[LayerFeatures] | None = None,
-        dead: Tensor | None = None,
-    ) -> tuple[LayerFeatures, int, Tensor | None]:
-        """
-        Args:
-            x: (N, D).
-            select: From all pre-activations, (N, F), to the entries that matter; and perhaps, in a second function, to
-                those of dead features, which stand in the result as if N more tokens had them.
-            selected: Such entries, instead of `select`.
-            dead: Features of which Σ_n h is wanted, (dead,) int64.
+    def forward(self, x: Tensor) -> Tensor:
+        with record_function("clt::encode"):
+            return encode_dense(*self._wide(x))
 
-        Returns:
-            The entries with their h, how many of them are of the first function, and Σ_n h of the dead features,
-            (dead,) or None; all differentiable.
-        """
+    def at(self, x: Tensor, selected: LayerFeatures) -> LayerFeatures:
+        """h at selected entries, whose values it is already: here it is made differentiable."""
+        if selected.first is not None:  # more features of the same tokens follow
+            x = x.repeat(2, 1)
+        return pre_activations_at(x, self.weight, self.bias, selected)
+
+    def sums(self, x: Tensor, features: Tensor) -> Tensor:
+        """Σ_n h of the given features, an int64 vector."""
         x, weight, bias = self._wide(x)
-        if selected is None:
-            with torch.no_grad():
-                with record_function("clt::encode"):
-                    h = encode_dense(x, weight, bias)
-                with record_function("clt::select"):
-                    selected = [choose(h) for choose in select]
         # no matmul, which autocast would round to half precision
-        sums = None if dead is None else (weight[dead] * x.sum(dim=0)).sum(dim=1) + len(x) * bias[dead]
-        listed = selected[0] if len(selected) == 1 else selected[0].followed_by(selected[1])
-        features = pre_activations_at(x if len(selected) == 1 else x.repeat(2, 1), weight, bias, listed)
-        return features, selected[0].indices.numel(), sums
-
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """h of all features, (N, D) to (N, F)."""
-        return encode_dense(*self._wide(x))
+        return (weight[features] * x.sum(dim=0)).sum(dim=1) + len(x) * bias[features]
 
     def _wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = at_least_float32(
-            self.weight.dtype
-        )  # less than float32 only in mapped files, and after `clt.to(dtype)`
+        dtype = at_least_float32(self.weight.dtype)  # it is less in mapped files, and after `clt.to(dtype)`
         return x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
 
 
@@ -170,16 +138,16 @@ class Decoder(nn.Module):
         self.in_file = False  # whether the weight is mapped from its file (`lazy=True`)
 
     def forward(
-        self, reconstruction: Tensor, features: LayerFeatures, target: int, num_targets: int, with_squares: bool
+        self, reconstruction: Tensor, features: LayerFeatures, targets: slice, with_squares: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """
-        Adds a_s W_dec[s] to target layers `target` to `target + num_targets` of (N, L, D), in place; with it, on
-        demand, the sum of W_dec² over targets and dimensions, (F,), as stored (a tied decoder counts once).
+        Adds a_s W_dec[s] to the `targets` of (N, L, D), in place; with it, on demand, the sum of W_dec² over targets
+        and dimensions, (F,), as stored (a tied decoder counts once).
         """
         with record_function("clt::decode"):
             if self.in_file:
                 files.read_ahead(self.weight, features.indices)
-            added, squares = add_decoded(reconstruction, features, self.weight, target, num_targets, with_squares)
+            added, squares = add_decoded(reconstruction, features, self.weight, targets, with_squares)
         if self.weight.dtype == torch.float16 and not added.isfinite().all():
             raise ValueError("the reconstruction exceeds float16, which ends at 65,504; load the CLT in bfloat16")
         return added, squares
@@ -290,40 +258,40 @@ class CrossLayerTranscoder(PreTrainedModel):
             ValueError: If a shape does not fit, or for a batchtopk model in eval mode that was never trained.
         """
         config = self.config
-        if dead is not None and tuple(dead.shape) != (config.num_layers, self.num_held):
-            raise ValueError(
-                f"dead has shape {tuple(dead.shape)}; expected (num_layers={config.num_layers}, "
-                f"num_features={self.num_held})"
-            )
-        x = self._normalized_inputs(inputs)
-        revived = None if dead is None or labels is None else self._to_revive(dead)
-        features, written, above, sums = self._features(x, self.training, self.training, revived)
-        penalises = config.sparsity_lambda > 0
-        revives = revived is not None and config.activation_fn not in TOPK_FAMILY
-        wants_norms = labels is not None and (penalises or revives)
-        normalized, norms = self._decode(written, x, with_norms=wants_norms)
-        normalized, *explained = normalized.split(max(1, len(x)))  # the second half is of dead features
-        reconstruction = self._denormalize(normalized, inputs.shape[:-2])
+        rows = self._rows(inputs, labels, dead)
+        revives = labels is not None and dead is not None and self._revives(dead)
+        is_topk = config.activation_fn in TOPK_FAMILY
+        has_penalty = labels is not None and config.sparsity_lambda > 0
+        has_preactivation, has_auxiliary = revives and not is_topk, revives and is_topk
+
+        x = self.normalize_inputs(rows)
+        h, written = self._encode(x, self.training, dead if has_auxiliary else None)
+        features = [layer.without_followers() for layer in written]
+        if self.training and config.activation_fn == "batchtopk":
+            self._update_running_thresholds(features)
+        normalized, norms = self._decode(written, x, with_norms=has_penalty or has_preactivation)
+        if has_auxiliary:
+            normalized, explained = normalized.split([len(x), len(x)])
+        reconstruction = self.denormalize(normalized).view(inputs.shape)
         sparse = SparseFeatures(features, inputs.shape[:-2])
         if labels is None:
             return CLTOutput(reconstruction=reconstruction, features=sparse)
-        if labels.shape != inputs.shape:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}, inputs {tuple(inputs.shape)}; they must agree")
 
-        targets = self._normalized_targets(labels)
+        targets = self.normalize_targets(labels.reshape(rows.shape))
         error = reconstruction_loss(targets, normalized)
         penalty = preactivation = auxiliary = 0 * error  # an absent term can be back-propagated as well
-        if penalises:
+        if has_penalty:
             penalty = sum_over(self.shard, sparsity_loss(features, norms, config.sparsity_c))
             penalty = config.sparsity_lambda * sparsity_scale * penalty
-        if revives:
-            thetas = self._thresholds_or_zero()
-            preactivation = sum_over(self.shard, preactivation_loss(sums, above, thetas, norms, revived))
+        if has_preactivation:
+            listed = list_by_layer(dead)
+            sums = [encoder.sums(x[:, s], listed[s]) for s, encoder in enumerate(self.encoders)]
+            thetas = [self.theta(s) + torch.zeros_like(encoder.bias) for s, encoder in enumerate(self.encoders)]
+            preactivation = sum_over(self.shard, preactivation_loss(h, sums, thetas, norms, listed))
             preactivation = config.preactivation_coef * preactivation
-        elif explained:
+        if has_auxiliary:
             is_any_dead = sum_over(self.shard, dead.any().to(error.dtype)) > 0
-            auxiliary = reconstruction_loss((targets - normalized).detach(), explained[0])
-            auxiliary = config.aux_coef * auxiliary * is_any_dead
+            auxiliary = config.aux_coef * auxiliary_loss(targets, normalized, explained) * is_any_dead
         return CLTOutput(
             loss=error + penalty + preactivation + auxiliary,
             reconstruction_loss=error,
@@ -334,14 +302,14 @@ class CrossLayerTranscoder(PreTrainedModel):
             features=sparse,
         )
 
-    def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
-        """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
-        features, *_ = self._features(self._normalized_inputs(inputs), training=self.training)
-        return SparseFeatures(features, inputs.shape[:-2])
-
     def encode(self, inputs: Tensor) -> Tensor:
         """Feature activations (..., L, F) of raw inputs (..., L, D)."""
         return self.encode_sparse(inputs).to_dense()
+
+    def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
+        """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
+        _, features = self._encode(self.normalize_inputs(self._rows(inputs)), self.training)
+        return SparseFeatures(features, inputs.shape[:-2])
 
     def decode(self, acts: Tensor | SparseFeatures, inputs: Tensor | None = None) -> Tensor:
         """
@@ -362,165 +330,130 @@ class CrossLayerTranscoder(PreTrainedModel):
         if self.config.skip_connection:
             if inputs is None:
                 raise ValueError("this CLT has a skip connection: call decode(acts, inputs) with the raw inputs")
-            x = self._normalized_inputs(inputs)
-        return self._denormalize(self._decode(acts.layers, x)[0], acts.batch_shape)
+            x = self.normalize_inputs(self._rows(inputs))
+        raw = self.denormalize(self._decode(acts.layers, x)[0])
+        return raw.view(*acts.batch_shape, *raw.shape[1:])
 
-    def _normalized_inputs(self, inputs: Tensor) -> Tensor:
-        """x̃_s = (x_s - mean_in[s]) / std_in[s], flattened to (N, L, D)."""
-        expected = (self.config.num_layers, self.config.d_model)
-        if inputs.shape[-2:] != expected:
+    def _rows(self, inputs: Tensor, labels: Tensor | None = None, dead: Tensor | None = None) -> Tensor:
+        """Checks the arguments of a forward pass; gives the inputs as (N, L, D)."""
+        config = self.config
+        if inputs.shape[-2:] != (config.num_layers, config.d_model):
             raise ValueError(
-                f"inputs have shape {tuple(inputs.shape)}; expected (..., num_layers={expected[0]}, "
-                f"d_model={expected[1]})"
+                f"inputs have shape {tuple(inputs.shape)}; expected (..., num_layers={config.num_layers}, "
+                f"d_model={config.d_model})"
+            )
+        if labels is not None and labels.shape != inputs.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, inputs {tuple(inputs.shape)}; they must agree")
+        if dead is not None and tuple(dead.shape) != (config.num_layers, self.num_held):
+            raise ValueError(
+                f"dead has shape {tuple(dead.shape)}; expected (num_layers={config.num_layers}, "
+                f"num_features={self.num_held})"
             )
         if self.shard is not None and inputs.requires_grad:
             raise ValueError(
                 "inputs require a gradient, which a process with a slice of the features cannot give; load the CLT "
                 "without shard"
             )
-        x = inputs.reshape(-1, *expected)
-        return x if self.mean_in is None else (x - self.mean_in) / self.std_in
+        return inputs.reshape(-1, config.num_layers, config.d_model)
 
-    def _normalized_targets(self, labels: Tensor) -> Tensor:
-        """ỹ_t = (y_t - mean_out[t]) / std_out[t], flattened to (N, L, D)."""
-        y = labels.reshape(-1, *labels.shape[-2:])
+    # Normalisation, of all layers, (N, L, D), or of one, (N, D).
+
+    def normalize_inputs(self, x: Tensor, layer: int | slice = ALL_LAYERS) -> Tensor:
+        """x̃_s = (x_s - mean_in[s]) / std_in[s]."""
+        return x if self.mean_in is None else (x - self.mean_in[layer]) / self.std_in[layer]
+
+    def normalize_targets(self, y: Tensor, layer: int | slice = ALL_LAYERS) -> Tensor:
+        """ỹ_t = (y_t - mean_out[t]) / std_out[t], in at least float32."""
         y = y.to(at_least_float32(y.dtype))
-        return y if self.mean_out is None else (y - self.mean_out) / self.std_out
+        return y if self.mean_out is None else (y - self.mean_out[layer]) / self.std_out[layer]
 
-    def _denormalize(self, normalized: Tensor, batch_shape: torch.Size) -> Tensor:
-        """ŷ_t = ỹ̂_t · std_out[t] + mean_out[t], (N, L, D) to (*batch_shape, L, D)."""
-        raw = normalized if self.mean_out is None else normalized * self.std_out + self.mean_out
-        return raw.view(*batch_shape, *raw.shape[1:])
+    def denormalize(self, normalized: Tensor, layer: int | slice = ALL_LAYERS) -> Tensor:
+        """ŷ_t = ỹ̂_t · std_out[t] + mean_out[t]."""
+        return normalized if self.mean_out is None else normalized * self.std_out[layer] + self.mean_out[layer]
 
-    def _features(
-        self, x: Tensor, training: bool, update: bool = False, dead: Tensor | list[Tensor] | None = None
-    ) -> tuple[list[LayerFeatures], list[LayerFeatures], list[LayerFeatures | None], list[Tensor | None]]:
+    # From inputs to features: h at the entries that an activation function selects, then the function there.
+
+    def encode_layer(self, layer: int, x: Tensor) -> LayerFeatures:
         """
-        The features of normalised inputs (N, L, D), source layer by source layer, so that the pre-activations of only
-        one layer exist at a time.
+        The features of one source layer, as in eval mode whatever the mode is.
 
-        With `dead`, of [`_to_revive`], also what revives dead features. For the top-k family, second: the same
-        features followed, as if N more tokens had them, by the largest of the dead ones, so that both are decoded and
-        differentiated in one pass (otherwise the features again). For the others, third and fourth: the entries of
-        dead features above their thresholds with their h, and Σ_n h of each dead feature.
+        Args:
+            layer (`int`): The source layer.
+            x (`Tensor` of shape `(N, D)`): Its inputs, normalised (see `normalize_inputs`).
+
+        Raises:
+            ValueError: For a CLT whose layers share a budget of active features, or a batchtopk one never trained.
         """
-        config = self.config
-        layers = range(config.num_layers)
-        thetas = (
-            [threshold() for threshold in self.thresholds] if hasattr(self, "thresholds") else [None for _ in layers]
-        )
-        if config.activation_fn == "batchtopk" and not training and any(theta.isinf().any() for theta in thetas):
+        if shares_budget(self.config, False, self.shard):
+            raise ValueError(
+                f"layer={layer}: the features of this topk CLT compete with those of other layers or processes; "
+                "use encode_sparse, for all layers"
+            )
+        theta = self.theta(layer)
+        self._check_started([theta])
+        selected, _ = self._select(layer, x, theta, training=False)
+        return activate(self.encoders[layer].at(x, selected), theta, self.config, training=False)
+
+    def _encode(
+        self, x: Tensor, training: bool, dead: Tensor | None = None
+    ) -> tuple[list[LayerFeatures], list[LayerFeatures]]:
+        """
+        From normalised inputs (N, L, D) pre-activations and activations of each source layer, where an activation or
+        its gradient can be non-zero. Those of the largest of the features `dead`, (L, F) bool, where given, follow as
+        if N more tokens had them: so both are decoded and differentiated in one pass.
+        """
+        thetas = [self.theta(s) for s in range(self.config.num_layers)]
+        lower = thetas
+        if self.config.activation_fn == "jumprelu" and training and torch.is_grad_enabled():
+            # Inactive features inside the straight-through window receive gradient for their threshold.
+            lower = [theta.detach() - self.config.jumprelu_bandwidth / 2 for theta in thetas]
+        if not training:
+            self._check_started(thetas)
+        found = []
+        for s in range(self.config.num_layers):
+            found.append(self._select(s, x[:, s], lower[s], training, None if dead is None else dead[s]))
+        selected, revived = zip(*found, strict=True)
+        selected = within_budget(selected, self.config, self._k(training), training, self.shard)
+        if dead is not None:
+            selected = [entries.followed_by(others) for entries, others in zip(selected, revived, strict=True)]
+        h = [encoder.at(x[:, s], selected[s]) for s, encoder in enumerate(self.encoders)]
+        return h, [activate(*layer, self.config, training) for layer in zip(h, thetas, strict=True)]
+
+    def theta(self, layer: int) -> Tensor | float:
+        """θ of one layer: (F,) for jumprelu; (1,) for batchtopk, the running threshold; 0 for relu and topk."""
+        return self.thresholds[layer]() if hasattr(self, "thresholds") else 0.0
+
+    def _check_started(self, thetas: list[Tensor | float]) -> None:
+        if self.config.activation_fn == "batchtopk" and any(theta.isinf().any() for theta in thetas):
             raise ValueError(
                 "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first"
             )
-        is_topk = config.activation_fn in TOPK_FAMILY
-        select = [
-            [partial(self._select, theta=theta, training=training, grad=torch.is_grad_enabled())] for theta in thetas
-        ]
-        for s in layers if dead is not None else ():
-            if is_topk:
-                select[s].append(partial(largest_dead, dead=dead[s], aux_k=config.aux_k, shard=self.shard))
-            else:
-                theta = thetas[s] if thetas[s] is not None else torch.zeros_like(self.encoders[s].bias)
-                select[s].append(partial(dead_above, dead=dead[s], threshold=theta))
-        summed = [None for _ in layers] if dead is None or is_topk else dead
-        if self._shares_budget(training):
-            # The budget is cut from each layer's candidates, and only what is kept is differentiated.
-            with torch.no_grad():
-                found = [encoder(x[:, s], select[s]) for s, encoder in enumerate(self.encoders)]
-            parts = [entries.parted(len(x), count) for entries, count, _ in found]
-            kept = self._within_budget([part for part, _ in parts], self._k(training), len(x))
-            selected = [[k] if d is None else [k, d] for k, (_, d) in zip(kept, parts, strict=True)]
-            found = [encoder(x[:, s], None, selected[s]) for s, encoder in enumerate(self.encoders)]
-        else:
-            found = [encoder(x[:, s], select[s], None, summed[s]) for s, encoder in enumerate(self.encoders)]
-        features, written, above = [], [], []
-        for s, ((entries, count, _), theta) in enumerate(zip(found, thetas, strict=True)):
-            if is_topk:
-                entries = self._activate(entries, theta, training, None if dead is None else dead[s], count)
-            listed, others = entries.parted(len(x), count)
-            features.append(listed if is_topk else self._activate(listed, theta, training))
-            written.append(entries if is_topk else features[-1])
-            above.append(listed if others is None and dead is not None else others)  # the same where N = 0
-        if update and config.activation_fn == "batchtopk":
-            self._update_running_thresholds(features)
-        return features, written, above, [sums for *_, sums in found]
+
+    @torch.no_grad()
+    def _select(
+        self, layer: int, x: Tensor, lower: Tensor | float, training: bool, dead: Tensor | None = None
+    ) -> tuple[LayerFeatures, LayerFeatures | None]:
+        """The selected entries of one layer, and on demand those of the largest of the features `dead`, (F,) bool."""
+        h = self.encoders[layer](x)  # of one layer at a time: (N, F) is much memory
+        with record_function("clt::select"):
+            selected = select(h, lower, self.config, self._k(training), training)
+            return selected, None if dead is None else largest_dead(h, dead, self.config.aux_k, self.shard)
 
     def _k(self, training: bool) -> int:
         return self.training_k if training and self.training_k is not None else self.config.k
 
-    def _shares_budget(self, training: bool) -> bool:
-        """Whether features compete with those of other layers or processes: no layer can be selected on its own."""
-        selects = self.config.activation_fn == "topk" or (self.config.activation_fn == "batchtopk" and training)
-        return selects and (self.config.k_scope == "token" or self.shard is not None)
-
-    def _within_budget(self, candidates: list[LayerFeatures], k: int, num_tokens: int) -> list[LayerFeatures]:
-        """Of the candidates of each layer those that are within the budget of all layers, or of their own."""
-        budget, select = k, topk_over_layers
-        if self.config.activation_fn == "batchtopk":
-            budget, select = k * num_tokens, batchtopk_over_layers
-        if self.config.k_scope == "token":
-            return select(candidates, budget * self.config.num_layers, self.shard)
-        return [select([layer], budget, self.shard)[0] for layer in candidates]
-
-    def _select(self, h: Tensor, theta: Tensor | None, training: bool, grad: bool) -> LayerFeatures:
-        """Where the activation function of a layer, or its gradient, can be non-zero, with h there."""
-        config = self.config
-        if config.activation_fn in TOPK_FAMILY and (training or config.activation_fn == "topk"):
-            k = min(self._k(training) * (config.num_layers if config.k_scope == "token" else 1), self.num_held)
-            if config.activation_fn == "topk":
-                return entries_at(h, positions_topk(h, k))
-            return entries_at(h, positions_batchtopk(h, k * len(h)))
-        lower = 0.0 if theta is None else theta
-        if config.activation_fn == "jumprelu" and training and grad:
-            # Inactive features inside the straight-through window receive gradient for their threshold.
-            lower = theta - config.jumprelu_bandwidth / 2
-        return features_at(h, h > lower)
-
-    def _activate(
-        self,
-        features: LayerFeatures,
-        theta: Tensor | None,
-        training: bool,
-        dead: Tensor | None = None,
-        num_live: int | None = None,
-    ) -> LayerFeatures:
+    def _revives(self, dead: Tensor) -> bool:
         """
-        The activation function on selected pre-activations, the gate included: those of a rough product (autocast) are
-        computed again, and what was above it may be below. With `dead`, (F,) bool, the entries after the first
-        `num_live` are rectified where they are of dead features, and 0 elsewhere.
-        """
-        if self.config.activation_fn == "jumprelu":
-            at_entries = AtEntries.apply(theta, features)
-            return features.with_values(JumpReLU.apply(features.values, at_entries, self.config.jumprelu_bandwidth))
-        values = torch.relu(features.values)
-        if self.config.activation_fn == "batchtopk" and not training:
-            passes = values > theta
-            passes[num_live if dead is not None else len(passes) :] = True
-            values = values * passes
-        if dead is not None:
-            live, revived = values.tensor_split([num_live])
-            values = torch.cat([live, revived * dead[features.indices[num_live:]]])
-        return features.with_values(values)
-
-    def _to_revive(self, dead: Tensor) -> Tensor | list[Tensor] | None:
-        """
-        Of the dead features, (L, F) bool, those to revive; None where no loss would, or where there are none. For the
-        top-k family they stay as they are, since asking a GPU for their number would wait for it; for the others,
-        whose selection waits in any case, they are listed, one (dead,) vector per layer.
+        Whether there are dead features, and a loss that revives them. For the top-k family a GPU is not asked whether
+        there are any, since that would wait for it; for the others selection waits in any case.
         """
         config = self.config
         is_topk = config.activation_fn in TOPK_FAMILY
         if not (config.aux_coef > 0 and config.aux_k > 0 if is_topk else config.preactivation_coef > 0):
-            return None
+            return False
         if is_topk and not values_at_hand(dead):
-            return dead
-        if not any_over(self.shard, bool(dead.any()), dead.device):
-            return None
-        if is_topk:
-            return dead
-        layer, feature = dead.nonzero(as_tuple=True)
-        return list(feature.split(layer.bincount(minlength=config.num_layers).tolist()))
+            return True
+        return any_over(self.shard, bool(dead.any()), dead.device)
 
     @torch.no_grad()
     def _update_running_thresholds(self, features: list[LayerFeatures]) -> None:
@@ -539,59 +472,59 @@ class CrossLayerTranscoder(PreTrainedModel):
         for threshold in self.thresholds:
             threshold.value.fill_(torch.inf)
 
+    # From features to MLP outputs.
+
     def _decode(
         self, features: list[LayerFeatures], x: Tensor | None, with_norms: bool = False
     ) -> tuple[Tensor, list[Tensor] | None]:
         """
-        ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D), for further tokens of
-        `features` without b_dec and skip, (2 N, L, D); and on demand
-        ‖W_dec[s][f]‖ over all targets and dimensions, one (F,) tensor per source layer, with a finite gradient at 0.
+        ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D), and on demand
+        ‖W_dec[s][f]‖, one (F,) tensor per source layer. What follows the features of N tokens (dead ones) is decoded
+        without b_dec and skip: (2 N, L, D).
         """
+        first = features[0].first
         bias = torch.stack([decoder.bias for decoder in self.decoders])
-        num_tokens = features[0].num_tokens if x is None else len(x)
+        num_tokens = features[0].num_tokens if first is None else first[0]
         start = bias.to(at_least_float32(bias.dtype)).expand(num_tokens, -1, -1)
         if self.config.skip_connection:
             start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
-        if features[0].num_tokens > num_tokens:  # of dead features, which explain what the others leave
+        if first is not None:
             start = torch.cat([start, torch.zeros_like(start)])
-        if self.shard is None:
-            normalized, squares = self._add_features(start.clone(), features, with_norms)
-        else:
-            written, squares = self._add_features(torch.zeros_like(start), features, with_norms)
-            normalized = start + sum_over(self.shard, written)
-        if not with_norms:
-            return normalized, None
-        reached = [range(s, s + self.config.num_targets(s)) for s in range(self.config.num_layers)]
-        if self.config.decoder_tying == "per_source":
-            squares = [square * len(targets) for square, targets in zip(squares, reached, strict=True)]
-        elif self.config.decoder_tying == "per_target":
-            squares = [torch.stack([squares[t] for t in targets]).sum(dim=0) for targets in reached]
-        return normalized, [safe_sqrt(square) for square in squares]
-
-    def _add_features(
-        self, reconstruction: Tensor, features: list[LayerFeatures], with_squares: bool = False
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Adds what all features write, in place; with it the squared norms of each decoder's rows, as stored."""
-        squares = []
+        # Each process of a group adds up what its own features write.
+        normalized = start.clone() if self.shard is None else torch.zeros_like(start)
+        squares = [] if with_norms else None
         for s, layer_features in enumerate(features):
-            num_targets = self.config.num_targets(s)
-            if self.config.decoder_tying != "per_target":
-                reconstruction, square = self.decoders[s](reconstruction, layer_features, s, num_targets, with_squares)
-            else:
-                reconstruction, square = self.decoders[s](reconstruction, layer_features, s, 1, with_squares)
-                for t in range(s + 1, s + num_targets):
-                    reconstruction, _ = self.decoders[t](reconstruction, layer_features, t, 1, False)
-            squares.append(square)
-        return reconstruction, squares
+            normalized = self.decode_layer(s, layer_features, normalized, squares)
+        if self.shard is not None:
+            normalized = start + sum_over(self.shard, normalized)
+        return normalized, norms_over_targets(squares, self.config) if with_norms else None
 
-    def _thresholds_or_zero(self) -> list[Tensor]:
-        if self.config.activation_fn == "jumprelu":
-            return [threshold() for threshold in self.thresholds]
-        return [encoder.bias.new_zeros(encoder.bias.shape) for encoder in self.encoders]
+    def decode_layer(
+        self, layer: int, features: LayerFeatures, normalized: Tensor, squares: list[Tensor] | None = None
+    ) -> Tensor:
+        """
+        Adds a_s W_dec[s][:, t-s] to all target layers t of one source layer, in place.
 
-    # -- normalisation ------------------------------------------------------------------------------------------------
+        Args:
+            layer (`int`): The source layer s.
+            features ([`LayerFeatures`]): Its features on N tokens.
+            normalized (`Tensor` of shape `(N, L, D)`): The reconstruction so far, normalised.
+            squares (`list`, *optional*): To append ‖W_dec[s][f]‖² to, (F,), as stored: a tied decoder counts once.
+        """
+        targets = range(layer, layer + self.config.num_targets(layer))
+        if self.config.decoder_tying == "per_target":
+            writers = [(t, slice(t, t + 1)) for t in targets]
+        else:
+            writers = [(layer, slice(targets.start, targets.stop))]
+        for s, written in writers:
+            wants_squares = squares is not None and s == layer
+            normalized, square = self.decoders[s](normalized, features, written, wants_squares)
+            if wants_squares:
+                squares.append(square)
+        return normalized
 
-    @torch.no_grad()
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
     def set_normalization(
         self, mean_in: Tensor, std_in: Tensor, mean_out: Tensor, std_out: Tensor, reparametrize: bool = False
     ) -> None:
@@ -609,22 +542,8 @@ class CrossLayerTranscoder(PreTrainedModel):
             ValueError: For a wrong shape, a value that is not finite, or `reparametrize` on a `per_source` CLT whose
                 `std_out` differs between layers (one row cannot carry several output scales).
         """
-        if self.lazy:
-            raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to normalise it")
         given = dict(zip(STATISTICS, (mean_in, std_in, mean_out, std_out), strict=True))
-        given = folding.check_statistics(self, given)
-        if reparametrize:
-            for std in (given["std_out"], self.std_out):
-                if std is not None and folding.scales_untie(self.config, std):
-                    raise ValueError(
-                        "decoder_tying='per_source' with a std_out that differs between layers cannot be "
-                        "reparametrized: load the CLT with decoder_tying='none'"
-                    )
-            self.fold_normalization()
-            inverse = folding.unfold_statistics(*(given[name].double() for name in STATISTICS))
-            folding.fold_into(self, dict(zip(STATISTICS, inverse, strict=True)))
-        for name, value in given.items():
-            setattr(self, name, value.to(at_least_float32(self.dtype), copy=True))
+        folding.set_statistics(self, given, reparametrize)
 
     def fold_normalization(self) -> None:
         """
@@ -634,10 +553,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         output scales; its parameters are replaced (rebuild the optimizer), and `config.trained_decoder_tying`
         remembers the tie.
         """
-        if self.mean_in is not None:
-            folding.fold_into(self, folding.statistics_of(self))
-            for name in STATISTICS:
-                setattr(self, name, None)
+        folding.fold(self)
 
     def folded(self):
         """A context in which the CLT is as its release has it; see [`hf_clt.folding.folded`]."""
@@ -657,18 +573,15 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def save_pretrained(
         self,
-        save_directory,
+        save_directory: str | Path,
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        distributed_checkpoint: bool = False,
         **kwargs,
     ) -> None:
         """
-        Writes the released CLT: the files of `hf_clt.release`, with statistics folded into the weights, and
-        a model card. The live model is left as it is. Every file is replaced as a whole or not at all.
+        Writes the released CLT, statistics folded into the weights, and a model card. The live model is left as it
+        is; every file is replaced as a whole or not at all.
 
         Args:
             save_directory (`str` or `Path`): Folder to write to; created if missing.
@@ -677,47 +590,18 @@ class CrossLayerTranscoder(PreTrainedModel):
             state_dict (`dict`, *optional*): The weights to save in the place of the CLT's own, as Accelerate and
                 transformers' Trainer gather them from all processes.
             push_to_hub (`bool`): Whether to push as well, to `kwargs["repo_id"]`, by default the folder's name.
-            safe_serialization, variant, distributed_checkpoint: Taken where they ask for nothing else than the files
-                of a CLT; so are `max_shard_size`, `save_function` and others of transformers in `kwargs`.
-            kwargs: Passed to `push_to_hub`.
+            kwargs: Passed to `push_to_hub`. Transformers' options on the format of files are taken where a CLT's
+                files, whose names are fixed, are as they ask.
 
         Raises:
             ValueError: If files in another format are asked for, or a file of the folder is of another model.
         """
-        folder = Path(save_directory).expanduser()
-        if not safe_serialization or variant is not None or distributed_checkpoint:
-            raise ValueError(
-                f"safe_serialization={safe_serialization}, variant={variant!r}, distributed_checkpoint="
-                f"{distributed_checkpoint}: a CLT is saved in safetensors files with fixed names; leave these out"
-            )
-        for name in ("max_shard_size", "save_function", "save_peft_format", "save_original_format"):
-            kwargs.pop(name, None)  # a CLT has a file for each layer and half of it
-        if not push_to_hub:
-            kwargs.pop("token", None)
-            if kwargs:
-                raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
-        if state_dict is not None:
-            gathered = files.with_weights(self, state_dict)
-            gathered.save_pretrained(folder, is_main_process, push_to_hub=push_to_hub, **kwargs)
-            return
-        if folder.is_file():
-            raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
-        if self.shard is not None and push_to_hub:
-            raise ValueError("push_to_hub=True on a CLT with a shard of the features; save it and push the folder")
-        config = files.write_clt(self, folder, is_main_process)
-        if config is not None:
-            from .hub.card import circuit_tracer_gaps, save_model_card
-
-            save_model_card(folder, config)
-            for gap in circuit_tracer_gaps(config):
-                logger.warning("circuit-tracer cannot express %s; hf_clt loads the CLT as it is", gap)
-            if push_to_hub:
-                self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+        files.save(self, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | Path,
         *args,
         config: CLTConfig | None = None,
         lazy: bool = False,
@@ -731,12 +615,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder, or a repository name on the Hub.
             config ([`CLTConfig`], *optional*): Used instead of the one in the folder.
-            lazy (`bool`, defaults to `False`): Leaves the encoders and the decoders in their files, for the analysis
-                of a CLT that may be larger than memory: `encode` streams the encoders, `decode` reads the rows of
-                active features. On the CPU and in the dtype of the files, on Linux; such a CLT cannot be trained, and
-                its files must not be changed in place. Tied decoders, which are written out on disk and whose files
-                are read once to check the tie, lie in memory, each once. `forward` with labels reads all decoders
-                where λ > 0, whose penalty takes their norms.
+            lazy (`bool`, defaults to `False`): Leaves encoders and untied decoders in their files, for the analysis of
+                a CLT that may be larger than memory: on the CPU, in the dtype of the files, on Linux. It cannot be
+                trained; its files must not be changed in place.
             layers (`list[int]`, *optional*): Downloads and reads these layers alone, onto the CPU, for looking at
                 their features with `encode` and `decode`; the result is a [`PartialCLT`].
             shard ([`FeatureShard`], *optional*): Reads the rows of this slice of the features alone, onto the CPU.
@@ -747,35 +628,12 @@ class CrossLayerTranscoder(PreTrainedModel):
             FileNotFoundError: If a weight file is missing; from the Hub also if the CLT is not in the cache and cannot
                 be downloaded now.
             OSError: If the Hub has no such repository or revision, or the token may not read it.
-            ValueError: If a file is truncated or does not fit the configuration; the message names it. With `lazy`,
-                also for a `dtype` other than the files' and for a `device_map`; with `layers` and `shard` for what
-                does not go with them.
+            ValueError: If a file is truncated or does not fit the configuration, or an argument does not go with
+                `lazy`, `layers` or `shard`.
             RuntimeError: If the weights cannot stay in their files, as on some network mounts.
         """
-        name = str(pretrained_model_name_or_path)
-        hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
-        folder = find_folder(name, kwargs.pop("subfolder", None) or "", layers, **hub)
-        overrides = {name: kwargs.pop(name) for name in CLT_CONFIG_HELP if name in kwargs}
-        if config is not None and overrides:
-            raise ValueError(f"{next(iter(overrides))} is given beside config=; set it in the configuration instead")
-        if config is None:
-            config = files.read_config(folder, overrides)
-        if lazy or layers is not None or shard is not None:
-            for argument in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # which AutoModel adds
-                kwargs.pop(argument, None)
-        if layers is not None:
-            from .partial_clt import load_layers
-
-            return load_layers(folder, config, layers, name, lazy=lazy, shard=shard, **kwargs)
-        if lazy or shard is not None:
-            return files.load_slices(cls, folder, config, shard, name, lazy, **kwargs)
-        files.check_files(folder, config)
-        state = files.read_state(folder, config)
-        loaded = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.config.name_or_path = model.name_or_path = name
-        files.check_half_range(model)
-        return loaded
+        read_whole = partial(super().from_pretrained, *args)
+        return files.load(cls, read_whole, str(pretrained_model_name_or_path), config, lazy, layers, shard, **kwargs)
 
     def train(self, mode: bool = True):
         """Sets training mode; a CLT loaded with `lazy=True` refuses, since a step would copy its files to memory."""

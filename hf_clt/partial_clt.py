@@ -7,29 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_clt import CLTConfig
+from .folding import at_least_float32
 from .modeling_clt import CrossLayerTranscoder
 from .release import check_files, check_half_range, fill, read_state, wanted_dtype
-from .sparsity import LayerFeatures
-
-
-class AbsentEncoder(nn.Module):
-    """In the place of an encoder that was not read: no feature of the layer is ever active."""
-
-    def __init__(self, num_features: int, dtype: torch.dtype):
-        super().__init__()
-        self.num_features, self.dtype = num_features, dtype
-
-    def forward(self, x: Tensor, select=None, selected=None, dead=None) -> tuple[LayerFeatures, int, None]:
-        nothing = torch.empty(0, dtype=torch.int64, device=x.device)
-        offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
-        return LayerFeatures(nothing.to(self.dtype), nothing, offsets, self.num_features), 0, None
-
-
-class AbsentThreshold(nn.Module):
-    """In the place of a threshold that was not read."""
-
-    def forward(self) -> Tensor:
-        return torch.zeros(1)
+from .sparsity import LayerFeatures, SparseFeatures, features_at
 
 
 class AbsentDecoder(nn.Module):
@@ -78,6 +59,14 @@ class PartialCLT(CrossLayerTranscoder):
 
     forward = save_pretrained = push_to_hub = to_jumprelu = set_normalization = _refuse
 
+    def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
+        x = self.normalize_inputs(self._rows(inputs))
+        nothing = x.new_zeros(len(x), self.config.num_features, dtype=at_least_float32(self.dtype))
+        none = features_at(nothing, nothing != 0)
+        layers = range(self.config.num_layers)
+        features = [self.encode_layer(s, x[:, s]) if s in self.layers else none for s in layers]
+        return SparseFeatures(features, inputs.shape[:-2])
+
     def train(self, mode: bool = True):
         return self._refuse() if mode else super().train(False)
 
@@ -122,10 +111,10 @@ def load_layers(
         model = PartialCLT(config)
     for layer in range(config.num_layers):
         if layer not in layers:
-            model.encoders[layer] = AbsentEncoder(config.num_features, wide)
+            model.encoders[layer] = nn.Identity()
             model.decoders[layer] = AbsentDecoder(layer, config.d_model, wide)
             if hasattr(model, "thresholds"):
-                model.thresholds[layer] = AbsentThreshold()
+                model.thresholds[layer] = nn.Identity()
             if config.skip_connection:
                 model.skips[layer] = AbsentSkip()
     model.layers = layers

@@ -13,6 +13,7 @@ import copy
 import ctypes
 import hashlib
 import json
+import logging
 import mmap
 import re
 import sys
@@ -27,10 +28,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import folding
-from .configuration_clt import WITH_THRESHOLD, CLTConfig
+from .configuration_clt import CLT_CONFIG_HELP, WITH_THRESHOLD, CLTConfig
 from .files import read_json, replacing, write_json, write_text
-from .sharding import collect_rows, rows_of
+from .sharding import FeatureShard, collect_rows, rows_of
 
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 CIRCUIT_TRACER_FILE = "config.yaml"
@@ -581,7 +584,90 @@ def check_half_range(clt) -> None:
             raise ValueError(f"{name} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32")
 
 
+def save(
+    clt,
+    save_directory: str | Path,
+    is_main_process: bool,
+    state_dict: dict[str, Tensor] | None,
+    push_to_hub: bool,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    distributed_checkpoint: bool = False,
+    **kwargs,
+) -> None:
+    """Writes a release and its card, and pushes it on demand; see [`CrossLayerTranscoder.save_pretrained`]."""
+    folder = Path(save_directory).expanduser()
+    if not safe_serialization or variant is not None or distributed_checkpoint:
+        raise ValueError(
+            f"safe_serialization={safe_serialization}, variant={variant!r}, distributed_checkpoint="
+            f"{distributed_checkpoint}: a CLT is saved in safetensors files with fixed names; leave these out"
+        )
+    for name in ("max_shard_size", "save_function", "save_peft_format", "save_original_format"):
+        kwargs.pop(name, None)  # a CLT has a file for each layer and half of it
+    if not push_to_hub:
+        kwargs.pop("token", None)
+        if kwargs:
+            raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
+    if state_dict is not None:
+        clt = with_weights(clt, state_dict)
+    if folder.is_file():
+        raise ValueError(f"save_directory={str(folder)!r} is a file; give a folder")
+    if clt.shard is not None and push_to_hub:
+        raise ValueError("push_to_hub=True on a CLT with a shard of the features; save it and push the folder")
+    config = write_clt(clt, folder, is_main_process)
+    if config is not None:
+        from .hub.card import circuit_tracer_gaps, save_model_card
+
+        save_model_card(folder, config)
+        for gap in circuit_tracer_gaps(config):
+            logger.warning("circuit-tracer cannot express %s; hf_clt loads the CLT as it is", gap)
+        if push_to_hub:
+            clt.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+
+def load(
+    cls,
+    read_whole: Callable,
+    name: str,
+    config: CLTConfig | None,
+    lazy: bool,
+    layers: list[int] | None,
+    shard: FeatureShard | None,
+    **kwargs,
+):
+    """
+    Finds, checks and reads a CLT; see [`CrossLayerTranscoder.from_pretrained`]. `read_whole` is that of
+    `PreTrainedModel`, for what is neither lazy nor a part.
+    """
+    from .download import HUB_ARGUMENTS, find_folder
+
+    hub = {argument: kwargs.pop(argument) for argument in HUB_ARGUMENTS if argument in kwargs}
+    folder = find_folder(name, kwargs.pop("subfolder", None) or "", layers, **hub)
+    overrides = {field: kwargs.pop(field) for field in CLT_CONFIG_HELP if field in kwargs}
+    if config is not None and overrides:
+        raise ValueError(f"{next(iter(overrides))} is given beside config=; set it in the configuration instead")
+    if config is None:
+        config = read_config(folder, overrides)
+    if lazy or layers is not None or shard is not None:
+        for argument in ("_from_auto", "adapter_kwargs", "trust_remote_code"):  # which AutoModel adds
+            kwargs.pop(argument, None)
+    if layers is not None:
+        from .partial_clt import load_layers
+
+        return load_layers(folder, config, layers, name, lazy=lazy, shard=shard, **kwargs)
+    if lazy or shard is not None:
+        return load_slices(cls, folder, config, shard, name, lazy, **kwargs)
+    check_files(folder, config)
+    loaded = read_whole(None, config=config, state_dict=read_state(folder, config), **kwargs)
+    clt = loaded[0] if isinstance(loaded, tuple) else loaded
+    clt.config.name_or_path = clt.name_or_path = name
+    check_half_range(clt)
+    return loaded
+
+
 __all__ = [
+    "load",
+    "save",
     "check_files",
     "check_half_range",
     "check_mapped",

@@ -1,9 +1,9 @@
 """
-The four activation functions, and the sparse form of feature activations.
+The sparse form of feature activations, and the four activation functions on it.
 
-Every activation function is written in two steps, so that nothing that is zero has to be computed afterwards: a
-selection says *where* an activation or its gradient can be non-zero (the `positions_*` functions), an elementwise
-function says *what* stands there.
+Every activation function has two steps, so that nothing that is zero has to be computed afterwards: a selection says
+*where* an activation or its gradient can be non-zero (`selection.select`), an elementwise function says *what* stands
+there (`activate`).
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,10 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sharding import FeatureShard, gather_candidates
-
-
-GROUPS = (64, 32, 16)  # entries whose maximum stands for them in the first round of an exact top-k
+from .configuration_clt import CLTConfig
 
 
 @dataclass
@@ -29,6 +26,8 @@ class LayerFeatures:
         indices (`Tensor` of shape `(nnz,)`, int64): Feature of each entry, ascending within a token.
         offsets (`Tensor` of shape `(N + 1,)`, int64): Token n owns the entries `offsets[n]` to `offsets[n + 1]`.
         num_features (`int`): F.
+        first (`tuple[int, int]`, *optional*): Numbers of tokens and entries of the features that [`followed_by`] put
+            others behind.
         orders (`dict`): What follows from indices and offsets, found once for all values at these entries.
     """
 
@@ -36,6 +35,7 @@ class LayerFeatures:
     indices: Tensor
     offsets: Tensor
     num_features: int
+    first: tuple[int, int] | None = None
     orders: dict = field(default_factory=dict, repr=False, compare=False)
 
     def with_values(self, values: Tensor) -> "LayerFeatures":
@@ -78,23 +78,23 @@ class LayerFeatures:
         """Activations of shape (N, F)."""
         return self.dense(self.values)
 
-    def followed_by(self, other: "LayerFeatures") -> "LayerFeatures":
-        """The features of these N tokens, and then `other`'s as those of further tokens."""
+    def followed_by(self, others: "LayerFeatures") -> "LayerFeatures":
+        """The features of these N tokens, and then `others` as those of further tokens."""
         return LayerFeatures(
-            values=torch.cat([self.values, other.values]),
-            indices=torch.cat([self.indices, other.indices]),
-            offsets=torch.cat([self.offsets, other.offsets[1:] + self.indices.numel()]),
+            values=torch.cat([self.values, others.values]),
+            indices=torch.cat([self.indices, others.indices]),
+            offsets=torch.cat([self.offsets, others.offsets[1:] + self.indices.numel()]),
             num_features=self.num_features,
+            first=(self.num_tokens, self.indices.numel()),
         )
 
-    def parted(self, num_tokens: int, num_entries: int) -> tuple["LayerFeatures", "LayerFeatures | None"]:
-        """The first tokens, with the first so many entries, and the others; None where there are no others."""
-        if num_tokens == self.num_tokens:
-            return self, None
-        sizes = [num_entries, self.indices.numel() - num_entries]
-        values, indices = self.values.split(sizes), self.indices.split(sizes)
-        offsets = self.offsets[: num_tokens + 1], self.offsets[num_tokens:] - num_entries
-        return tuple(LayerFeatures(*part, self.num_features) for part in zip(values, indices, offsets, strict=True))
+    def without_followers(self) -> "LayerFeatures":
+        """Undoes [`followed_by`]."""
+        if self.first is None:
+            return self
+        tokens, entries = self.first
+        values, _ = self.values.split([entries, len(self.values) - entries])
+        return LayerFeatures(values, self.indices[:entries], self.offsets[: tokens + 1], self.num_features)
 
     def take(self, entries: Tensor) -> "LayerFeatures":
         """Only the given entries, a vector of ascending numbers below nnz."""
@@ -248,137 +248,26 @@ def true_positions(mask: Tensor) -> Tensor:
     return flat.nonzero().squeeze(1)
 
 
-def ascending(positions: Tensor, size: int) -> Tensor:
-    """Different positions below `size`, sorted: on a CPU by marking and collecting, faster where they are many."""
-    if positions.device.type != "cpu":
-        return positions.sort().values
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[positions] = True
-    return true_positions(mask)
-
-
-def positions_topk(h: Tensor, k: int) -> Tensor:
+def activate(h: LayerFeatures, theta: Tensor | float, config: CLTConfig, training: bool) -> LayerFeatures:
     """
-    Flat positions, in storage order, of the k largest entries of each row of `h` (N, F), ascending, k·N in all.
+    The activation function at selected pre-activations, its threshold included: after a rough product (autocast) they
+    were computed again, and what was above it may be below.
 
-    Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima.
+    Args:
+        h: The selected entries of one layer.
+        theta: (F,) for jumprelu, (1,) for batchtopk; else not read.
+        config: Names the activation function.
+        training: Whether it is that of training, where batchtopk has no threshold.
     """
-    num_tokens, num_features = h.shape
-    by_feature = is_stored_by_feature(h)
-    sizes = [size for size in GROUPS if num_features % size == 0 and 0 < k * size <= num_features // 2]
-    if sizes and by_feature and h.dtype in (torch.float32, torch.float64):
-        positions = _positions_topk_above_cut(h.T, k, max(sizes))
-        if positions is not None:
-            return positions
-    if not sizes:
-        columns = h.topk(k, dim=1, sorted=False).indices
-    else:
-        size = min(sizes, key=lambda size: num_features / size + k * size)  # entries seen in both rounds
-        # A group is every `width`-th column, so that the maxima are taken over whole rows at a time.
-        width = num_features // size
-        groups = h.reshape(num_tokens, size, width).amax(dim=1).topk(k, dim=1, sorted=False).indices
-        members = torch.arange(0, num_features, width, device=h.device)
-        candidates = (groups[:, None, :] + members[:, None]).flatten(1)
-        best = h.gather(1, candidates).topk(k, dim=1, sorted=False).indices
-        columns = candidates.gather(1, best)
-    tokens = torch.arange(num_tokens, device=h.device)[:, None]
-    if by_feature:
-        return ascending((columns * num_tokens + tokens).flatten(), h.numel())
-    return (columns.sort(dim=1).values + tokens * num_features).flatten()
-
-
-def _positions_topk_above_cut(h: Tensor, k: int, size: int) -> Tensor | None:
-    """
-    [`positions_topk`] of `h` (F, N), on a CPU: the k-th largest maximum of a token's groups of `size` features is a
-    cut that hardly more than k of its entries reach, and these are ranked. None where ties or NaN leave more or fewer
-    than k.
-    """
-    num_features, num_tokens = h.shape
-    cut = kth_largest(h.view(num_features // size, size, num_tokens).amax(dim=1).T, k)
-    below = np.less(h.numpy(), cut.numpy())  # NaN is not, and is ranked above all, as topk does
-    candidates = true_positions(torch.from_numpy(np.logical_not(below, out=below)))
-    tokens = candidates % num_tokens
-    counts = counts_of(tokens, num_tokens)
-    if len(candidates) > 2 * k * num_tokens or counts.amin() < k:
-        return None
-    # One row per token with its candidates, filled up with -inf.
-    order = stable_order(tokens, num_tokens)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[tokens[order]]
-    values = h.flatten()[candidates]
-    rows = values.new_full((num_tokens, int(counts.amax())), -torch.inf)
-    rows[tokens, places] = values
-    kept = candidates[values >= kth_largest(rows, k)[tokens]]
-    return kept if len(kept) == k * num_tokens else None
-
-
-def kth_largest(rows: Tensor, k: int) -> Tensor:
-    """The k-th largest entry of each row, (rows,); float32 or float64, on a CPU."""
-    place = rows.shape[1] - k
-    return torch.from_numpy(np.partition(rows.contiguous().numpy(), place, axis=1)[:, place].copy())
-
-
-def positions_batchtopk(h: Tensor, count: int) -> Tensor:
-    """
-    Flat positions, in storage order, of the `count` largest entries of `h` (N, F) (Bussmann et al. 2024), ascending.
-    """
-    return ascending(largest(in_storage_order(h), count), h.numel())
-
-
-def topk_over_layers(
-    candidates: list[LayerFeatures], k: int, shard: FeatureShard | None = None
-) -> list[LayerFeatures]:
-    """
-    The k largest entries of each token over all given layers and all processes of a group, from the k largest of each
-    (every token has as many).
-    """
-    if candidates[0].num_tokens == 0:
-        return candidates
-    rows = [layer.values.view(layer.num_tokens, -1) for layer in candidates]
-    kept = among_largest(torch.cat(rows, dim=1), k, shard).split([row.shape[1] for row in rows], dim=1)
-    return [layer.take(true_positions(mask)) for layer, mask in zip(candidates, kept, strict=True)]
-
-
-def among_largest(rows: Tensor, k: int, shard: FeatureShard | None = None) -> Tensor:
-    """
-    Which of this process's candidates (N, C) are among the k largest of their row over all processes of a group, bool
-    (N, C): exactly k in all, ties too.
-    """
-    values, own = gather_candidates(shard, rows)
-    chosen = values.topk(k, dim=1, sorted=False).indices
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, chosen, True)[:, own]
-
-
-def batchtopk_over_layers(
-    candidates: list[LayerFeatures], count: int, shard: FeatureShard | None = None
-) -> list[LayerFeatures]:
-    """
-    The `count` largest entries of the batch over all given layers and all processes of a group, from the `count`
-    largest of each.
-    """
-    values, own = gather_candidates(shard, torch.cat([layer.values for layer in candidates]))
-    kept = torch.zeros_like(values, dtype=torch.bool)
-    kept[largest(values, count)] = True
-    kept = kept[own].split([layer.values.numel() for layer in candidates])
-    return [layer.take(true_positions(mask)) for layer, mask in zip(candidates, kept, strict=True)]
-
-
-def largest(values: Tensor, count: int) -> Tensor:
-    """
-    Positions of exactly the `count` largest entries of a vector, in no particular order.
-
-    A sample bounds the cut from below, so that the selection itself only sees the few entries above the bound; where
-    the sample misleads (too few entries above it), the whole vector is searched, so the result is always exact. On a
-    GPU, where a selection is one fast operation and counting the candidates would wait for it, there is no sample.
-    """
-    size = values.numel()
-    if values.device.type == "cpu" and size > 16 * count and size > 100_000:
-        sample = values[:: size // 20_000 | 1]  # odd: a step of N or F would see one token or feature alone
-        keep = min(sample.numel(), int(1.5 * sample.numel() * count / size) + 20)
-        candidates = true_positions(values >= sample.topk(keep, sorted=False).values.min())
-        if candidates.numel() >= count:
-            return candidates[values[candidates].topk(count, sorted=False).indices]
-    return values.topk(count, sorted=False).indices
+    if config.activation_fn == "jumprelu":
+        return h.with_values(JumpReLU.apply(h.values, AtEntries.apply(theta, h), config.jumprelu_bandwidth))
+    values = torch.relu(h.values)
+    if config.activation_fn == "batchtopk" and not training:
+        passes = values > theta
+        if h.first is not None:  # dead features, which are revived whatever the threshold is
+            passes[h.first[1] :] = True
+        values = values * passes
+    return h.with_values(values)
 
 
 __all__ = [
@@ -386,15 +275,10 @@ __all__ = [
     "JumpReLU",
     "LayerFeatures",
     "SparseFeatures",
-    "among_largest",
-    "batchtopk_over_layers",
+    "activate",
     "entries_at",
     "features_at",
-    "largest",
-    "positions_batchtopk",
-    "positions_topk",
     "sparse_from_dense",
     "sum_by_feature",
-    "topk_over_layers",
     "true_positions",
 ]

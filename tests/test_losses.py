@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_clt.losses import dead_above, largest_dead, preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
+from hf_clt.losses import preactivation_loss, reconstruction_loss, safe_sqrt, sparsity_loss
 from hf_clt.sparsity import features_at
 from tests.reference import random_clt
 
@@ -56,10 +56,9 @@ def test_sparsity_loss_gradients():
 
 
 def preactivation(h, theta, norms, dead):
-    """The loss from all h (N, F), differentiable in it, as the encoder gives what is needed of it."""
-    entries = dead_above(h.detach(), dead, theta.detach())
-    entries = entries.with_values(h[entries.tokens, entries.indices])
-    return preactivation_loss([h[:, dead].sum(dim=0)], [entries], [theta], [norms], [dead])
+    """The loss from all h (N, F), differentiable in it, of which entries above θ are listed, and a few below."""
+    entries = features_at(h, h.detach() > theta.detach() - 0.1)
+    return preactivation_loss([entries], [h[:, dead].sum(dim=0)], [theta], [norms], [dead])
 
 
 def test_preactivation_loss_by_hand():
@@ -85,35 +84,6 @@ def test_preactivation_loss_is_the_formula_and_flows_through_h_threshold_and_nor
         torch.testing.assert_close(grad, wanted, rtol=1e-10, atol=1e-12)
     for grad in grads[1:]:
         assert (grad[[1, 4]] == 0).all() and (grad[dead] != 0).any()
-
-
-@pytest.mark.parametrize("aux_k, kept", [(1, 1), (2, 2), (3, 3), (10, 3)])
-def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
-    h = randn(7, 6) + 2
-    dead = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor([1, 3, 4]), True)
-    features = largest_dead(h, dead, aux_k)
-    assert features.indices.numel() == 7 * kept and features.num_features == 6
-    dense = features.to_dense()
-    for n in range(7):
-        candidates = sorted([(h[n, f].item(), f) for f in (1, 3, 4)], reverse=True)[:kept]
-        expected = torch.zeros(6, dtype=torch.float64)
-        for value, f in candidates:
-            expected[f] = value
-        torch.testing.assert_close(dense[n], expected, rtol=0, atol=0)
-    stored_by_feature = largest_dead(h.T.contiguous().T, dead, aux_k)
-    assert torch.equal(stored_by_feature.to_dense(), dense)
-
-
-def test_pre_activations_of_a_run_that_diverges_are_no_other_error():
-    h = torch.full((128, 9), -torch.inf, dtype=torch.float64).T
-    dead = torch.arange(128) < 20
-    assert (largest_dead(h, dead, 16).indices < 20).all()
-
-
-def test_no_feature_is_revived_where_none_is_dead():
-    nothing = torch.zeros(0, dtype=torch.int64)
-    assert largest_dead(randn(3, 4), torch.zeros(4, dtype=torch.bool), 2).offsets.tolist() == [0, 0, 0, 0]
-    assert dead_above(randn(3, 4), nothing, torch.zeros(4)).offsets.tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])

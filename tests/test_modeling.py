@@ -117,7 +117,7 @@ def test_without_asking_how_many_are_dead_the_same_are_revived(monkeypatch, acti
     inputs, labels, dead = inputs.to(dtype), labels.to(dtype), dead_mask(clt)
     found = []
     for at_hand in (True, False):
-        for module in ("losses", "modeling_clt"):
+        for module in ("selection", "modeling_clt"):
             monkeypatch.setattr(f"hf_clt.{module}.values_at_hand", lambda tensor, at_hand=at_hand: at_hand)
         state = copy.deepcopy(clt)  # the running threshold moves
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -638,10 +638,9 @@ def test_autocast_does_not_round_the_sums_of_dead_features():
     clt = random_clt(double=False)
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
     dead = torch.arange(7)
-    encoder = next(m for m in clt.modules() if type(m).__name__ == "Encoder")
-    selected = clt.eval()(torch.zeros(64, 3, 5)).features.layers[:1]
+    encoder = clt.encoders[0]
     with torch.autocast("cpu", torch.bfloat16):
-        _, _, sums = encoder(x, selected=selected, dead=dead)
+        sums = encoder.sums(x, dead)
     exact = linear(x.double(), encoder.weight.double(), encoder.bias.double()).sum(dim=0)[dead]
     torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4)  # float32 sums of 64 × 5 terms
 

@@ -1,4 +1,4 @@
-"""The activation functions' supports, the sparse form of activations, and the exact selection."""
+"""The sparse form of activations, and the activation functions on it."""
 
 import pytest
 import torch
@@ -8,15 +8,9 @@ from hf_clt.sparsity import (
     JumpReLU,
     LayerFeatures,
     SparseFeatures,
-    batchtopk_over_layers,
-    entries_at,
     features_at,
-    largest,
-    positions_batchtopk,
-    positions_topk,
     sparse_from_dense,
     sum_by_feature,
-    topk_over_layers,
     true_positions,
 )
 
@@ -110,16 +104,6 @@ def test_jumprelu_of_half_precision_with_a_float32_threshold(dtype):
     assert grad_theta.tolist() == [0.0, -0.5]  # |1 - 0.5| < 0.5 is false
 
 
-# -- where the largest are --------------------------------------------------------------------------------------------
-
-
-def check_positions(positions, h, count):
-    assert positions.shape == (count,) and positions.dtype == torch.int64
-    assert (positions.diff() > 0).all()  # ascending, none twice
-    expected = h.flatten().sort(descending=True).values[:count]
-    torch.testing.assert_close(h.flatten()[positions].sort(descending=True).values, expected, rtol=0, atol=0)
-
-
 def stored_by_feature(values):
     """The same matrix (N, F), its memory that of an (F, N) one."""
     return values.T.contiguous().T
@@ -138,86 +122,6 @@ def test_entries_do_not_depend_on_the_storage_order(shape, density):
     leaf = values.clone().requires_grad_()
     (grad,) = torch.autograd.grad(features_at(stored_by_feature(leaf), support).values.pow(2).sum(), leaf)
     assert torch.equal(grad, 2 * values * support)
-
-
-@pytest.mark.parametrize("num_features, k", [(8, 1), (8, 3), (8, 8), (37, 5), (256, 1), (256, 8), (256, 9), (640, 20)])
-@pytest.mark.parametrize("kind", ["random", "few values", "ascending", "one group", "all the same", "bfloat16"])
-def test_topk_of_each_token(num_features, k, kind):
-    """In one round and in two; ties, and the largest all in one group of the first round or next to each other."""
-    h = torch.randn(6, num_features, generator=generator())
-    if kind == "few values":
-        h = (2 * h).round()
-    elif kind == "ascending":
-        h = h.sort(dim=1).values
-    elif kind == "one group":
-        h[:, :: max(1, num_features // 16)] += 100
-    elif kind == "all the same":
-        h = torch.zeros_like(h)
-    elif kind == "bfloat16":
-        h = h.bfloat16()
-    positions = positions_topk(h, k).view(6, k)
-    for n in range(6):
-        check_positions(positions[n] - n * num_features, h[n], k)
-    h = stored_by_feature(h)
-    positions = positions_topk(h, k)
-    assert (positions.diff() > 0).all()
-    entries = entries_at(h, positions)
-    assert torch.equal(entries.offsets, torch.arange(7) * k)
-    for n, chosen in enumerate(entries.indices.view(6, k)):
-        check_positions(chosen, h[n], k)
-
-
-def test_topk_with_nan_keeps_k_of_each_token():
-    """The loss is NaN then, and stops the run with a clear error; the selection itself must not fail."""
-    h = torch.randn(6, 256, generator=generator())
-    h[2, 17] = torch.nan
-    for layout in (h, stored_by_feature(h)):
-        entries = entries_at(layout, positions_topk(layout, 4))
-        assert torch.equal(entries.offsets, torch.arange(7) * 4)
-        assert entries.values.isnan().sum() == 1
-
-
-@pytest.mark.parametrize("count", [1, 6, 18, 48])
-def test_batchtopk(count):
-    h = torch.randn(6, 8, generator=generator())
-    check_positions(positions_batchtopk(h, count), h, count)
-    check_positions(positions_batchtopk(stored_by_feature(h), count), h.T, count)
-
-
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_topk_over_all_layers(k):
-    h = [torch.randn(6, 8, generator=generator(s)) + s for s in range(3)]
-    candidates = [entries_at(layer, positions_topk(layer, min(3 * k, 8))) for layer in h]
-    kept = topk_over_layers(candidates, 3 * k)
-    for n in range(6):
-        values = torch.cat([layer.values[layer.tokens == n] for layer in kept])
-        expected = torch.cat([layer[n] for layer in h]).sort(descending=True).values[: 3 * k]
-        torch.testing.assert_close(values.sort(descending=True).values, expected, rtol=0, atol=0)
-    check_entries(kept, h)
-
-
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_batchtopk_over_all_layers(k):
-    h = [torch.randn(6, 8, generator=generator(s)) + s - 3 for s in range(3)]
-    candidates = [entries_at(layer, positions_batchtopk(layer, min(3 * k, 8) * 6)) for layer in h]
-    kept = batchtopk_over_layers(candidates, 3 * 6 * k)
-    values = torch.cat([layer.values for layer in kept])
-    expected = torch.cat(h).flatten().sort(descending=True).values[: 3 * 6 * k]
-    torch.testing.assert_close(values.sort(descending=True).values, expected, rtol=0, atol=0)
-    check_entries(kept, h)
-
-
-def check_entries(layers, h):
-    for layer, values in zip(layers, h, strict=True):
-        torch.testing.assert_close(layer.values, values[layer.tokens, layer.indices], rtol=0, atol=0)
-
-
-def test_the_budget_is_exact_among_ties():
-    h = [torch.zeros(6, 8) for _ in range(3)]
-    candidates = [entries_at(layer, positions_topk(layer, 6)) for layer in h]
-    assert sum(layer.values.numel() for layer in topk_over_layers(candidates, 6)) == 6 * 6
-    assert sum(layer.values.numel() for layer in batchtopk_over_layers(candidates, 36)) == 36
-    assert positions_batchtopk(h[0], 12).numel() == 12
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 7), (1, 8), (0, 8), (64, 1024)])
@@ -267,64 +171,10 @@ def test_taking_some_entries(entries):
     assert taken.indices.tolist() == [features.indices[e].item() for e in entries]
 
 
-# -- the exact selection ----------------------------------------------------------------------------------------------
-
-
-SIZE = 250_000
-
-
-def vectors():
-    """Long vectors, some of which mislead a sample that takes every so-many-th entry."""
-    random = torch.randn(SIZE, generator=generator())
-    step = SIZE // 20_000
-    sampled_large, sampled_small, periodic = random.clone(), random.clone(), random.clone()
-    sampled_large[::step] += 100  # the sample sees the large entries alone
-    sampled_small[::step] -= 100  # ... or none of them
-    periodic[::step] = periodic[::step].abs() + 50
-    few = torch.full((SIZE,), -1.0)
-    few[:7] = torch.arange(7.0)
-    return {
-        "random": random,
-        "ascending": random.sort().values,
-        "descending": random.sort(descending=True).values,
-        "the sample sees the large ones": sampled_large,
-        "the sample sees the small ones": sampled_small,
-        "periodic": periodic,
-        "all the same": torch.ones(SIZE),
-        "few values": (4 * random).round(),
-        "few above a plateau": few,
-        "one block": torch.cat([torch.zeros(SIZE - 5_000), torch.ones(5_000)]),
-        "minus infinity": torch.where(random > 2.5, random, -torch.inf),
-        "half precision": random.bfloat16(),
-    }
-
-
-VECTORS = vectors()
-
-
-@pytest.mark.parametrize("count", [1, 50, 1_000, 10_000, SIZE // 16 + 1])
-@pytest.mark.parametrize("name", VECTORS)
-def test_largest_is_exact(name, count):
-    values = VECTORS[name]
-    positions = largest(values, count)
-    assert positions.shape == (count,)
-    assert positions.unique().numel() == count
-    expected = values.topk(count).values
-    torch.testing.assert_close(values[positions].sort(descending=True).values, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("size, count", [(1, 1), (10, 10), (1000, 3), (100_001, 1), (100_001, 100_001)])
-def test_largest_of_vectors_around_the_sampling_size(size, count):
-    values = torch.randn(size, generator=generator(size))
-    positions = largest(values, count)
-    expected = values.topk(count).values
-    torch.testing.assert_close(values[positions].sort(descending=True).values, expected, rtol=0, atol=0)
-
-
-def test_features_of_further_tokens_are_joined_and_parted():
+def test_features_of_further_tokens_follow_and_are_taken_off():
     first, second = (features_at(h, h > 0.3) for h in torch.randn(2, 4, 7).unbind())
     joined = first.followed_by(second)
     assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
-    for part, expected in zip(joined.parted(4, first.indices.numel()), (first, second), strict=True):
-        assert torch.equal(part.to_dense(), expected.to_dense()) and torch.equal(part.offsets, expected.offsets)
-    assert first.parted(4, first.indices.numel())[1] is None
+    alone = joined.with_values(2 * joined.values).without_followers()
+    assert torch.equal(alone.to_dense(), 2 * first.to_dense()) and torch.equal(alone.offsets, first.offsets)
+    assert first.without_followers() is first

@@ -129,9 +129,9 @@ def read_rows(
 
 def pre_activations(clt: CrossLayerTranscoder, inputs: Tensor) -> Iterator[Tensor]:
     """h (N, F) of one source layer after the other, computed as `forward` does, in float32."""
-    x = clt._normalized_inputs(inputs)
+    x = clt.normalize_inputs(inputs)
     for s, encoder in enumerate(clt.encoders):
-        yield encoder.pre_activations(x[:, s]).float()
+        yield encoder(x[:, s]).float()
 
 
 def find_thresholds(clt: CrossLayerTranscoder, batches, progress: bool) -> tuple[MetricSums, Tensor]:

@@ -67,23 +67,6 @@ def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
         raise ValueError("this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first")
 
 
-def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatures:
-    """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode."""
-    theta = clt.thresholds[layer]() if hasattr(clt, "thresholds") else None
-    features, *_ = clt.encoders[layer](x, [partial(clt._select, theta=theta, training=False, grad=False)])
-    return clt._activate(features, theta, training=False)
-
-
-def decode_layer(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:
-    """Adds a_s W_dec[s][:, t-s] to all target layers t of source layer s, in place in (N, L, D)."""
-    num_targets = clt.config.num_targets(source)
-    if clt.config.decoder_tying != "per_target":
-        return clt.decoders[source](normalized, features, source, num_targets, False)[0]
-    for target in range(source, source + num_targets):
-        normalized, _ = clt.decoders[target](normalized, features, target, 1, False)
-    return normalized
-
-
 class LayerwiseReconstruction:
     """
     What `clt(inputs)` gives in eval mode for N tokens, one layer after the other, where the inputs of a layer may
@@ -116,17 +99,16 @@ class LayerwiseReconstruction:
         if layer != len(self.features):
             raise ValueError(f"layer={layer} is given after {len(self.features)} layers; give all layers in order")
         x = inputs.to(clt.device)
-        if clt.mean_in is not None:
-            x = (x - clt.mean_in[layer]) / clt.std_in[layer]
-        features = encode_layer(clt, layer, x)
+        x = clt.normalize_inputs(x, layer)
+        features = clt.encode_layer(layer, x)
         if self.edit is not None:
             features = self.edit(layer, features)
         self.features.append(features)
-        self.normalized = decode_layer(clt, self.normalized, features, layer)
+        self.normalized = clt.decode_layer(layer, features, self.normalized)
         y = self.normalized[:, layer]
         if clt.config.skip_connection:
             y = y + clt.skips[layer](x)
-        return y if clt.mean_out is None else y * clt.std_out[layer] + clt.mean_out[layer]
+        return clt.denormalize(y, layer)
 
 
 # -- tokens and interventions -----------------------------------------------------------------------------------------
@@ -583,6 +565,5 @@ __all__ = [
     "LayerwiseReconstruction",
     "ReplacementModel",
     "ReplacementOutput",
-    "encode_layer",
     "replacement_metrics",
 ]

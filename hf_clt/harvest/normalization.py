@@ -108,16 +108,15 @@ def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
         rate: Share of tokens, 0 to 1.
     """
     above = max(1, round(rate * len(inputs)))
-    thresholds = clt._thresholds_or_zero()
     for encoder in clt.encoders:
         encoder.bias.zero_()
-    x = clt._normalized_inputs(inputs)
+    x = clt.normalize_inputs(inputs)
     for s, encoder in enumerate(clt.encoders):
-        h = encoder.pre_activations(x[:, s])
+        h = encoder(x[:, s])
         # Midway between the last one above and the first one below, so that exactly `above` tokens fire.
         top = h.topk(min(above + 1, len(h)), dim=0).values
         quantile = (top[above - 1] + top[-1]) / 2
-        encoder.bias.copy_(thresholds[s] - quantile)
+        encoder.bias.copy_(clt.theta(s) - quantile)
 
 
 @torch.no_grad()

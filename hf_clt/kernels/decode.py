@@ -71,28 +71,21 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 def add_decoded(
-    reconstruction: Tensor,
-    features: LayerFeatures,
-    weight: Tensor,
-    first_target: int,
-    num_targets: int,
-    with_squares: bool = False,
+    reconstruction: Tensor, features: LayerFeatures, weight: Tensor, targets: slice, with_squares: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """
-    Adds Σ_f a_f W[f, j] to the reconstruction of target layer `first_target + j`, in place.
+    Adds Σ_f a_f W[f, j] to the reconstruction of the j-th of some target layers, in place.
 
     Args:
         reconstruction: (N, L, D), changed in place.
         features: The source layer's features on N tokens.
-        weight: (F, J, D) with J = `num_targets`, or J = 1 for a decoder that writes the same to all its targets.
-        first_target: The first target layer.
-        num_targets: Number of target layers written to.
+        weight: (F, J, D), J the number of `targets`, or 1 for a decoder that writes the same to all of them.
+        targets: The target layers.
         with_squares: Whether to return ‖W[f]‖² as well. Together, because the weight's gradient is then written once.
 
     Returns:
         `reconstruction`, differentiable in the feature values and in the weight; ‖W[f]‖² as stored, (F,), or None.
     """
-    targets = slice(first_target, first_target + num_targets)
     return _AddDecoded.apply(reconstruction, features.values, weight, features, targets, with_squares)
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..folding import at_least_float32
 from ..sparsity import LayerFeatures, sum_by_feature
 from .rows import row_dots, row_sums, transposed_row_sums
 
@@ -59,12 +60,12 @@ class _PreActivations(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values):
         x, weight = ctx.saved_tensors
-        features = ctx.features
+        features, dtype = ctx.features, at_least_float32(weight.dtype)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = row_sums(weight, features.indices, features.offsets, grad_values).to(x.dtype)
+            grad_x = row_sums(weight.to(dtype), features.indices, features.offsets, grad_values).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = transposed_row_sums(x.to(weight.dtype), features, grad_values)
+            grad_weight = transposed_row_sums(x.to(dtype), features, grad_values).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_by_feature(features, grad_values).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None
@@ -78,17 +79,18 @@ def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerF
         x: (N, D) inputs.
         weight: (F, D).
         bias: (F,).
-        features: The selected entries of h = W x + b with their values. Where h was computed in a lower precision
-            than the weight's (autocast), they are computed again in the weight's, so that only the selection is rough.
+        features: The selected entries of h = W x + b with their values. Where h was computed in less than float32
+            (autocast), they are computed again, so that only the selection is rough; but for those of -inf, which
+            stand for no pre-activation (see [`largest_dead`]).
 
     Returns:
         The features, differentiable in `x`, `weight` and `bias`.
     """
-    values = features.values
+    values, dtype = features.values, at_least_float32(weight.dtype)
     with torch.no_grad():
-        if torch.finfo(values.dtype).eps > torch.finfo(weight.dtype).eps:
-            values = row_dots(x.to(weight.dtype), features.tokens, weight, features.indices)
-            values = values.to(weight.dtype) + bias[features.indices]
+        if torch.finfo(values.dtype).eps > torch.finfo(dtype).eps:
+            exact = row_dots(x.to(dtype), features.tokens, weight.to(dtype), features.indices)
+            values = torch.where(values.isneginf(), values, exact.to(dtype) + bias[features.indices])
     return features.with_values(_PreActivations.apply(x, weight, bias, values, features))
 
 

@@ -255,7 +255,7 @@ def test_index_lists_every_page():
 
 def test_functions_of_the_concepts_exist():
     text = TEXTS["docs/concepts.md"]
-    modules = "modeling_clt|folding|sparsity|losses|release|training|evaluation"
+    modules = "modeling_clt|folding|sparsity|selection|losses|release|training|evaluation"
     names = [code for code in inline_code(text) if re.fullmatch(rf"({modules})(\.\w+)+", code)]
     assert len(names) > 15
     for name in names:

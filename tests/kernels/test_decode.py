@@ -43,7 +43,7 @@ def test_adds_to_the_reached_targets_alone(branch, first, tied):
     num_targets = L - first
     weight = random_tensor(F, 1 if tied else num_targets, D)
     start = random_tensor(N, L, D, seed=2)
-    out, _ = add_decoded(start.clone(), features_at(acts, support), weight, first, num_targets)
+    out, _ = add_decoded(start.clone(), features_at(acts, support), weight, slice(first, first + num_targets))
     torch.testing.assert_close(out[:, :first], start[:, :first], rtol=0, atol=0)
     for j in range(num_targets):
         expected = start[:, first + j] + acts @ weight[:, 0 if tied else j]
@@ -64,7 +64,7 @@ def test_gradients_by_finite_differences(branch, density, tied):
 
     def function(start, values, weight):
         features.values = values
-        return add_decoded(start.clone(), features, weight, 1, 2)[0]
+        return add_decoded(start.clone(), features, weight, slice(1, 3))[0]
 
     assert values.numel() == support.sum()
     assert torch.autograd.gradcheck(function, (start, values, weight))
@@ -80,7 +80,7 @@ def test_gradients_match_the_dense_formula_where_some_rows_never_fire(branch):
     grad = random_tensor(N, L, D, seed=3)
     leaves = [acts.clone().requires_grad_(), weight.clone().requires_grad_()]
     start = torch.zeros(N, L, D, dtype=torch.float64)
-    out, _ = add_decoded(start, features_at(leaves[0], support), leaves[1], 0, L)
+    out, _ = add_decoded(start, features_at(leaves[0], support), leaves[1], slice(0, L))
     found = torch.autograd.grad(out, leaves, grad)
     dense = [acts.clone().requires_grad_(), weight.clone().requires_grad_()]
     wanted = torch.autograd.grad(decode_dense(*dense), dense, grad)
@@ -95,7 +95,7 @@ def test_listed_zeros_receive_gradient(branch):
     acts, support = random_features()
     zeros = torch.zeros_like(acts).requires_grad_()
     weight = random_tensor(F, L, D)
-    out, _ = add_decoded(torch.zeros(N, L, D, dtype=torch.float64), features_at(zeros, support), weight, 0, L)
+    out, _ = add_decoded(torch.zeros(N, L, D, dtype=torch.float64), features_at(zeros, support), weight, slice(0, L))
     assert (out == 0).all()
     (found,) = torch.autograd.grad(out.sum(), zeros)
     torch.testing.assert_close(found, weight.sum(dim=(1, 2)).expand(N, F) * support)
@@ -110,7 +110,7 @@ def test_chained_sources_accumulate(branch):
     out = bias.expand(N, -1, -1).clone()
     expected = [bias[t].expand(N, -1) for t in range(L)]
     for s, (acts, support) in enumerate(sources):
-        out, _ = add_decoded(out, features_at(acts, support), weights[s], s, L - s)
+        out, _ = add_decoded(out, features_at(acts, support), weights[s], slice(s, L))
         for t in range(s, L):
             expected[t] = expected[t] + acts @ weights[s][:, t - s]
     expected = torch.stack(expected, dim=1)
@@ -126,7 +126,7 @@ def test_only_what_is_asked_for_gets_a_gradient(branch):
     acts, support = random_features()
     weight = random_tensor(F, L, D).requires_grad_()
     start = torch.zeros(N, L, D, dtype=torch.float64)
-    out, _ = add_decoded(start, features_at(acts, support), weight, 0, L)
+    out, _ = add_decoded(start, features_at(acts, support), weight, slice(0, L))
     (found,) = torch.autograd.grad(out.sum(), [weight])
     torch.testing.assert_close(found, acts.sum(0)[:, None, None].expand_as(weight))
 
@@ -144,7 +144,7 @@ def test_half_precision_decoders_add_into_float32(dtype):
     weight = random_tensor(F, L, D).to(dtype).requires_grad_()
     values = acts.float().requires_grad_()
     start = torch.ones(50, L, D)
-    out, _ = add_decoded(start, features_at(values, support), weight, 0, L)
+    out, _ = add_decoded(start, features_at(values, support), weight, slice(0, L))
     expected = 1 + decode_dense(acts.to(dtype).double(), weight.detach().double())
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
     grads = torch.autograd.grad(out.sum(), [values, weight])
@@ -160,6 +160,6 @@ def test_the_dense_product_follows_autocast_where_that_is_fast(monkeypatch, fast
     generator = torch.Generator().manual_seed(0)
     acts, weight = torch.rand(8, 16, generator=generator), torch.randn(16, 2, 4, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _ = add_decoded(torch.zeros(8, 2, 4), features_at(acts, acts > 0.5), weight, 0, 2)
+        found, _ = add_decoded(torch.zeros(8, 2, 4), features_at(acts, acts > 0.5), weight, slice(0, 2))
     error = (found - decode_dense(torch.where(acts > 0.5, acts, 0), weight)).abs().max()
     assert (error > 1e-4) if fast else (error < 1e-5)
