@@ -324,8 +324,8 @@ def read_state(
         config: Its configuration.
         rows: The features to read.
         layers: The layers to read; None: all.
-        dtype: Of the decoders; the rest is at least float32, thresholds are float32. None: as in the files, and left in
-            them where they can be mapped.
+        dtype: Of the decoders; the rest is at least float32, thresholds are float32. None: as in the files, and left
+            in them where they can be mapped.
     """
     state = {}
     for layer in range(config.num_layers) if layers is None else layers:

@@ -608,7 +608,7 @@ def check_info(work):
         assert "jumprelu CLT of" in text and "3 layers, width 64, 1,024 features per layer" in text
         assert "W_dec_N.safetensors, N = 0 to 2" in text and "2.4 MB in 6 files" in text
     assert "nmse" in printed["tester/informed"].lower() and "0.2500" in printed["tester/informed"]
-    assert "No measurement" in printed["tester/bare"]
+    assert "No metrics" in printed["tester/bare"]
     assert sent < 300_000  # the weights are 2.4 MB; of two files the first 100 kB are read
     with contextlib.redirect_stderr(io.StringIO()) as error:
         assert hf_clt.commands.main(["info", "tester/nothing-there"]) == 2
