@@ -443,7 +443,7 @@ def check_an_incomplete_folder_is_refused_before_anything_is_sent(work):
         push_folder(work, "tester/broken", token=TOKEN)
     index = broken / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("W_dec_1.safetensors", "W_dec_1.bin"))
-    with pytest.raises(ValueError, match=r"W_dec_1\.bin in .* is no safetensors file"):
+    with pytest.raises(ValueError, match=r"W_dec_1\.bin in .* is not a safetensors file"):
         push_folder(broken, "tester/broken", token=TOKEN)
     assert not API.repo_exists("tester/broken")
 
