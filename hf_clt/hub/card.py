@@ -1,9 +1,9 @@
 """
 The model card: the README.md beside a released CLT, with its plots.
 
-Everything in it comes from the configuration, a measurement or the run itself; what is not known is left out. Its text
-is in `card.md.jinja`. Besides config.json it is made from `metrics.json` alone (facts.py), so that it can be made
-again. It ends with a hash of its own text, by which a card that a human edited is recognised and never replaced.
+All facts in it are from the configuration, a measurement or the run; unknown ones are left out. Its sentences are in
+`card.md.jinja`. It is made from config.json and `metrics.json` alone (facts.py), so that it can be made again. It ends
+with a hash of its own text, which shows whether someone edited it; an edited card is never replaced.
 """
 
 import functools
@@ -14,10 +14,12 @@ import math
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -26,7 +28,7 @@ from ..configuration_clt import CLTConfig
 from ..files import format_duration, format_number, write_text
 from .facts import FACTS_FILE, as_curves, make_facts, read_facts, without_private, write_facts
 from .plots import PLOTS, PLOTS_FOLDER, draw_plots
-from .report import without_nmse
+from .report import note_missing_nmse
 
 
 logger = logging.getLogger(__name__)
@@ -58,10 +60,10 @@ PER_LAYER = (
 TRAINING_KEYS = (
     "settings",  # dict: the arguments that differ from their defaults
     "dataset",  # Hub name or path
-    "dataset_on_hub",  # bool; None: found out from the name, and whether there is such a file
+    "dataset_on_hub",  # bool; None: judged by the name, and whether there is such a file
     "dataset_config",
     "dataset_split",
-    "eval_tokens",  # asked for; of the documents that are held out for them nothing is trained on
+    "eval_tokens",  # asked for; the documents that are held out for them are not trained on
     "context_size",
     "prepend_bos",  # bool, as resolved
     "normalization_method",
@@ -83,14 +85,14 @@ LOADING_CALL = re.compile(r'(CrossLayerTranscoder\.from_pretrained\()"[^"\n]*"')
 
 
 def is_human_edited(card: str) -> bool:
-    """Whether a README is anything but an untouched card of ours: its hash is missing or does not fit its text."""
+    """Whether a README is not a generated card as it was written: its hash is missing or does not fit its text."""
     card = card.replace("\r\n", "\n")  # git may have changed the line ends
     marker = MARKER.search(card)
     return marker is None or marker[1] != _digest(card[: marker.start()])
 
 
 def set_loading_name(card: str, name: str) -> str:
-    """The generated `card` with `name` (a Hub name or folder) in its loading snippet; a human's card unchanged."""
+    """The generated `card` with `name` (a Hub name or folder) in its loading snippet; an edited card unchanged."""
     if is_human_edited(card):
         return card
     card = card.replace("\r\n", "\n")
@@ -117,23 +119,15 @@ def is_hub_name(name: str | None) -> bool:
     return True
 
 
-def count_parameters(config) -> int:
+def count_parameters(config: CLTConfig) -> int:
     """Number of trainable parameters of a CLT of this configuration (a tied decoder counts once)."""
-    num_layers, d_model, num_features = config.num_layers, config.d_model, config.num_features
-    if config.decoder_tying == "none":
-        decoders = sum(config.num_targets(source) for source in range(num_layers))
-    else:
-        decoders = num_layers
-    total = num_layers * num_features * (d_model + 1)  # W_enc, b_enc
-    total += decoders * num_features * d_model + num_layers * d_model  # W_dec, b_dec
-    if config.activation_fn == "jumprelu":
-        total += num_layers * num_features
-    if config.skip_connection:
-        total += num_layers * d_model * d_model
-    return total
+    from ..modeling_clt import CrossLayerTranscoder
+
+    with torch.device("meta"):
+        return CrossLayerTranscoder(config).num_parameters()
 
 
-def circuit_tracer_gaps(config) -> list[str]:
+def circuit_tracer_gaps(config: CLTConfig) -> list[str]:
     """What circuit-tracer cannot express of this CLT, in words; empty when it reads the files as they are."""
     gaps = []
     if config.activation_fn == "topk":
@@ -146,7 +140,7 @@ def circuit_tracer_gaps(config) -> list[str]:
 
 
 def build_model_card(
-    config,
+    config: CLTConfig,
     metrics: dict | None = None,
     training: dict | None = None,
     command: str | None = None,
@@ -193,7 +187,7 @@ def build_model_card(
     model_name = Path(hub_base or base).name if hub_base or base else None
     datasets = [_hub_dataset(text) for text in (training, evaluation)]
     results = _eval_results(metrics, evaluation)
-    data = ModelCardData(
+    header = ModelCardData(
         library_name="hf_clt",
         license=license,
         base_model=hub_base or None,
@@ -205,28 +199,25 @@ def build_model_card(
         eval_results=results or None,
     )
     nmse, l0 = metrics.get("nmse_per_layer", []), metrics.get("l0_per_layer", [])
-    card = _template().render(
-        card_data=data.to_yaml(),
-        config=config,
-        metrics=metrics,
-        evaluation=evaluation,
-        training=training,
-        hub_base=hub_base,
-        model_name=model_name,
-        name=name or FOLDER_PLACEHOLDER,
-        note=without_private(note),
-        command=_in_short_lines(without_private(command)),
-        plots={file: f"{title}: {says}" for file, title, says in PLOTS if file in plots},
-        num_parameters=count_parameters(config),
-        gaps=circuit_tracer_gaps(config),
-        scalars=SCALARS,
-        has_results=any(key in metrics for key, _, _ in SCALARS),
-        layer_columns=[column for column in PER_LAYER if column[1] in metrics],
-        worst_layer=max(range(len(nmse)), key=lambda layer: nmse[layer] or 0.0) if len(nmse) > 1 else None,
-        dense_layers=[layer for layer, value in enumerate(l0) if value > config.num_features / 10],
-        was_measured=was_measured,
-    )
-    return _sign(str(ModelCard(card)))
+    facts = {
+        "config": config,
+        "metrics": metrics,
+        "evaluation": evaluation,
+        "training": training,
+        "was_measured": was_measured,
+        "hub_base": hub_base,
+        "model_name": model_name,
+        "name": name or FOLDER_PLACEHOLDER,
+        "note": without_private(note),
+        "command": _in_short_lines(without_private(command)),
+        "plots": {file: f"{title}: {says}" for file, title, says in PLOTS if file in plots},
+        "num_parameters": count_parameters(config),
+        "gaps": circuit_tracer_gaps(config),
+        "missing_nmse": note_missing_nmse(metrics),
+        "worst_layer": max(range(len(nmse)), key=lambda layer: nmse[layer] or 0.0) if len(nmse) > 1 else None,
+        "dense_layers": [layer for layer, value in enumerate(l0) if value > config.num_features / 10],
+    }
+    return _sign(str(ModelCard(_template().render(facts, card_data=header.to_yaml()))))
 
 
 def _known(facts: dict | None) -> dict:
@@ -239,7 +230,7 @@ def _template() -> jinja2.Template:
     environment.filters |= {"cell": _cell, "duration": format_duration, "number": format_number}
     environment.filters["basename"] = lambda path: Path(path).name
     environment.tests["finite"] = math.isfinite
-    environment.globals |= {"hub_dataset": _hub_dataset, "without_nmse": without_nmse}
+    environment.globals |= {"hub_dataset": _hub_dataset, "scalars": SCALARS, "per_layer": PER_LAYER}
     text = importlib.resources.files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(text)
 
@@ -252,32 +243,23 @@ def _cell(value) -> str:
 
 
 def _in_short_lines(command: str | None) -> str | None:
-    """A command with long lines continued, before an option where that is possible."""
+    """A command whose long lines are continued before an option; a line that is more than words stays as it is."""
     if command is None:
         return None
     lines = []
     for line in command.splitlines():
         try:
-            words = [shlex.quote(word) for word in shlex.split(line)]
-        except ValueError:  # a line that goes on in the next
+            words = shlex.split(line)
+        except ValueError:  # a quoted text that ends in another line
             words = []
-        if len(line) <= LINE or " ".join(words) != line:
+        if len(line) <= LINE or shlex.join(words) != line:
             lines.append(line)
             continue
-        parts = [words[0]]
-        for word in words[1:]:
-            if word.startswith("--") and len(word) > 2:
-                parts.append(word)
-            else:
-                parts[-1] += f" {word}"
-        begun = parts[0]
-        for part in parts[1:]:
-            if len(f"{begun} {part}") > LINE:
-                lines.append(f"{begun} \\")
-                begun = f"    {part}"
-            else:
-                begun += f" {part}"
-        lines.append(begun)
+        # textwrap breaks at spaces, so those within an option and its values are hidden from it
+        hidden = [("" if word.startswith("--") else "\0") + shlex.quote(word).replace(" ", "\0") for word in words]
+        text = " ".join(hidden).replace(" \0", "\0").lstrip("\0")
+        parts = textwrap.wrap(text, LINE, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        lines.append(" \\\n".join(parts).replace("\0", " "))
     return "\n".join(lines)
 
 
@@ -287,6 +269,13 @@ def _hub_dataset(text: dict) -> str | None:
     if on_hub is None:
         on_hub = is_hub_name(text.get("dataset"))
     return text.get("dataset") if on_hub else None
+
+
+def _with_origin(text: dict | None) -> dict | None:
+    """The facts of a text with `dataset_on_hub`, which its name alone does not show elsewhere or later."""
+    if not text or text.get("dataset") is None:
+        return text
+    return {**text, "dataset_on_hub": _hub_dataset(text) is not None}
 
 
 def _eval_results(metrics, evaluation):
@@ -321,40 +310,37 @@ def _eval_results(metrics, evaluation):
 
 def save_model_card(
     folder: str | Path,
-    config,
+    config: CLTConfig,
     metrics: dict | None = None,
     training: dict | None = None,
     command: str | None = None,
     *,
     name: str | None = None,
-    license: str | None = None,
     evaluation: dict | None = None,
-    note: str | None = None,
-    tags: list[str] | None = None,
     history: list[dict] | None = None,
+    **others,
 ) -> Path:
     """
-    Write the model card to `folder/README.md`, what it is made from to `folder/metrics.json`, and its plots to
+    Writes the model card to `folder/README.md`, what it is made from to `folder/metrics.json`, and its plots to
     `folder/plots`, where matplotlib is installed; each whole or not at all. A README.md that a human edited or wrote
     stays.
 
     Args:
         folder (`str` or `Path`): Folder of the released CLT; if relative, the loading snippet names it by default.
-        config, metrics, training, command, name, license, evaluation, note, tags: See [`build_model_card`].
         history (`list[dict]`, *optional*): The lines of the run's `metrics.jsonl`, for the training curves.
+        config, metrics, training, command, name, evaluation: See [`build_model_card`].
+        others: `license`, `note` and `tags`, see there as well.
 
     Returns:
         `Path` of the README.md.
     """
     facts = make_facts(
-        note=note,
-        license=license,
-        tags=tags,
-        command=command,
         metrics=metrics,
-        evaluation=_told_where(evaluation),
-        training=_told_where(training),
+        training=_with_origin(training),
+        command=command,
+        evaluation=_with_origin(evaluation),
         history=as_curves(history or []),
+        **others,
     )
     if facts != make_facts():  # what the CLT is needs no second file
         base = config.base_model_name_or_path
@@ -365,7 +351,7 @@ def save_model_card(
     return write_card(folder, config, facts, name=name)
 
 
-def write_card(folder: str | Path, config, facts: dict, name: str | None = None) -> Path:
+def write_card(folder: str | Path, config: CLTConfig, facts: dict, name: str | None = None) -> Path:
     """Writes `metrics.json`, plots and README.md of a folder from its facts; see [`save_model_card`]."""
     folder = Path(folder)
     path = folder / "README.md"
@@ -374,14 +360,18 @@ def write_card(folder: str | Path, config, facts: dict, name: str | None = None)
     if path.exists() and is_human_edited(path.read_text(encoding="utf-8")):
         _warn_kept(path.absolute())
         return path
-    write_text(path, _card(folder, config, facts, name))
+    write_text(path, _build_from_facts(folder, config, facts, name))
     return path
+
+
+@functools.cache  # once per card: a run saves its release more than once
+def _warn_kept(path: Path) -> None:
+    logger.warning("%s was edited by hand and is kept; delete it to have it generated anew", path)
 
 
 def card_from_folder(folder: str | Path, *, name: str | None = None, license: str | None = None) -> str:
     """
-    The card of a released CLT, from the `config.json` and the `metrics.json` in its folder, and nothing else but which
-    plots are there.
+    The card of a released CLT, from the `config.json` and the `metrics.json` in its folder, and which plots are there.
 
     Args:
         folder (`str` or `Path`): The folder; where there is no metrics.json, the card says what the CLT is.
@@ -391,10 +381,10 @@ def card_from_folder(folder: str | Path, *, name: str | None = None, license: st
     facts = read_facts(folder) or make_facts()
     if license is not None:
         facts["license"] = license
-    return _card(Path(folder), CLTConfig.from_pretrained(folder), facts, name)
+    return _build_from_facts(Path(folder), CLTConfig.from_pretrained(folder), facts, name)
 
 
-def _card(folder: Path, config, facts: dict, name: str | None) -> str:
+def _build_from_facts(folder: Path, config: CLTConfig, facts: dict, name: str | None) -> str:
     name = name or facts.get("name")
     if name is None and not folder.is_absolute():  # an absolute path would publish the names of a user's folders
         name = folder.as_posix()
@@ -405,9 +395,18 @@ def _card(folder: Path, config, facts: dict, name: str | None) -> str:
     return build_model_card(config, **rest, name=name, base_model=base_model, plots=plots)
 
 
+def tells_unknown_training(folder: str | Path) -> bool:
+    """Whether the generated card in a folder tells of a training and `metrics.json`, to make it again, is missing."""
+    readme = Path(folder) / "README.md"
+    if read_facts(folder) is not None or not readme.is_file():
+        return False
+    card = readme.read_text(encoding="utf-8")
+    return not is_human_edited(card) and ("\n## Training\n" in card or "\nThe command" in card)
+
+
 def check_update(folder: str | Path, evaluation: dict) -> None:
     """
-    Whether [`update_card`] could put the metrics of this evaluation on the card, before they are measured.
+    Checks whether [`update_card`] can put the metrics of an evaluation on the card, before they are measured.
 
     Raises:
         `ValueError`: There is no such folder, its card says more than its `metrics.json` could give again, or training
@@ -416,27 +415,22 @@ def check_update(folder: str | Path, evaluation: dict) -> None:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"update_card: {str(folder)!r} is no folder with a config.json; download a CLT of the Hub into a folder, "
-            "update its card there, and push it with `hf-clt push`"
+            f"update_card: {str(folder)!r} is not a folder with a config.json; download a CLT of the Hub into a "
+            "folder, update its card there, and push it with `hf-clt push`"
         )
-    facts, readme = read_facts(folder), folder / "README.md"
-    if facts is None and readme.is_file():
-        card = readme.read_text(encoding="utf-8")
-        if not is_human_edited(card) and ("\n## Training\n" in card or "\nThe command" in card):
-            raise ValueError(
-                f"update_card: {readme} tells of a training that {FACTS_FILE} does not tell, which is missing; delete "
-                "the README.md to have one with the new metrics alone"
-            )
-    training = (facts or {}).get("training") or {}
+    if tells_unknown_training(folder):
+        raise ValueError(
+            f"update_card: {folder / 'README.md'} tells of a training, but {FACTS_FILE} is missing; delete the "
+            "README.md to have one with the new metrics alone"
+        )
+    training = (read_facts(folder) or {}).get("training") or {}
     same = all(training.get(key) == evaluation.get(key) for key in ("dataset_config", "dataset_split"))
     same = same and Path(training.get("dataset") or "").name == Path(evaluation["dataset"]).name
     held_out = training.get("eval_tokens")
     if same and held_out is not None and evaluation["eval_tokens"] > held_out:
         raise ValueError(
-            f"eval_tokens={evaluation['eval_tokens']}, but training held out {held_out} tokens of this text and "
-            f"went over the rest; give --eval-tokens {held_out} or less"
-            if held_out
-            else "training held nothing of this text out; give another text as dataset"
+            f"eval_tokens={evaluation['eval_tokens']}, but training held out {held_out} tokens of this text and used "
+            "the rest; " + (f"give --eval-tokens {held_out} or less" if held_out else "give another text as dataset")
         )
 
 
@@ -459,13 +453,11 @@ def update_card(folder: str | Path, metrics: dict, evaluation: dict) -> list[str
     check_update(folder, evaluation)
     folder = Path(folder)
     config = CLTConfig.from_pretrained(folder)
-    facts = read_facts(folder)
-    if facts is None:
-        base = config.base_model_name_or_path
-        facts = make_facts(base_model=base if is_hub_name(base) else None)
-    # where the CLT lies is no setting of the evaluation
+    base = config.base_model_name_or_path
+    facts = read_facts(folder) or make_facts(base_model=base if is_hub_name(base) else None)
+    # where the CLT is, is not a setting of the evaluation
     evaluation = {key: value for key, value in evaluation.items() if key not in ("clt", "revision")}
-    new = make_facts(metrics=metrics, evaluation=_told_where(evaluation))
+    new = make_facts(metrics=metrics, evaluation=_with_origin(evaluation))
     gone = [name for name, _, _ in SCALARS if name in facts.get("metrics", {}) and name not in new["metrics"]]
     path = write_card(folder, config, facts | new)
     kept = is_human_edited(path.read_text(encoding="utf-8"))
@@ -474,18 +466,6 @@ def update_card(folder: str | Path, metrics: dict, evaluation: dict) -> list[str
     if gone:
         lines.append(f"Not measured again and left out: {', '.join(gone)}")
     return lines
-
-
-def _told_where(text: dict | None) -> dict | None:
-    """The facts of a text with whether it is on the Hub, which nobody can see from its name later and elsewhere."""
-    if not text or text.get("dataset") is None or text.get("dataset_on_hub") is not None:
-        return text
-    return {**text, "dataset_on_hub": is_hub_name(text["dataset"])}
-
-
-@functools.cache  # once per card: a run saves its release more than once
-def _warn_kept(path):
-    logger.warning("%s was edited by hand and is kept; delete it to have it generated anew", path)
 
 
 __all__ = [
@@ -498,6 +478,7 @@ __all__ = [
     "is_human_edited",
     "save_model_card",
     "set_loading_name",
+    "tells_unknown_training",
     "update_card",
     "write_card",
 ]

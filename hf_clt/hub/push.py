@@ -1,23 +1,23 @@
 """
-Publishing a CLT: one commit with the files of a release, safetensors only, and a card that keeps what people wrote,
-with its plots and what it is made from.
+Publishing a CLT: one commit with the files of a release and its card, which is left out where a human edited the one
+in the repository.
 
-`HfApi.upload_folder` may cut a large folder into several commits, between which the repository holds half of one CLT
-and half of another; here everything goes into one `create_commit` on top of the commit that was looked at. Weights
-that reached the Hub before a connection was cut are not sent again by the next attempt.
+`HfApi.upload_folder` may split a large folder into several commits, between which the repository holds half of one CLT
+and half of another; here everything goes into one `create_commit` with the parent that was looked at. Weights that
+reached the Hub before a connection was cut are not sent again by the next attempt.
 """
 
 import gzip
 import json
 import logging
+import re
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -28,18 +28,18 @@ from huggingface_hub.errors import (
 
 from ..files import as_json, read_json
 from ..release import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
-from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name
+from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name, tells_unknown_training
 from .facts import FACTS_FILE, check_license, make_facts, read_facts
 from .plots import PLOTS, PLOTS_FOLDER
 
 
 logger = logging.getLogger(__name__)
 
-# what a new release replaces at the top of the repository: weights and indices, whatever layers or shards they are of,
-# and what the card is made from
-REPLACED = ("W_enc_*.safetensors", "W_dec_*.safetensors", "model*.safetensors", "*.index.json", FACTS_FILE)
-PLOT_PATHS = tuple(f"{PLOTS_FOLDER}/{file}" for file, _, _ in PLOTS)  # likewise; other files in there are not ours
-FEATURES_FOLDER, FEATURE_FILES = "features", "features/layer_*.bin"  # what circuit-tracer's front end reads
+PLOT_PATHS = tuple(f"{PLOTS_FOLDER}/{file}" for file, _, _ in PLOTS)
+# what a new release replaces: weights and indices at the top of the repository, of any layers or shards, and what the
+# card shows and is made from
+REPLACED = re.compile(r"W_(enc|dec)_[^/]*\.safetensors|model[^/]*\.safetensors|[^/]*\.index\.json")
+FEATURES_FOLDER, FEATURE_FILE = "features", re.compile(r"features/layer_[^/]*\.bin")  # for circuit-tracer's front end
 ATTEMPTS = 3
 SERVER_ERRORS = (500, 502, 503, 504)
 
@@ -52,8 +52,8 @@ def check_push_access(
     token: str | None = None,
 ) -> str:
     """
-    Ask the Hub who we are, so that a missing or refused token is found before the work and not after it; and with a
-    `repo_id`, whether we may push there. The repository and its branch are made if they are absent.
+    Checks the token, so that a missing or refused one is found before the work and not after it, and with a `repo_id`
+    whether it may push there. The repository and its branch are made if they are absent.
 
     Args:
         repo_id, private, revision, token: As for [`push_folder`].
@@ -70,7 +70,7 @@ def check_push_access(
         user = api.whoami()["name"]
         if repo_id is not None:
             repo_id = _open_repo(api, repo_id, private, revision)
-            # It is asked how a file would have to be sent, which only those are told who may; nothing is sent.
+            # Asks how a file would have to be sent, which needs write access, and sends nothing.
             probe = CommitOperationAdd(path_in_repo="config.json", path_or_fileobj=b"{}")
             api.preupload_lfs_files(repo_id, [probe], revision=revision)
     return user
@@ -78,12 +78,12 @@ def check_push_access(
 
 def release_files(folder: str | Path) -> list[Path]:
     """
-    The files of a release but for its card: weights, configuration, `metrics.json` and plots; and nothing else of its
-    folder (training checkpoints, logs, feature pages).
+    The files of a release but for its card: weights, configuration, `metrics.json` and plots. Other files of the
+    folder (training checkpoints, logs, feature pages) are left out.
 
     Raises:
-        `ValueError`: The folder is no release, a file that its index names is missing or no safetensors file, or its
-            `metrics.json` is another than the one that is written with a card.
+        `ValueError`: The folder is not a release, a file that its index names is missing or not a safetensors file, or
+            its `metrics.json` is another than the one that is written with a card.
     """
     folder = Path(folder).expanduser()
     for required in ("config.json", INDEX_FILE):
@@ -91,20 +91,14 @@ def release_files(folder: str | Path) -> list[Path]:
             raise ValueError(
                 f"{folder} has no {required}; give a folder that CrossLayerTranscoder.save_pretrained wrote"
             )
-    weight_map = read_json(folder / INDEX_FILE)["weight_map"]
-    names = ["config.json", INDEX_FILE, *sorted(set(weight_map.values()))]
-    if (folder / CIRCUIT_TRACER_FILE).is_file():
-        names.append(CIRCUIT_TRACER_FILE)
-    if read_facts(folder) is not None:
-        names.append(FACTS_FILE)
-    names += [name for name in PLOT_PATHS if (folder / name).is_file()]
-    missing = [name for name in names if not (folder / name).is_file()]
-    others = [name for name in weight_map.values() if not name.endswith(".safetensors")]
-    if others:
-        raise ValueError(f"{others[0]} in {folder} is no safetensors file, as all that is pushed; save the CLT again")
-    if missing:
+    weights = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
+    if others := [name for name in weights if not name.endswith(".safetensors")]:
+        raise ValueError(f"{others[0]} in {folder} is not a safetensors file; save the CLT again")
+    if missing := [name for name in weights if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX_FILE} names; save the CLT again")
-    return [folder / name for name in names]
+    read_facts(folder)
+    optional = [name for name in (CIRCUIT_TRACER_FILE, FACTS_FILE, *PLOT_PATHS) if (folder / name).is_file()]
+    return [folder / name for name in ("config.json", INDEX_FILE, *weights, *optional)]
 
 
 def feature_files(pages: str | Path) -> list[Path]:
@@ -121,8 +115,7 @@ def feature_files(pages: str | Path) -> list[Path]:
             f"features={str(pages)!r} has no finished features/; give a folder that `hf-clt features` wrote"
         )
     named = [entry["filename"] for entry in json.loads(gzip.decompress(index.read_bytes())).values()]
-    missing = [name for name in named if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in named if not (folder / name).is_file()]:
         raise ValueError(f"features={str(pages)!r} lacks {', '.join(missing)}, which its index names; make it anew")
     return [index, *(folder / name for name in named)]
 
@@ -147,7 +140,7 @@ def push_folder(
     Weights, plots and `metrics.json` in the repository that are not part of this release are removed by the same
     commit. A README.md in the repository that a human edited stays; else the folder's own is pushed, with the
     repository's name in its loading snippet, or one made from the folder where it has none. After an error the
-    repository is what it was before, and the same call goes on: weights that reached the Hub are not sent again.
+    repository is unchanged, and the same call can be repeated: weights that reached the Hub are not sent again.
 
     Args:
         folder (`str` or `Path`): What `save_pretrained` wrote, with its README.md; further files in it are not pushed.
@@ -169,10 +162,10 @@ def push_folder(
         [`~huggingface_hub.CommitInfo`]; its `pr_url` says where a pull request is.
 
     Raises:
-        `ValueError`: The folder is not a complete release, or `features` not complete; arguments contradict each other
-            or what the repository is; the card was written by hand or long ago, and has no place
-            for the licence; there is no token, the Hub refuses it, or it may not write there.
-        `ConnectionError`: The connection was cut, and some more attempts failed.
+        `ValueError`: The folder or `features` is incomplete; arguments contradict each other or the repository; a
+            licence is given for a card that was not made from `metrics.json`; there is no token, the Hub refuses it,
+            or it may not write there.
+        `ConnectionError`: The connection was cut, in each of several attempts.
         [`~huggingface_hub.errors.HfHubHTTPError`]: The Hub refuses for another reason.
     """
     folder = Path(folder).expanduser()
@@ -193,9 +186,9 @@ def push_folder(
         repo_id = _open_repo(api, repo_id, private, revision)
         if tag is not None and any(ref.name == tag for ref in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"tag={tag!r} is in {repo_id} already; give another name")
-        uploads = partial(_uploads, folder, repo_id, license, features)
         message = {"commit_message": commit_message or "Upload CLT", "commit_description": commit_description}
-        info = _commit(api, uploads, repo_id, revision, message, create_pr)
+        target = {"revision": revision, "create_pr": create_pr}
+        info = _commit(api, repo_id, lambda: _uploads(folder, repo_id, license, features), message, target)
         if tag is not None:
             api.create_tag(repo_id, tag=tag, revision=info.oid)
     return info
@@ -215,46 +208,15 @@ def _check_card_takes_license(folder: Path, license: str) -> None:
     readme = folder / "README.md"
     if not readme.is_file():
         return
-    card = readme.read_text(encoding="utf-8")
-    # a card from before there was metrics.json could not be made again from the folder
-    if is_human_edited(card) or ("\n## Training\n" in card and read_facts(folder) is None):
+    if is_human_edited(readme.read_text(encoding="utf-8")) or tells_unknown_training(folder):
         raise ValueError(
             f"license={license!r}: {readme} was not made from {FACTS_FILE} and is pushed as it is; write `license: "
             f"{license}` into its header, and leave the option out"
         )
 
 
-def _commit(api, make_uploads, repo_id, revision, message: dict, create_pr) -> CommitInfo:
-    """The one commit, on top of the commit that was looked at; looks again where someone else was faster."""
-    for attempt in range(ATTEMPTS):
-        head = api.model_info(repo_id, revision=revision)
-        # New for each attempt: what the client finds to be unchanged since it looked, it leaves out of the commit.
-        uploads = make_uploads()
-        api.preupload_lfs_files(repo_id, uploads, revision=revision, create_pr=create_pr)
-        try:
-            return api.create_commit(
-                repo_id,
-                _operations(api, repo_id, head, uploads, say_kept=attempt == 0),
-                **message,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head.sha,
-            )
-        except HTTPError as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if status == 412:
-                wait = 0  # someone else committed since we looked
-            elif (status is None or status in SERVER_ERRORS) and not create_pr:
-                wait = 2**attempt  # perhaps made nevertheless, which is then found; a pull request would be made twice
-            else:
-                raise
-            if attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(wait)
-
-
 def _uploads(folder: Path, repo_id: str, license: str | None, features: str | Path | None) -> list[CommitOperationAdd]:
-    """The files of the release as they are to be in the repository."""
+    """The files of the release as they will be in the repository."""
     contents = {file.relative_to(folder).as_posix(): file for file in release_files(folder)}
     readme = folder / "README.md"
     if license is not None or not readme.is_file():
@@ -270,51 +232,64 @@ def _uploads(folder: Path, repo_id: str, license: str | None, features: str | Pa
     return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]
 
 
-def _operations(api, repo_id, head, uploads, say_kept) -> list:
+def _commit(
+    api: HfApi, repo_id: str, make_uploads: Callable[[], list[CommitOperationAdd]], message: dict, target: dict
+) -> CommitInfo:
+    """The one commit, on top of the commit that was looked at; looks again if someone else committed meanwhile."""
+    for attempt in range(ATTEMPTS):
+        head = api.model_info(repo_id, revision=target["revision"])
+        # New for each attempt: what the client finds to be unchanged since it looked, it leaves out of the commit.
+        uploads = make_uploads()
+        api.preupload_lfs_files(repo_id, uploads, **target)
+        try:
+            operations = _operations(api, repo_id, head, uploads)
+            return api.create_commit(repo_id, operations, **message, **target, parent_commit=head.sha)
+        except HTTPError as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            is_raced = status == 412  # someone else committed since we looked
+            # A commit may have been made though its answer was lost, which the next attempt finds; a pull request
+            # would be opened twice.
+            is_lost = (status is None or status in SERVER_ERRORS) and not target["create_pr"]
+            if attempt == ATTEMPTS - 1 or not (is_raced or is_lost):
+                raise
+            time.sleep(0 if is_raced else 2**attempt)
+
+
+def _operations(api: HfApi, repo_id: str, head: ModelInfo, uploads: list[CommitOperationAdd]) -> list:
     """What the commit does: adds `uploads`, but for a card that a human edited, and removes what they replace."""
     present = [sibling.rfilename for sibling in head.siblings]
-    if "config.json" in present:
-        with _downloaded(api, repo_id, "config.json", head.sha) as path:
-            if not is_release_file(path):
-                raise ValueError(
-                    f"repository {repo_id!r} holds another model than a CLT (config.json), which the push would "
-                    "replace; give another repository"
-                )
-    uploaded = {operation.path_in_repo for operation in uploads}
-    operations = list(uploads)
-    if "README.md" in present and "README.md" in uploaded and _readme_is_edited(api, repo_id, head.sha):
-        if say_kept:
-            logger.warning(
-                "the README.md of %s was edited by hand and is kept; to replace it: hf upload %s README.md",
-                repo_id,
-                repo_id,
+    with tempfile.TemporaryDirectory() as folder:  # not the user's cache: this is not a use of the model
+        found = {
+            name: Path(api.hf_hub_download(repo_id, name, revision=head.sha, local_dir=folder))
+            for name in ("config.json", "README.md")
+            if name in present
+        }
+        if "config.json" in found and not is_release_file(found["config.json"]):
+            raise ValueError(
+                f"repository {repo_id!r} holds another model than a CLT (config.json), which the push would "
+                "replace; give another repository"
             )
-        operations = [operation for operation in operations if operation.path_in_repo != "README.md"]
-    replaced = [name for name in present if "/" not in name and any(fnmatchcase(name, p) for p in REPLACED)]
-    replaced += [name for name in present if name in PLOT_PATHS]
-    features = [name for name in present if fnmatchcase(name, FEATURE_FILES)]
-    if any(fnmatchcase(name, FEATURE_FILES) for name in uploaded):
+        keeps_card = "README.md" in found and is_human_edited(found["README.md"].read_text(encoding="utf-8"))
+    uploaded = {operation.path_in_repo for operation in uploads}
+    if keeps_card:
+        logger.warning(
+            "the README.md of %s was edited by hand and is kept; to replace it: hf upload %s README.md",
+            repo_id,
+            repo_id,
+        )
+        uploads = [operation for operation in uploads if operation.path_in_repo != "README.md"]
+    replaced = [name for name in present if REPLACED.fullmatch(name) or name in (FACTS_FILE, *PLOT_PATHS)]
+    features = [name for name in present if FEATURE_FILE.fullmatch(name)]
+    if any(map(FEATURE_FILE.fullmatch, uploaded)):
         replaced += features
-    elif features and say_kept:
+    elif features:
         logger.warning(
             "the features/ of %s stay as they are; if they are of another CLT, push again with those of this one "
             "(--features), or delete them on its page",
             repo_id,
         )
-    return operations + [
-        CommitOperationDelete(path_in_repo=name, is_folder=False) for name in replaced if name not in uploaded
-    ]
-
-
-def _readme_is_edited(api, repo_id, sha):
-    with _downloaded(api, repo_id, "README.md", sha) as path:
-        return is_human_edited(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def _downloaded(api, repo_id, name, sha):
-    with tempfile.TemporaryDirectory() as folder:  # not the user's cache: this is no use of the model
-        yield Path(api.hf_hub_download(repo_id, name, revision=sha, local_dir=folder))
+    removed = [name for name in replaced if name not in uploaded]
+    return [*uploads, *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in removed)]
 
 
 @contextmanager
@@ -359,17 +334,15 @@ def push_to_hub(
     **kwargs,
 ) -> CommitInfo:
     """
-    Save a CLT with a generated card into a temporary folder and push that. The card holds no metrics unless they are
-    given, and then their plots where matplotlib is installed: to publish a folder with the measured card that training
-    wrote, use [`push_folder`].
+    Saves a CLT with a generated card into a temporary folder and pushes that. To publish a folder with the measured
+    card that training wrote, use [`push_folder`].
 
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT; it is left as it is.
         repo_id (`str`): `"user/name"`, or `"name"` for one's own; created if absent.
         metrics, training, command, license, tags: See [`build_model_card`].
-        kwargs: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`, `tag`,
-            `features`; see [`push_folder`], also for what is returned and raised. Those of transformers
-            about the files (`max_shard_size`, `safe_serialization`, `variant`) as for `save_pretrained`.
+        kwargs: As for [`push_folder`], also for what is returned and raised. Those of transformers about the files
+            (`max_shard_size`, `safe_serialization`, `variant`) as for `save_pretrained`.
     """
     about_files = ("max_shard_size", "safe_serialization", "variant")
     about_files = {name: kwargs.pop(name) for name in about_files if name in kwargs}

@@ -45,7 +45,7 @@ def format_metrics_table(metrics: dict) -> str:
         note += "; L0 summed" if means else " L0 summed"
     if metrics.get("num_tokens") is not None:
         note += f"; {metrics['num_tokens']:,} held-out tokens"
-    return "\n".join([*lines, note, *without_nmse(metrics)])
+    return "\n".join(filter(None, [*lines, note, note_missing_nmse(metrics)]))
 
 
 def align_rows(rows: list[list[str]]) -> list[str]:
@@ -56,14 +56,15 @@ def align_rows(rows: list[list[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
-def without_nmse(metrics: dict) -> list[str]:
-    """A sentence about the layers that have no NMSE, where there are some."""
+def note_missing_nmse(metrics: dict) -> str:
+    """A sentence about the layers that have no NMSE; empty if all have one."""
     layers = metrics.get("layers_without_nmse")
     if not layers:
-        return []
-    which = f"layer {layers[0]}, whose targets do" if len(layers) == 1 else f"{len(layers)} layers, whose targets do"
-    names = "" if len(layers) == 1 else f" ({', '.join(map(str, layers))})"
-    return [f"The NMSE has no value in {which} not vary{names}; means leave them out."]
+        return ""
+    one = len(layers) == 1
+    which = f"layer {layers[0]}" if one else f"{len(layers)} layers"
+    names = "" if one else f" ({', '.join(map(str, layers))})"
+    return f"The NMSE has no value in {which}, whose targets do not vary{names}; means leave them out."
 
 
 def read_history(name: str | Path) -> list[dict]:
@@ -85,4 +86,4 @@ def read_history(name: str | Path) -> list[dict]:
         ) from None
 
 
-__all__ = ["align_rows", "format_metrics_table", "read_history", "without_nmse"]
+__all__ = ["align_rows", "format_metrics_table", "note_missing_nmse", "read_history"]

@@ -443,7 +443,7 @@ def check_an_incomplete_folder_is_refused_before_anything_is_sent(work):
         push_folder(work, "tester/broken", token=TOKEN)
     index = broken / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("W_dec_1.safetensors", "W_dec_1.bin"))
-    with pytest.raises(ValueError, match=r"W_dec_1\.bin in .* is no safetensors file"):
+    with pytest.raises(ValueError, match=r"W_dec_1\.bin in .* is not a safetensors file"):
         push_folder(broken, "tester/broken", token=TOKEN)
     assert not API.repo_exists("tester/broken")
 
@@ -608,7 +608,7 @@ def check_info(work):
         assert "jumprelu CLT of" in text and "3 layers, width 64, 1,024 features per layer" in text
         assert "W_dec_N.safetensors, N = 0 to 2" in text and "2.4 MB in 6 files" in text
     assert "nmse" in printed["tester/informed"].lower() and "0.2500" in printed["tester/informed"]
-    assert "No measurement" in printed["tester/bare"]
+    assert "No metrics" in printed["tester/bare"]
     assert sent < 300_000  # the weights are 2.4 MB; of two files the first 100 kB are read
     with contextlib.redirect_stderr(io.StringIO()) as error:
         assert hf_clt.commands.main(["info", "tester/nothing-there"]) == 2

@@ -365,7 +365,7 @@ def test_new_metrics_take_the_place_of_the_old_ones(tmp_path):
 
 
 def test_what_cannot_be_put_on_a_card_is_refused_first(tmp_path):
-    with pytest.raises(ValueError, match="'user/clt' is no folder with a config"):
+    with pytest.raises(ValueError, match="'user/clt' is not a folder with a config"):
         check_update("user/clt", EVALUATION)
     config().save_pretrained(tmp_path)
     save_model_card(tmp_path, config(), METRICS, TRAINING | {"eval_tokens": 2048})
@@ -374,7 +374,7 @@ def test_what_cannot_be_put_on_a_card_is_refused_first(tmp_path):
     check_update(tmp_path, EVALUATION | {"eval_tokens": 2048})
     check_update(tmp_path, EVALUATION | {"dataset": "someone/other"})  # which was not trained on
     (tmp_path / "metrics.json").unlink()  # as in a release from before there was one
-    with pytest.raises(ValueError, match=r"tells of a training that metrics\.json does not tell"):
+    with pytest.raises(ValueError, match=r"tells of a training, but metrics\.json is missing"):
         check_update(tmp_path, EVALUATION)
 
 

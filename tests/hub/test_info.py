@@ -1,7 +1,5 @@
 """`hf-clt info`: what a CLT is, from its small files. The Hub's side is in hub_client.py."""
 
-import json
-
 import pytest
 import torch
 
@@ -45,32 +43,21 @@ def test_shape_size_and_files(folder, capsys):
         "in 4 files",
         "W_enc_N.safetensors, N = 0 to 1",
         "config.json",
-        "No measurement",
+        "No metrics",
     ]:
         assert part in text
     assert "notes.txt" not in text and "checkpoint" not in text
 
 
-def test_the_last_evaluation_of_a_run(folder, capsys):
-    training = {"loss": 3.0, "nmse": 0.9, "nmse_per_layer": [0.91, 0.89]}
-    rows = [
-        {"step": 10, **EVALUATION, "nmse": 0.6},
-        {"step": 1490, **training},
-        {"step": 1500, **EVALUATION},
-        {"step": 1510, **training},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = printed(capsys, folder)
-    assert "step 1,500" in text and "0.7000" in text and "8,192" in text
-    assert "0.9100" not in text
-
-
-def test_the_metrics_of_a_card_where_nothing_else_is(folder, capsys):
+def test_metrics_and_training(folder, capsys):
+    training = {"tokens": 5000, "steps": 1500}
     metrics = EVALUATION | {"ce_recovered": 0.875}
-    save_model_card(folder, CLTConfig.from_pretrained(folder), metrics, name="clt")
-    (folder / "metrics.json").unlink(missing_ok=True)
+    save_model_card(folder, CLTConfig.from_pretrained(folder), metrics, training, name="clt")
     text = printed(capsys, folder)
-    assert "model card" in text and "nmse 0.5000" in text and "ce_recovered 0.8750" in text
+    assert "trained on 5,000 tokens in 1,500 updates" in text
+    assert "0.7000" in text and "8,192" in text and "ce_recovered 0.8750" in text
+    save_model_card(folder, CLTConfig.from_pretrained(folder), {"nmse": 0.5})
+    assert "nmse 0.5000" in printed(capsys, folder)
 
 
 def test_weights_are_not_read(folder, capsys):
@@ -83,7 +70,7 @@ def test_weights_are_not_read(folder, capsys):
 def test_what_is_no_clt_is_refused(folder, tmp_path, capsys):
     assert "holds no CLT" in refused(capsys, tmp_path)
     assert "no such folder" in refused(capsys, tmp_path / "nothing")
-    assert "no such folder" in refused(capsys, folder, "--subfolder", "nothing")
+    assert "subfolder='nothing'" in refused(capsys, folder, "--subfolder", "nothing")
     (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
     line = refused(capsys, tmp_path / "run")
     assert "no finished CLT, only checkpoint-20" in line and "--resume-from-checkpoint latest" in line
