@@ -1,13 +1,16 @@
 """
 Activations on disk: harvested once, trained on many times.
 
-A cache is a folder. A shard holds whole extraction batches of a [`TokenStream`], each with its tokens and with the
-activations of those that count, so that the batches can be read in any order and a CLT can be trained on exactly what
-the language model would give. `manifest.json` is written last, so a folder that has one is complete.
+A cache is a folder. A shard is a safetensors file of whole extraction batches of a [`TokenStream`], each with its
+tokens and with the activations of those that count, so that the batches can be read in any order. While a cache is
+written, `rank-<r>.json` has the shards of process r and its place in the text; `manifest.json` is written last, so a
+folder that has one is complete.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..device import Stopwatch
-from ..files import replacing, write_text
+from ..files import as_json, replacing, write_text
 from .harvester import ActivationError, Harvester
 from .normalization import warn_if_lost
 from .tokens import TokenStream
@@ -38,7 +41,7 @@ SHARD_BYTES = 500 * 10**6  # of activations that are held in memory until their 
 def to_stored(values: Tensor, name: str, dtype: str) -> dict[str, Tensor]:
     """
     Activations (N, L, D) as they are stored. In int8 each dimension of each layer has 255 levels between its smallest
-    and its largest value in the extraction batch, so a dimension with outliers costs the others nothing.
+    and its largest value in the extraction batch: one with outliers does not cost the others precision.
     """
     if dtype != "int8":
         return {name: values.to(DTYPES[dtype])}
@@ -71,11 +74,11 @@ def write_cache(
     shard_bytes: int = SHARD_BYTES,
     rank: int = 0,
     world_size: int = 1,
-    wait=lambda: None,
+    wait: Callable[[], None] = lambda: None,
     progress: bool = False,
 ) -> dict:
     """
-    Harvests text into a cache. A cache that was begun with the same settings is gone on with, shard by shard.
+    Harvests text into a cache. A cache that was begun with the same settings is continued after its last shard.
 
     Args:
         folder: Where to; made if missing.
@@ -85,7 +88,7 @@ def write_cache(
         dtype: `"bfloat16"`, `"float32"`, or `"int8"` with a scale for each dimension.
         max_tokens: Counted training tokens to harvest, over all processes; at least, since batches are whole. None:
             all of the text.
-        shard_bytes: Size of a shard.
+        shard_bytes: Least size of a shard, but for the last.
         rank, world_size: This process, and how many write a share of the text each.
         wait: Waits for all processes.
         progress: Whether to show a progress bar.
@@ -137,7 +140,7 @@ def _read_started(folder: Path, rank: int, settings: dict) -> dict:
             if now != before:
                 raise ValueError(
                     f"{name}={now!r}, but the cache in {str(folder)!r} was begun with {name}={before!r}; give another "
-                    "folder, or the same settings to go on with it"
+                    "folder, or the same settings to continue it"
                 )
         return own
     others = [path.name for path in folder.iterdir() if not path.name.startswith(("rank-", ".", "heldout-", "train-"))]
@@ -147,52 +150,48 @@ def _read_started(folder: Path, rank: int, settings: dict) -> dict:
 
 
 def _write_split(folder, rank, own, split, harvester, stream, limit, shard_bytes, progress) -> None:
-    """Harvests a split from where its last shard ended; `own`, with the place in the text, is written after each."""
+    """Harvests a split from where its last shard ended; `own` is updated and written with each shard."""
     state, dtype = own["splits"][split], own["settings"]["dtype"]
     if state["text"] is not None:
         stream.load_state_dict(state["text"])
     written = sum(shard["tokens"] for shard in state["shards"])
-    total = stream.heldout_tokens if split == "heldout" else limit
-    tensors, tokens, batches, size = {}, 0, 0, 0
+    batches, size = [], 0  # of the next shard
 
-    def flush():
+    def write_shard():
         if batches:
-            name = f"{split}-{rank}-{len(state['shards']):05d}.safetensors"
-            digest, num_bytes = write_shard(folder / name, tensors)
-            entry = {"file": name, "batches": batches, "tokens": tokens, "bytes": num_bytes, "sha256": digest}
-            state["shards"].append(entry)
+            path = folder / f"{split}-{rank}-{len(state['shards']):05d}.safetensors"
+            with replacing(path) as temporary:
+                save_file(
+                    {f"{n}.{name}": x for n, batch in enumerate(batches) for name, x in batch.items()}, temporary
+                )
+                digest, num_bytes = sha256(temporary), temporary.stat().st_size
+            tokens = sum(len(batch["inputs"]) for batch in batches)
+            shard = {"file": path.name, "batches": len(batches), "tokens": tokens, "bytes": num_bytes}
+            state["shards"].append({**shard, "sha256": digest})
         state["text"] = stream.state_dict()
-        write_json(folder / f"rank-{rank}.json", own)
+        write_text(folder / f"rank-{rank}.json", as_json(own))
 
     title = f"Caching {'held-out text' if split == 'heldout' else 'text'}"
+    total = stream.heldout_tokens if split == "heldout" else limit
     with tqdm(total=total, initial=written, desc=title, unit="token", unit_scale=True, disable=not progress) as bar:
-        for batch in stream if limit is None or written < limit else ():
+        for batch in stream:
             inputs, labels = harvester.harvest(batch)
-            if dtype == "bfloat16" != str(harvester.dtype).removeprefix("torch.") and written + tokens == 0:
-                for rows in (inputs, labels) if len(inputs) > 1 else ():
-                    warn_if_lost(rows.mean(dim=0), rows.std(dim=0), DTYPES[dtype], "--dtype")
+            if written == 0 and len(inputs) > 1 and dtype == "bfloat16" and harvester.dtype != torch.bfloat16:
+                for rows in (inputs, labels):
+                    warn_if_lost(rows.mean(dim=0), rows.std(dim=0), torch.bfloat16, "--dtype")
             stored = {**to_stored(inputs.cpu(), "inputs", dtype), **to_stored(labels.cpu(), "labels", dtype)}
-            stored |= {name: batch[name] for name in TOKENS}
-            tensors |= {f"{batches}.{name}": tensor.contiguous() for name, tensor in stored.items()}
+            stored = {name: x.contiguous() for name, x in (stored | {name: batch[name] for name in TOKENS}).items()}
+            batches.append(stored)
             size += sum(tensor.nbytes for tensor in stored.values())
-            tokens += len(inputs)
-            batches += 1
+            written += len(inputs)
             bar.update(len(inputs))
-            if limit is not None and written + tokens >= limit:
+            if limit is not None and written >= limit:
                 break
             if size >= shard_bytes:
-                flush()
-                written += tokens
-                tensors, tokens, batches, size = {}, 0, 0, 0
+                write_shard()
+                batches, size = [], 0
     state["done"] = True
-    flush()
-
-
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
-    """Writes a safetensors file; its SHA-256 and its size in bytes."""
-    with replacing(path) as temporary:
-        save_file(tensors, temporary)
-        return sha256(temporary), temporary.stat().st_size
+    write_shard()
 
 
 def _write_manifest(folder: Path, settings: dict, world_size: int) -> None:
@@ -204,16 +203,12 @@ def _write_manifest(folder: Path, settings: dict, world_size: int) -> None:
         splits[split] = {"tokens": sum(shard["tokens"] for own in shards for shard in own), "shards": shards}
     if splits["train"]["tokens"] == 0:
         raise ValueError("dataset: no token counts for training; give more text or allow special tokens")
-    write_json(folder / MANIFEST, {**settings, "splits": splits})
+    write_text(folder / MANIFEST, as_json({**settings, "splits": splits}))
 
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -228,20 +223,18 @@ def read_json(path: Path) -> dict:
 
 def read_manifest(folder: str | Path) -> dict:
     """
-    What is in a cache, see [`write_cache`].
+    What is in a cache: the settings of [`write_cache`], and in `splits` the number of tokens and the shards of each
+    process.
 
     Raises:
         ValueError: If the folder holds no complete cache, or one of another version.
     """
     path = Path(folder).expanduser() / MANIFEST
     if not path.is_file():
-        begun = path.parent.is_dir() and any(path.parent.glob("rank-*.json"))
-        remedy = (
-            "is not complete; run the command that began it again"
-            if begun
-            else "holds no activation cache; write one with `hf-clt cache`"
+        raise ValueError(
+            f"activation_cache={str(folder)!r} holds no complete activation cache; write one with `hf-clt cache`, or "
+            "run the command that began it again"
         )
-        raise ValueError(f"activation_cache={str(folder)!r} {remedy}")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(
@@ -260,8 +253,11 @@ class ActivationCache:
         folder: The folder of a complete cache.
 
     Attributes:
-        manifest (`dict`): What is cached; see [`write_cache`].
+        manifest (`dict`): What is cached; see [`read_manifest`].
         num_layers, d_model (`int`), input_hook, output_hook (`str`): As of the harvester that wrote it.
+        dtype (`torch.dtype`): In which all stored activations can be told apart.
+        batches (`dict`): For each split, where its extraction batches are: the file and the number in it, in the order
+            in which as many processes as wrote them read them.
         stopwatch ([`Stopwatch`]): As a harvester's; reading from a disk is not counted.
 
     Raises:
@@ -273,28 +269,28 @@ class ActivationCache:
         self.manifest = read_manifest(folder)
         self.num_layers, self.d_model = self.manifest["num_layers"], self.manifest["d_model"]
         self.input_hook, self.output_hook = (self.manifest[f"feature_{side}_hook"] for side in ("input", "output"))
-        self.stopwatch = Stopwatch(torch.device("cpu"))
-        # Per split the batches, in the order in which as many processes as wrote them read them: (file, number in it).
+        self.device = torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.manifest["dtype"] == "bfloat16" else torch.float32
+        self.stopwatch = Stopwatch(self.device)
+        for shard in self._shards():
+            path = self.folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                raise ValueError(
+                    f"activation_cache: {path} has {size} bytes, and the manifest says {shard['bytes']}; copy the "
+                    "cache again, or write it again"
+                )
         self.batches = {split: self._batches(split) for split in SPLITS}
 
-    def _batches(self, split: str) -> list[tuple[str, int]]:
-        own = []
-        for shards in self.manifest["splits"][split]["shards"]:
-            own.append([(shard["file"], number) for shard in shards for number in range(shard["batches"])])
-            for shard in shards:
-                path = self.folder / shard["file"]
-                size = path.stat().st_size if path.is_file() else None
-                if size != shard["bytes"]:
-                    raise ValueError(
-                        f"activation_cache: {path} has {size} bytes, and the manifest says {shard['bytes']}; copy the "
-                        "cache again, or write it again"
-                    )
-        longest = max(map(len, own), default=0)
-        return [batches[place] for place in range(longest) for batches in own if place < len(batches)]
+    def _shards(self) -> list[dict]:
+        return [shard for split in SPLITS for own in self.manifest["splits"][split]["shards"] for shard in own]
 
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
+    def _batches(self, split: str) -> list[tuple[str, int]]:
+        by_writer = [
+            [(shard["file"], number) for shard in shards for number in range(shard["batches"])]
+            for shards in self.manifest["splits"][split]["shards"]
+        ]
+        return [batch for turn in zip_longest(*by_writer) for batch in turn if batch is not None]
 
     def fingerprint(self) -> str:
         """What tells the cache from another: the manifest, which has the checksums of all shards."""
@@ -303,22 +299,17 @@ class ActivationCache:
     def has_fingerprint(self, fingerprint: str) -> bool:
         return fingerprint == self.fingerprint()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format that holds the activations as they are stored; those of 8 bits have no other steps in it."""
-        return torch.bfloat16 if self.manifest["dtype"] == "bfloat16" else torch.float32
-
     def tokens(self, split: str, number: int) -> dict[str, Tensor]:
         """The tokens of a batch, as a [`TokenStream`] gives them, and `cached`, which says where it is."""
         tokens = self._stored(split, number, TOKENS)
         return {**tokens, "cached": torch.tensor([SPLITS.index(split), number])}
 
-    def read(self, batch: dict, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """As [`Harvester.read`]."""
         split, number = batch["cached"].tolist()
         names = ("inputs", "labels", "counted")
         if self.manifest["dtype"] == "int8":
-            names += tuple(f"{name}.{part}" for name in names[:2] for part in ("middle", "step"))
+            names += ("inputs.middle", "inputs.step", "labels.middle", "labels.step")
         stored = self._stored(SPLITS[split], number, names)
         inputs, labels = (from_stored(stored, name, dtype) for name in ("inputs", "labels"))
         counted = batch["counted"][stored["counted"]]  # fewer than are stored, where some were trained on before
@@ -326,7 +317,7 @@ class ActivationCache:
             inputs, labels = inputs[counted], labels[counted]
         return inputs, labels, inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
 
-    def check(self, batch: dict, inputs: Tensor, labels: Tensor, total: Tensor) -> None:
+    def check(self, batch: dict[str, Tensor], inputs: Tensor, labels: Tensor, total: Tensor) -> None:
         """As [`Harvester.check`]; what was written is finite, unless the files were changed since."""
         if not torch.isfinite(total) and not (inputs.isfinite().all() and labels.isfinite().all()):
             split, number = batch["cached"].tolist()
@@ -334,7 +325,7 @@ class ActivationCache:
             raise ActivationError(f"activations in {self.folder / file} are not finite; write the cache again")
 
     def harvest(
-        self, batch: dict, dtype: torch.dtype = torch.float32, skip_bad: bool = False
+        self, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, skip_bad: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As [`Harvester.harvest`]; there is nothing to skip, since only finite activations are written."""
         inputs, labels, total = self.read(batch, dtype)
@@ -357,13 +348,10 @@ class ActivationCache:
         Raises:
             ValueError: For the first shard that differs.
         """
-        shards = [s for split in SPLITS for own in self.manifest["splits"][split]["shards"] for s in own]
-        for shard in tqdm(shards, desc="Verifying", unit="shard", disable=not progress):
-            if sha256(self.folder / shard["file"]) != shard["sha256"]:
-                raise ValueError(
-                    f"{self.folder / shard['file']} has changed since it was written; copy the cache again, or write "
-                    "it again"
-                )
+        for shard in tqdm(self._shards(), desc="Verifying", unit="shard", disable=not progress):
+            path = self.folder / shard["file"]
+            if sha256(path) != shard["sha256"]:
+                raise ValueError(f"{path} has changed since it was written; copy the cache again, or write it again")
 
 
 class CachedTokens:
@@ -371,11 +359,11 @@ class CachedTokens:
     The extraction batches of a split of an [`ActivationCache`], in the place of a [`TokenStream`].
 
     Args:
-        cache ([`ActivationCache`]): The cache.
-        split (`str`): `"train"` or `"heldout"`.
-        rank, world_size (`int`, *optional*): This process, and how many share the batches.
-        seed (`int`, *optional*): Of the order of the batches, a new one in each epoch, over all shards. None: as they
-            were harvested, so that a run is the one that the language model would have given.
+        cache: The cache.
+        split: `"train"` or `"heldout"`.
+        rank, world_size: This process, and how many share the batches.
+        seed: Of the order of the batches, a new one in each epoch, over all shards. None: as they were harvested, so
+            that a run is the one that the language model would have given.
 
     Raises:
         ValueError: If there are fewer batches than processes to train on.
@@ -399,12 +387,13 @@ class CachedTokens:
         self.epoch = self.position = 0
 
     def _order(self) -> list[int]:
+        """Numbers of this epoch's batches."""
         order = np.arange(self.num_batches)
         if self.seed is not None:
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         return order[self.rank :: self.world_size].tolist()
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = self._order()
         while self.position < len(order):
             batch = self.cache.tokens(self.split, order[self.position])
@@ -414,17 +403,17 @@ class CachedTokens:
         self.epoch += 1
 
     def rewind(self) -> None:
+        """Goes back to the start of the epoch."""
         self.position = 0
 
     def state_dict(self) -> dict:
-        settings = {"split": self.split, "rank": self.rank, "world_size": self.world_size, "seed": self.seed}
-        return {
-            "settings": {**settings, "num_batches": self.num_batches},
-            "epoch": self.epoch,
-            "position": self.position,
-        }
+        """Where the stream stands, ready for `json.dump`."""
+        names = ("split", "rank", "world_size", "seed", "num_batches")
+        settings = {name: getattr(self, name) for name in names}
+        return {"settings": settings, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes to where another stream on the same cache stood; raises ValueError for other settings."""
         now = self.state_dict()["settings"]
         if state.get("settings") != now:
             raise ValueError(
@@ -436,7 +425,7 @@ class CachedTokens:
     def go_on_from(self, states: list[dict]) -> None:
         """Goes on after the batches that all of another number of processes had read, from their `state_dict`s."""
         for state in states:
-            own = {**state["settings"], "rank": self.rank, "world_size": self.world_size}
+            own = {**state.get("settings", {}), "rank": self.rank, "world_size": self.world_size}
             self.load_state_dict({**state, "settings": own})
         read = min(s["position"] * s["settings"]["world_size"] + s["settings"]["rank"] for s in states)
         self.position = max(0, -(-(read - self.rank) // self.world_size))
