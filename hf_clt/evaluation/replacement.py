@@ -68,13 +68,13 @@ def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
 
 
 def encode_layer(clt: CrossLayerTranscoder, layer: int, x: Tensor) -> LayerFeatures:
-    """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode."""
+    """The features of source layer `layer` from its normalised inputs (N, D), as in eval mode whatever the mode is."""
     theta = clt.thresholds[layer]() if hasattr(clt, "thresholds") else None
     features, *_ = clt.encoders[layer](x, [partial(clt._select, theta=theta, training=False, grad=False)])
     return clt._activate(features, theta, training=False)
 
 
-def decode_layer(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:
+def add_written(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerFeatures, source: int) -> Tensor:
     """Adds a_s W_dec[s][:, t-s] to all target layers t of source layer s, in place in (N, L, D)."""
     num_targets = clt.config.num_targets(source)
     if clt.config.decoder_tying != "per_target":
@@ -86,8 +86,8 @@ def decode_layer(clt: CrossLayerTranscoder, normalized: Tensor, features: LayerF
 
 class LayerwiseReconstruction:
     """
-    What `clt(inputs)` gives in eval mode for N tokens, one layer after the other, where the inputs of a layer may
-    depend on the reconstruction of the layers before it.
+    A CLT on N tokens, given its inputs one layer after the other: what `clt(inputs)` gives in eval mode, where the
+    inputs of a layer may depend on the reconstruction of the layers before it.
 
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT.
@@ -109,8 +109,8 @@ class LayerwiseReconstruction:
     @torch.no_grad()
     def __call__(self, layer: int, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
         """
-        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from its raw inputs (N, D).
-        `outputs` is there for functions that stand in for a CLT, and not used.
+        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from what its features read,
+        raw (N, D). `outputs` is not used.
         """
         clt = self.clt
         if layer != len(self.features):
@@ -122,7 +122,7 @@ class LayerwiseReconstruction:
         if self.edit is not None:
             features = self.edit(layer, features)
         self.features.append(features)
-        self.normalized = decode_layer(clt, self.normalized, features, layer)
+        self.normalized = add_written(clt, self.normalized, features, layer)
         y = self.normalized[:, layer]
         if clt.config.skip_connection:
             y = y + clt.skips[layer](x)
