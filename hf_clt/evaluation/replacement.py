@@ -69,8 +69,8 @@ def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
 
 class LayerwiseReconstruction:
     """
-    What `clt(inputs)` gives in eval mode for N tokens, one layer after the other, where the inputs of a layer may
-    depend on the reconstruction of the layers before it.
+    A CLT on N tokens, given its inputs one layer after the other: what `clt(inputs)` gives in eval mode, where the
+    inputs of a layer may depend on the reconstruction of the layers before it.
 
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT.
@@ -92,8 +92,8 @@ class LayerwiseReconstruction:
     @torch.no_grad()
     def __call__(self, layer: int, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
         """
-        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from its raw inputs (N, D).
-        `outputs` is there for functions that stand in for a CLT, and not used.
+        The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from what its features read,
+        raw (N, D). `outputs` is not used.
         """
         clt = self.clt
         if layer != len(self.features):

@@ -102,10 +102,10 @@ def read_clt(path: str | Path, format: str | None = None, **options) -> Checkpoi
 
     Raises:
         FileNotFoundError: For a missing file.
-        ValueError: For an unknown format, an option that it has not, a missing, unknown or wrongly shaped tensor, a
+        ValueError: For an unknown format, an option that is not for it, a missing, unknown or wrongly shaped tensor, a
             negative threshold, or what `hf_clt` cannot express.
     """
-    format, options = _resolve(path, format, options)
+    format, options = resolve_format(path, format, options)
     return FORMATS[format].read(Path(path).expanduser(), **options)
 
 
@@ -114,10 +114,10 @@ def import_clt(path: str | Path, format: str | None = None, **options) -> CrossL
     A [`CrossLayerTranscoder`] from a checkpoint in any of `FORMATS`; arguments as for [`read_clt`]. With
     `format="circuit-tracer"` or `"hf_clt"` it can be a repository on the Hub too.
     """
-    format, options = _resolve(path, format, options)
+    format, options = resolve_format(path, format, options)
     if format in RELEASES:
         return CrossLayerTranscoder.from_pretrained(path, **options)
-    return build_clt(*read_clt(path, format, **options))
+    return build_clt(*FORMATS[format].read(Path(path).expanduser(), **options))
 
 
 def convert(
@@ -145,13 +145,12 @@ def convert(
         The source's format, the configuration of the CLT that was read, and the paths of the files that were written.
 
     Raises:
-        FileNotFoundError: If the source or a file of it is missing.
-        ValueError: For an unknown format, an output that is not empty, or what either format cannot express.
+        FileNotFoundError, ValueError: As [`read_clt`], and for an output that holds files or cannot express the CLT.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     if to_format not in WRITTEN:
         raise ValueError(f"to_format={to_format!r} is none of {', '.join(WRITTEN)}; give one of them")
-    from_format, options = _resolve(source, from_format, options)
+    from_format, options = resolve_format(source, from_format, options)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file; give a folder")
     if output.is_dir() and any(output.iterdir()):
@@ -161,14 +160,13 @@ def convert(
             raise ValueError(f"output={str(output)!r} is not empty; give another folder, or overwrite")
         if foreign := files.foreign_files(output) if to_format in RELEASES else []:
             raise ValueError(f"{foreign[0]} is no file of a CLT; give another folder than output={str(output)!r}")
-    config, layers = read_clt(source, from_format, **options)
-    written_config = config
-    if to_format == "circuit-tracer":
-        written_config, layers = circuit_tracer.with_full_reach(config, layers)
+    config, layers = FORMATS[from_format].read(source, **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         if to_format in RELEASES:
-            written_config = copy.deepcopy(written_config)
+            written_config = copy.deepcopy(config)
+            if to_format == "circuit-tracer":
+                written_config, layers = circuit_tracer.with_full_reach(written_config, layers)
             written_config.architectures = [CrossLayerTranscoder.__name__]
             files.write_release(Path(temporary), written_config, layers)
         else:
@@ -192,8 +190,8 @@ def convert(
     return from_format, config, written
 
 
-def _resolve(path: str | Path, format: str | None, options: dict) -> tuple[str, dict]:
-    """The format, and the options that are set; raises ValueError for one that the format has not."""
+def resolve_format(path: str | Path, format: str | None, options: dict) -> tuple[str, dict]:
+    """The format, and the options that are set; raises ValueError for one that is not for this format."""
     format = detect_format(path) if format is None else format
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}; leave it out to have it recognised")

@@ -24,17 +24,7 @@ from torch import Tensor
 from .. import release as files
 from ..configuration_clt import CLTConfig
 from ..files import write_text
-from .shared import (
-    Checkpoint,
-    check_tensors,
-    make_config,
-    make_layer,
-    numbered_files,
-    read_header,
-    read_settings,
-    read_shape,
-    read_tensor,
-)
+from . import shared
 
 
 CONFIG = files.CIRCUIT_TRACER_FILE
@@ -42,7 +32,7 @@ LAYER_FILE = "layer_{}.safetensors"
 THRESHOLD = "activation_function.threshold"
 
 
-def read(folder: Path, **overrides) -> Checkpoint:
+def read(folder: Path, **overrides) -> shared.Checkpoint:
     """
     Per-layer transcoders as a CLT of `decoder_reach` 1.
 
@@ -56,76 +46,71 @@ def read(folder: Path, **overrides) -> Checkpoint:
     Raises:
         ValueError: For an activation function that `hf_clt` has not, or that the tensors contradict.
     """
-    path = folder / CONFIG
-    described = read_settings(path) if path.is_file() else {}
-    kind = described.get("model_kind", "transcoder_set")
+    described = folder / CONFIG
+    cfg = shared.read_settings(described) if described.is_file() else {}
+    kind = cfg.get("model_kind", "transcoder_set")
     if kind != "transcoder_set":
-        raise ValueError(f"model_kind={kind!r} in {path}: per-layer transcoders are of the kind 'transcoder_set'")
-    names = described.get("transcoders")
-    paths = numbered_files(folder, LAYER_FILE) if names is None else [folder / name for name in names]
-    for name in names or ():
-        if not (folder / name).is_file():
+        raise ValueError(f"model_kind={kind!r} in {described}: per-layer transcoders are of the kind 'transcoder_set'")
+    names = cfg.get("transcoders")
+    paths = shared.numbered_files(folder, LAYER_FILE) if names is None else [folder / name for name in names]
+    for name, path in zip(names or (), paths, strict=False):
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{name}, of the transcoders in {path}, is no file in its folder; download the files and name them "
-                "layer_0.safetensors, layer_1.safetensors and so on"
+                f"{name}, of the transcoders in {described}, is no file in its folder; download the files and name "
+                "them layer_0.safetensors, layer_1.safetensors and so on"
             )
-    num_features, d_model = read_shape(paths[0], "W_enc", "FD")
-    first = read_header(paths[0])
-    with_skip, with_threshold = "W_skip" in first, THRESHOLD in first
+    num_features, d_model = shared.read_shape(paths[0], "W_enc", "FD")
     shapes = {
         "W_enc": (num_features, d_model),
         "W_dec": (num_features, d_model),
         "b_enc": (num_features,),
         "b_dec": (d_model,),
     }
-    if with_threshold:
-        shapes[THRESHOLD] = (num_features,)
-    if with_skip:
-        shapes["W_skip"] = (d_model, d_model)
-    activation = described.get("activation")
-    if activation == "topk" and not with_threshold:
-        function = {"activation_fn": overrides.pop("activation_fn", None), "k": overrides.pop("k", described.get("k"))}
-        if function["activation_fn"] != "topk":
-            raise ValueError(
-                f"activation='topk' in {path}: circuit-tracer keeps the k largest pre-activations even if they "
-                "are negative, hf_clt applies a ReLU to them; give activation_fn='topk' if they are positive"
-            )
-        if function["k"] is None:
-            raise ValueError(f"activation='topk' in {path}, but k is missing; give k")
-    elif activation in (None, "jumprelu", "jump_relu") if with_threshold else activation in (None, "relu"):
-        function = {"activation_fn": "jumprelu" if with_threshold else "relu"}
-    else:
-        raise ValueError(
-            f"activation={activation!r} in {path} is none that hf_clt has with {'a' if with_threshold else 'no'} "
-            f"tensor {THRESHOLD}: that is jumprelu with one, relu or topk without; correct config.yaml"
-        )
-    dtype = check_tensors(paths, shapes, may_hold=("k",) if activation == "topk" else ())
-    found = {
+    optional = {THRESHOLD: (num_features,), "W_skip": (d_model, d_model)}
+    shapes |= {name: optional[name] for name in optional if name in shared.read_header(paths[0])}
+    function = read_activation(cfg, described, THRESHOLD in shapes, overrides)
+    fields = {
         "num_layers": len(paths),
         "d_model": d_model,
         "num_features": num_features,
         "decoder_reach": 1,
-        "skip_connection": with_skip,
-        "base_model_name_or_path": described.get("model_name"),
-        "feature_input_hook": described.get("feature_input_hook"),
-        "feature_output_hook": described.get("feature_output_hook"),
-        "dtype": dtype,
+        "skip_connection": "W_skip" in shapes,
+        "base_model_name_or_path": cfg.get("model_name"),
+        "feature_input_hook": cfg.get("feature_input_hook"),
+        "feature_output_hook": cfg.get("feature_output_hook"),
+        "dtype": shared.check_tensors(paths, shapes, may_hold=("k",) if "k" in function else ()),
     }
 
-    def layers():
-        for layer, path in enumerate(paths):
-            yield make_layer(
-                layer,
-                dtype,
-                W_enc=read_tensor(path, "W_enc"),
-                b_enc=read_tensor(path, "b_enc"),
-                b_dec=read_tensor(path, "b_dec"),
-                W_dec=read_tensor(path, "W_dec")[:, None],
-                threshold=read_tensor(path, THRESHOLD) if with_threshold else None,
-                W_skip=read_tensor(path, "W_skip").T if with_skip else None,
-            )
+    def read_layer(layer: int) -> dict[str, Tensor | None]:
+        tensors = {name: shared.read_tensor(paths[layer], name) for name in shapes}
+        tensors["W_dec"] = tensors["W_dec"][:, None]
+        tensors["threshold"] = tensors.pop(THRESHOLD, None)
+        if "W_skip" in tensors:
+            tensors["W_skip"] = tensors["W_skip"].T
+        return tensors
 
-    return make_config(found | function, overrides, path), layers()
+    return shared.make_checkpoint(fields | function, overrides, described, read_layer)
+
+
+def read_activation(cfg: dict, described: Path, with_threshold: bool, overrides: dict) -> dict:
+    """`activation_fn`, and for topk `k`; what the caller may set of them is taken out of `overrides`."""
+    activation = cfg.get("activation")
+    if activation == "topk" and not with_threshold:
+        if overrides.pop("activation_fn", None) != "topk":
+            raise ValueError(
+                f"activation='topk' in {described}: circuit-tracer keeps the k largest pre-activations even if they "
+                "are negative, hf_clt applies a ReLU to them; give activation_fn='topk' if they are positive"
+            )
+        k = overrides.pop("k", cfg.get("k"))
+        if k is None:
+            raise ValueError(f"activation='topk' in {described}, but k is missing; give k")
+        return {"activation_fn": "topk", "k": k}
+    if activation not in ((None, "jumprelu", "jump_relu") if with_threshold else (None, "relu")):
+        raise ValueError(
+            f"activation={activation!r} in {described} is none that hf_clt has with {'a' if with_threshold else 'no'} "
+            f"tensor {THRESHOLD}: that is jumprelu with one, relu or topk without; correct config.yaml"
+        )
+    return {"activation_fn": "jumprelu" if with_threshold else "relu"}
 
 
 def write(folder: Path, config: CLTConfig, layers: Iterator[dict[str, Tensor]]) -> None:
@@ -157,6 +142,5 @@ def write(folder: Path, config: CLTConfig, layers: Iterator[dict[str, Tensor]]) 
         "feature_input_hook": config.feature_input_hook,
         "feature_output_hook": config.feature_output_hook,
     }
-    if config.base_model_name_or_path is None:
-        del described["model_name"]
+    described = {name: value for name, value in described.items() if value is not None}
     write_text(folder / CONFIG, yaml.safe_dump(described, sort_keys=False))

@@ -22,16 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .shared import (
-    Checkpoint,
-    check_tensors,
-    make_config,
-    make_layer,
-    numbered_files,
-    read_settings,
-    read_shape,
-    read_tensor,
-)
+from . import shared
 
 
 WEIGHTS, CONFIG = "clt_weights.safetensors", "clt_cfg.json"
@@ -41,7 +32,7 @@ SCALING_FACTORS = ("estimated_norm_scaling_factor_in", "estimated_norm_scaling_f
 BUFFERS = ("feature_count", "layer_mask", "l_idx", "k_idx")  # counts of the training, and what follows from L
 
 
-def read(path: Path, **overrides) -> Checkpoint:
+def read(path: Path, **overrides) -> shared.Checkpoint:
     """
     A CLT of CLT-Forge, its scaling factors folded in.
 
@@ -55,12 +46,12 @@ def read(path: Path, **overrides) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     described = folder / CONFIG
-    cfg = read_settings(described)
+    cfg = shared.read_settings(described)
     if path.is_file():
         shards = [path]
     else:
-        shards = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else numbered_files(folder, SHARD)
-    sizes = [read_shape(shard, "W_enc", "LDF") for shard in shards]
+        shards = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else shared.numbered_files(folder, SHARD)
+    sizes = [shared.read_shape(shard, "W_enc", "LDF") for shard in shards]
     num_layers, d_model, _ = sizes[0]
     num_features = sum(shape[2] for shape in sizes)
     crosses = cfg.get("cross_layer_decoders")
@@ -89,10 +80,8 @@ def read(path: Path, **overrides) -> Checkpoint:
             "b_dec": (len(sources), d_model),
             **dict.fromkeys(SCALING_FACTORS, (num_layers,)),
         }
-        dtypes.append(check_tensors([shard], shapes, may_hold=BUFFERS))
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    statistics = _read_statistics(shards[0], d_model)
-    found = {
+        dtypes.append(shared.check_tensors([shard], shapes, may_hold=BUFFERS))
+    fields = {
         "num_layers": num_layers,
         "d_model": d_model,
         "num_features": num_features,
@@ -101,34 +90,30 @@ def read(path: Path, **overrides) -> Checkpoint:
         "base_model_name_or_path": cfg.get("model_name") or None,
         "feature_input_hook": None,
         "feature_output_hook": "hook_mlp_out",
-        "dtype": dtype,
+        "dtype": functools.reduce(torch.promote_types, dtypes),
     }
 
-    def joined(name: str, index: int | slice, dim: int) -> Tensor:
-        return torch.cat([read_tensor(shard, name, index) for shard in shards], dim=dim)
+    def join(name: str, index: int | slice, dim: int) -> Tensor:
+        return torch.cat([shared.read_tensor(shard, name, index) for shard in shards], dim=dim)
 
-    def layers():
-        for layer in range(num_layers):
-            decoders = (sources == layer).nonzero()  # they are rows in succession
-            biases = read_tensor(shards[0], "b_dec")[targets == layer]
-            yield make_layer(
-                layer,
-                dtype,
-                statistics,
-                W_enc=joined("W_enc", layer, dim=1).T,
-                b_enc=joined("b_enc", layer, dim=0),
-                b_dec=biases.sum(dim=0, dtype=torch.float64),
-                W_dec=joined("W_dec", slice(int(decoders[0]), int(decoders[-1]) + 1), dim=1).transpose(0, 1),
-                threshold=joined("log_threshold", layer, dim=0).double().exp(),
-            )
+    def read_layer(layer: int) -> dict[str, Tensor]:
+        decoders = (sources == layer).nonzero()  # consecutive rows
+        biases = shared.read_tensor(shards[0], "b_dec")[targets == layer]
+        return {
+            "W_enc": join("W_enc", layer, dim=1).T,
+            "b_enc": join("b_enc", layer, dim=0),
+            "b_dec": biases.sum(dim=0, dtype=torch.float64),
+            "W_dec": join("W_dec", slice(int(decoders[0]), int(decoders[-1]) + 1), dim=1).transpose(0, 1),
+            "threshold": join("log_threshold", layer, dim=0).double().exp(),
+        }
 
     where = "the files do not say what is the input: TransformerLens' ln2.hook_normalized"
-    return make_config(found, overrides, where), layers()
+    return shared.make_checkpoint(fields, overrides, where, read_layer, read_statistics(shards[0], d_model))
 
 
-def _read_statistics(path: Path, d_model: int) -> dict[str, Tensor] | None:
+def read_statistics(path: Path, d_model: int) -> dict[str, Tensor] | None:
     """The scaling factors as means and standard deviations, (L, D) float64 each; None where all factors are 1."""
-    factors = [read_tensor(path, name).double() for name in SCALING_FACTORS]
+    factors = [shared.read_tensor(path, name).double() for name in SCALING_FACTORS]
     for name, factor in zip(SCALING_FACTORS, factors, strict=True):
         if not (factor.isfinite() & (factor > 0)).all():
             raise ValueError(f"{name} in {path} holds values that are not positive numbers; export the CLT again")

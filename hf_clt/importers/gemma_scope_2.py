@@ -14,18 +14,9 @@ Sources: `load_gemma_scope_2_clt` in circuit-tracer (`circuit_tracer/transcoder/
 
 from pathlib import Path
 
-from .shared import (
-    Checkpoint,
-    check_tensors,
-    hook_by_ending,
-    make_config,
-    make_layer,
-    numbered_files,
-    read_header,
-    read_settings,
-    read_shape,
-    read_tensor,
-)
+from torch import Tensor
+
+from . import shared
 
 
 CONFIG = "config.json"
@@ -35,27 +26,27 @@ INPUT_HOOKS = {".pre_feedforward_layernorm.output": "mlp.hook_in"}  # ends of `h
 OUTPUT_HOOKS = {".post_feedforward_layernorm.output": "hook_mlp_out"}  # ends of `hf_hook_point_out`
 
 
-def read(folder: Path, drop_acausal: bool = False, **overrides) -> Checkpoint:
+def read(folder: Path, drop_acausal: bool = False, **overrides) -> shared.Checkpoint:
     """
     A cross-layer transcoder of Gemma Scope 2.
 
     Args:
         folder: The folder.
         drop_acausal: Leaves out what a feature writes to layers before its own, as circuit-tracer does. `hf_clt`
-            cannot express it, so that anything but zero there is refused otherwise.
+            cannot express it, so anything but zero there is refused otherwise.
         overrides: Fields of [`CLTConfig`] that the files do not say, such as the hooks if `config.json` is missing.
 
     Raises:
         ValueError: For another kind of model, or, when a layer is read, a decoder that writes to earlier layers.
     """
-    paths = numbered_files(folder, LAYER_FILE)
+    paths = shared.numbered_files(folder, LAYER_FILE)
     described = folder / CONFIG
-    cfg = read_settings(described) if described.is_file() else {}
-    with_skip = SKIP in read_header(paths[0])
+    cfg = shared.read_settings(described) if described.is_file() else {}
+    with_skip = SKIP in shared.read_header(paths[0])
     for name, expected in (("type", "clt"), ("architecture", "jump_relu"), ("affine_connection", with_skip)):
         if cfg.get(name, expected) != expected:
             raise ValueError(f"{name}={cfg[name]!r} in {described}, but it needs {expected!r} to fit {paths[0].name}")
-    num_layers, (d_model, num_features) = len(paths), read_shape(paths[0], "w_enc", "DF")
+    num_layers, (d_model, num_features) = len(paths), shared.read_shape(paths[0], "w_enc", "DF")
     shapes = {
         "w_enc": (d_model, num_features),
         "b_enc": (num_features,),
@@ -65,36 +56,32 @@ def read(folder: Path, drop_acausal: bool = False, **overrides) -> Checkpoint:
     }
     if with_skip:
         shapes[SKIP] = (d_model, d_model)
-    dtype = check_tensors(paths, shapes)
-    found = {
+    fields = {
         "num_layers": num_layers,
         "d_model": d_model,
         "num_features": num_features,
         "activation_fn": "jumprelu",
         "skip_connection": with_skip,
         "base_model_name_or_path": cfg.get("model_name") or None,
-        "feature_input_hook": hook_by_ending(cfg.get("hf_hook_point_in"), INPUT_HOOKS),
-        "feature_output_hook": hook_by_ending(cfg.get("hf_hook_point_out"), OUTPUT_HOOKS),
-        "dtype": dtype,
+        "feature_input_hook": shared.hook_by_ending(cfg.get("hf_hook_point_in"), INPUT_HOOKS),
+        "feature_output_hook": shared.hook_by_ending(cfg.get("hf_hook_point_out"), OUTPUT_HOOKS),
+        "dtype": shared.check_tensors(paths, shapes),
     }
 
-    def layers():
-        for layer, path in enumerate(paths):
-            decoder = read_tensor(path, "w_dec")
-            if not drop_acausal and decoder[:, :layer].any():
-                raise ValueError(
-                    f"w_dec in {path} writes to layers before its own, {layer}, which hf_clt cannot express; give "
-                    "drop_acausal to leave that out, as circuit-tracer does"
-                )
-            yield make_layer(
-                layer,
-                dtype,
-                W_enc=read_tensor(path, "w_enc").T,
-                b_enc=read_tensor(path, "b_enc"),
-                b_dec=read_tensor(path, "b_dec"),
-                W_dec=decoder[:, layer:],
-                threshold=read_tensor(path, "threshold"),
-                W_skip=read_tensor(path, SKIP) if with_skip else None,
+    def read_layer(layer: int) -> dict[str, Tensor | None]:
+        tensors = {name: shared.read_tensor(paths[layer], name) for name in shapes}
+        if not drop_acausal and tensors["w_dec"][:, :layer].any():
+            raise ValueError(
+                f"w_dec in {paths[layer]} writes to layers before its own, {layer}, which hf_clt cannot express; give "
+                "drop_acausal to leave that out, as circuit-tracer does"
             )
+        return {
+            "W_enc": tensors["w_enc"].T,
+            "b_enc": tensors["b_enc"],
+            "b_dec": tensors["b_dec"],
+            "W_dec": tensors["w_dec"][:, layer:],
+            "threshold": tensors["threshold"],
+            "W_skip": tensors.get(SKIP),
+        }
 
-    return make_config(found, overrides, described), layers()
+    return shared.make_checkpoint(fields, overrides, described, read_layer)

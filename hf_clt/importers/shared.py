@@ -1,8 +1,8 @@
-"""What the readers share: settings and headers of files, the configuration, the tensors of a layer, and a model."""
+"""What the readers share: settings and headers of files, the configuration and tensors of a checkpoint, a model."""
 
 import functools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -68,14 +68,11 @@ def read_shape(path: Path, name: str, dimensions: str) -> tuple[int, ...]:
 
 def check_tensors(paths: list[Path], shapes: dict[str, tuple], may_hold: Collection[str] = ()) -> torch.dtype:
     """
-    Checks, from their headers alone, that files hold tensors of these names and shapes and no others.
-
-    Returns:
-        The smallest dtype that holds all of them, thresholds aside, without loss.
+    The smallest dtype that holds all tensors of the files, thresholds aside, without loss. Only headers are read.
 
     Raises:
-        ValueError: For a tensor that is missing, has another shape, is no floating-point one, or is not known: leaving
-            it out might change what the CLT computes.
+        ValueError: If a file does not have floating-point tensors of exactly these names and shapes, besides those of
+            `may_hold`: leaving an unknown one out might change what the CLT computes.
     """
     dtypes = []
     for path in paths:
@@ -98,40 +95,49 @@ def hook_by_ending(name: str | None, hooks: dict[str, str]) -> str | None:
     return next((hook for ending, hook in hooks.items() if str(name).endswith(ending)), name)
 
 
-def make_config(found: dict, overrides: dict, described: Path | str) -> CLTConfig:
+def make_checkpoint(
+    fields: dict,
+    overrides: dict,
+    described: Path | str,
+    read_layer: Callable[[int], dict[str, Tensor | None]],
+    statistics: dict[str, Tensor] | None = None,
+) -> Checkpoint:
     """
-    The configuration, from what the files say and what the caller sets.
+    What a reader returns.
 
     Args:
-        found: Fields of [`CLTConfig`]; a hook is None where the files name none that `hf_clt` has.
-        overrides: What the caller sets.
+        fields: Fields of [`CLTConfig`] that the files say, `dtype` among them; a hook is None where they name none.
+        overrides: Fields that the caller sets.
         described: The file that should name the hooks, or a sentence on them.
+        read_layer: From the number of a layer to its W_enc (F, D), b_enc (F,), b_dec (D,), W_dec (F, J, D), and θ (F,)
+            as `threshold` and W_skip (D, D), or None.
+        statistics: mean_in, std_in, mean_out and std_out, (L, D) float64 each, to fold in; None for none.
 
     Raises:
         ValueError: If a hook is unknown, or the caller sets what the files say.
     """
     for name in set(overrides) & set(READ_FROM_FILES):
         raise ValueError(f"{name}={overrides[name]!r} is given, but the checkpoint says it; leave out {name}")
-    fields = {**found, **overrides}
+    given = {**fields, **overrides}
     for name, known in (("feature_input_hook", FEATURE_INPUT_HOOKS), ("feature_output_hook", FEATURE_OUTPUT_HOOKS)):
-        if fields[name] not in known:
+        if given[name] not in known:
             where = "" if name in overrides else f" ({described})"
-            raise ValueError(f"{name}={fields[name]!r}{where} is none of {' and '.join(known)}; give {name}")
-    return CLTConfig(**fields)
+            raise ValueError(f"{name}={given[name]!r}{where} is none of {' and '.join(known)}; give {name}")
+    config = CLTConfig(**given)
+
+    def layers():
+        for layer in range(config.num_layers):
+            yield make_layer(layer, fields["dtype"], statistics, read_layer(layer))
+
+    return config, layers()
 
 
 def make_layer(
-    layer: int, dtype: torch.dtype, statistics: dict[str, Tensor] | None = None, **tensors: Tensor | None
+    layer: int, dtype: torch.dtype, statistics: dict[str, Tensor] | None, tensors: dict[str, Tensor | None]
 ) -> dict[str, Tensor]:
     """
-    The tensors of one layer, named as on disk.
-
-    Args:
-        layer: Its number.
-        dtype: Of the decoder; the rest is at least float32.
-        statistics: mean_in, std_in, mean_out and std_out, (L, D) float64 each, to fold in; None for none.
-        tensors: W_enc (F, D), b_enc (F,), b_dec (D,), W_dec (F, J, D), and θ (F,) as `threshold` and W_skip (D, D), or
-            None.
+    The tensors of one layer with statistics folded in, named as on disk. The decoder is in `dtype`, θ in float32, the
+    rest at least in float32.
 
     Raises:
         ValueError: If a θ is negative or not a number.
@@ -140,10 +146,9 @@ def make_layer(
     if bad := int((~(tensors.get("threshold", torch.zeros(())) >= 0)).sum()):
         raise ValueError(f"the threshold of layer {layer} has {bad} negative or NaN values; one is at least 0")
     if statistics is not None:
-        wide = {name: tensor.double() for name, tensor in tensors.items()}
-        tensors |= folding.fold_layer(wide, statistics, layer)
+        tensors |= folding.fold_layer({name: tensor.double() for name, tensor in tensors.items()}, statistics, layer)
     dtypes = {"W_dec": dtype, "threshold": torch.float32}
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = folding.at_least_float32(dtype)
     return {f"{name}_{layer}": tensor.to(dtypes.get(name, wide)).contiguous() for name, tensor in tensors.items()}
 
 

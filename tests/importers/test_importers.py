@@ -443,7 +443,7 @@ def test_coding_takes_the_latest_checkpoint_of_several(tmp_path):
         ({"normalization_method": "sqrt_d_model"}, r"normalization_method='sqrt_d_model'"),
         ({"skip_connection": True, "decoder_tying": "per_target"}, r"skip_connection=True.*per_target"),
         ({"decoder_tying": "per_layer"}, r"decoder_tying='per_layer'"),
-        ({"num_layers": 4}, r"encoder_module\.encoders\.3\.weight in .*shape None"),
+        ({"num_layers": 4}, r"decoder_module\.decoders\.0->3\.weight in .*shape None"),
         ({"num_features": 8}, r"encoder_module\.encoders\.0\.weight.*\(7, 5\).*\(8, 5\)"),
         ({"d_model": None}, r"d_model=None"),
         ({"mlp_input_template": None}, r"feature_input_hook=None .*cfg\.json.*give feature_input_hook"),
