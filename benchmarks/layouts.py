@@ -6,6 +6,7 @@ the features. The trainer itself, on an activation cache, so that no language mo
 `RESULT-<rank>.json`.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 
 from hf_clt.configuration_clt import CLTConfig
 from hf_clt.estimate import Plan, memory
@@ -149,6 +151,9 @@ def main() -> int:
     found = measure_run(json.loads(Path(job).read_text()))
     rank = os.environ.get("RANK", "0")
     Path(f"{result}-{rank}.json").write_text(json.dumps(found))
+    gc.collect()  # a group lives while a DistributedDataParallel refers to it
+    if dist.is_initialized():
+        dist.destroy_process_group()  # its threads can abort the process while the interpreter exits
     return 0
 
 

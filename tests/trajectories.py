@@ -20,7 +20,7 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTransc
 from hf_clt.commands import cache as cache_activations
 from hf_clt.evaluation.evaluate import measure
 from hf_clt.harvest.cache import ActivationCache
-from tests.distributed.launch import ROOT, launch
+from tests.distributed.launch import ROOT, launch, leave_group
 
 
 MODEL, TEXT = "quickstart/first-10-layers", "quickstart/text.jsonl"
@@ -123,17 +123,17 @@ def run(folder: Path, name: str, config: dict, processes: int, options: dict, ki
     return output
 
 
-def rows(output: Path) -> list[dict]:
+def read_metrics(output: Path) -> list[dict]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [row for row in lines if row["split"] == "train"]
 
 
-def compared(folder: Path, output: Path, single: Path) -> dict[str, float]:
+def compare(folder: Path, output: Path, single: Path) -> dict[str, float]:
     """Largest differences to the single run: parameters, losses of all updates, metrics on held-out tokens."""
     found, expected = (CrossLayerTranscoder.from_pretrained(path) for path in (output, single))
     weights = expected.state_dict()
     gaps = [(found.state_dict()[n] - w).abs().max() / w.abs().max() for n, w in weights.items() if w.abs().max() > 0]
-    logged = list(zip(rows(output), rows(single), strict=True))
+    logged = list(zip(read_metrics(output), read_metrics(single), strict=True))
     assert len(logged) == UPDATES
     losses = max(abs(one[n] - other[n]) / abs(other[n]) for one, other in logged for n in LOSSES if other[n])
     heldout = load_file(folder / "heldout.safetensors")
@@ -157,7 +157,7 @@ def main(table: str) -> None:
             single = run(folder, f"{activation} single", config, 1, {}, False)
             for layout, (processes, options, killed) in LAYOUTS.items():
                 output = run(folder, f"{activation} {layout}", config, processes, options, killed)
-                gap = compared(folder, output, single)
+                gap = compare(folder, output, single)
                 figures = [f"{gap[n]:.0e}" if gap[n] else "0" for n in ("parameters", "losses", "metrics")]
                 lines.append(f"| {layout} | {activation} | {' | '.join(figures)} | {'yes' if gap['same'] else ''} |")
                 print(lines[-1], flush=True)
@@ -167,5 +167,6 @@ def main(table: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "work":
         work(*sys.argv[2:])
+        leave_group()
     else:
         main(sys.argv[1])

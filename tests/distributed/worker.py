@@ -14,7 +14,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from datasets.utils import file_utils
 from safetensors.torch import save_file
@@ -24,6 +23,7 @@ from hf_clt.training import heldout, processes
 from hf_clt.training.checkpoints import optimizer_tensors
 from hf_clt.training.heldout import read_in_lockstep
 from hf_clt.training.setup import load_initial_clt
+from tests.distributed.launch import leave_group
 from tests.distributed.sharded_model import check_model
 
 
@@ -201,8 +201,7 @@ def main(folder: str, runs: str) -> None:
         tensors = {n: tensor.contiguous().clone() for n, tensor in report.pop("tensors").items()}
         save_file(tensors, Path(folder) / f"{name}-{rank}.safetensors")
         (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(report))
-    # Threads of a group that is still open when the interpreter exits can abort the process.
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
