@@ -28,7 +28,7 @@ from hf_clt.kernels.encode import multiplies_bfloat16
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
-from hf_clt.training.setup import make_optimizer, prepare_cpu, settled
+from hf_clt.training.optimizers import make_optimizer, prepare_cpu, settled
 
 from .dense_reference import dense_losses
 from .machine import device_name, versions
