@@ -27,8 +27,9 @@ from hf_clt.hub.plots import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
 from hf_clt.kernels.encode import multiplies_bfloat16
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.optimizers import make_optimizer
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
-from hf_clt.training.optimizers import make_optimizer, prepare_cpu, settled
+from hf_clt.training.setup import fill_device_defaults, prepare_cpu
 
 from .dense_reference import dense_losses
 from .machine import device_name, versions
@@ -115,7 +116,7 @@ def compare(
     if args.eval_tokens == 0:
         raise ValueError("eval_tokens=0 leaves no tokens to compare on; give for example 4096")
     device = torch.device(args.device or "cpu")
-    args = settled(args, config, device)
+    args = fill_device_defaults(args, config, device)
     if device.type == "cpu":
         prepare_cpu()  # as the trainer does
     say("harvesting")

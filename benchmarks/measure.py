@@ -27,7 +27,8 @@ from hf_clt.harvest.text import load_text_dataset
 from hf_clt.harvest.tokens import TokenStream
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
-from hf_clt.training.optimizers import make_optimizer, prepare_cpu
+from hf_clt.training.optimizers import make_optimizer
+from hf_clt.training.setup import prepare_cpu
 from hf_clt.training.trainer import CLTTrainer
 
 from .cases import Case
