@@ -249,7 +249,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             labels (`Tensor` of shape `(..., L, D)`, *optional*): The MLP outputs to reconstruct, raw.
             sparsity_scale (`float`, defaults to 1): Multiplies λ; the trainer raises it from 0 to 1.
             dead (`Tensor` of shape `(L, F)`, bool, *optional*): Features that the pre-activation and the auxiliary
-                loss shall revive; None = none.
+                loss revive; None: none.
 
         Returns:
             [`CLTOutput`]

@@ -187,7 +187,7 @@ def threshold_in_bin(histogram: Tensor, leading: int, in_larger_bins: int, count
         histogram (`Tensor` of shape `(2**15,)`): Of the last 15 bits of the pre-activations in the bin.
         leading (`int`): Leading 16 bits of the numbers in the bin.
         in_larger_bins (`int`): How many pre-activations are larger than those in the bin.
-        count (`int`): How many shall pass.
+        count (`int`): How many pass.
         below_bin (`float`): The largest pre-activation that is smaller than those in the bin, or 0.
     """
     if count == 0:

@@ -19,7 +19,7 @@ from . import triton_rows
 # (benchmarks/measure_crossover.py); on a GPU only modelled, from the rates of tensor cores and memory of an H100.
 DENSE_ABOVE, DENSE_ABOVE_GPU = 0.15, 0.01
 
-# What a CPU gathers from again and again shall stay in its last-level cache: of a larger matrix, that many bytes of
+# What a CPU gathers from again and again should stay in its last-level cache: of a larger matrix, that many bytes of
 # columns at a time. Below this width the columns of a row no longer stream.
 CACHE_BYTES, NARROWEST = 12 * 2**20, 128
 

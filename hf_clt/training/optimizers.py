@@ -244,7 +244,7 @@ def clip_grad_norm(accelerator: Accelerator, clt: CrossLayerTranscoder, max_norm
         accelerator.clip_grad_norm_(clt.parameters(), max_norm)  # which undoes the scaling of float16 as well
         return
     norm = total_grad_norm(clt)
-    if accelerator.device.type != "cpu" or not norm <= max_norm:  # NaN as well: it shall stop the run
+    if accelerator.device.type != "cpu" or not norm <= max_norm:  # NaN as well, to stop the run
         torch.nn.utils.clip_grads_with_norm_(clt.parameters(), max_norm, norm)
 
 
