@@ -9,7 +9,6 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -357,7 +356,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             )
         return inputs.reshape(-1, config.num_layers, config.d_model)
 
-    # Normalisation, of all layers, (N, L, D), or of one, (N, D).
+    # Normalisation: of all layers, (N, L, D), or of one, (N, D).
 
     def normalize_inputs(self, x: Tensor, layer: int | slice = ALL_LAYERS) -> Tensor:
         """x̃_s = (x_s - mean_in[s]) / std_in[s]."""
@@ -376,7 +375,7 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def encode_layer(self, layer: int, x: Tensor) -> LayerFeatures:
         """
-        The features of one source layer, as in eval mode whatever the mode is.
+        The features of one source layer as in eval mode, also while the CLT is in train mode.
 
         Args:
             layer (`int`): The source layer.
@@ -629,8 +628,8 @@ class CrossLayerTranscoder(PreTrainedModel):
                 `lazy`, `layers` or `shard`.
             RuntimeError: If the weights cannot stay in their files, as on some network mounts.
         """
-        read_whole = partial(super().from_pretrained, *args)
-        return files.load(cls, read_whole, str(pretrained_model_name_or_path), config, lazy, layers, shard, **kwargs)
+        name, read_whole = str(pretrained_model_name_or_path), super().from_pretrained
+        return files.load(cls, read_whole, name, config, lazy, layers, shard, *args, **kwargs)
 
     def train(self, mode: bool = True):
         """Sets training mode; a CLT loaded with `lazy=True` refuses, since a step would copy its files to memory."""

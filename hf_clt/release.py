@@ -700,6 +700,7 @@ def load(
     lazy: bool,
     layers: list[int] | None,
     shard: FeatureShard | None,
+    *args,
     **kwargs,
 ):
     """
@@ -726,7 +727,7 @@ def load(
         return load_slices(cls, folder, config, shard, name, lazy, **kwargs)
     check_files(folder, config)
     with as_transformers_folder(folder, config) as source:
-        loaded = read_whole(source, config=config, **kwargs)
+        loaded = read_whole(source, *args, config=config, **kwargs)
     clt = loaded[0] if isinstance(loaded, tuple) else loaded
     clt.config.name_or_path = clt.name_or_path = name
     check_half_range(clt)
