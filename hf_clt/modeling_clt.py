@@ -9,7 +9,6 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,8 +81,8 @@ class Encoder(nn.Module):
             return encode_dense(*self._wide(x))
 
     def at(self, x: Tensor, selected: LayerFeatures) -> LayerFeatures:
-        """h at selected entries, whose values it is already: here it is made differentiable."""
-        if selected.first is not None:  # more features of the same tokens follow
+        """h at selected entries, differentiable; computed again where their values are of half precision."""
+        if selected.first is not None:  # the dead features of the same tokens follow
             x = x.repeat(2, 1)
         return pre_activations_at(x, self.weight, self.bias, selected)
 
@@ -258,7 +257,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             ValueError: If a shape does not fit, or for a batchtopk model in eval mode that was never trained.
         """
         config = self.config
-        rows = self._rows(inputs, labels, dead)
+        rows = self._flatten(inputs, labels, dead)
         revives = labels is not None and dead is not None and self._revives(dead)
         is_topk = config.activation_fn in TOPK_FAMILY
         has_penalty = labels is not None and config.sparsity_lambda > 0
@@ -269,6 +268,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         features = [layer.without_followers() for layer in written]
         if self.training and config.activation_fn == "batchtopk":
             self._update_running_thresholds(features)
+        if has_preactivation:  # before decoding, so that decoders get their gradients first: it takes less memory
+            listed = list_by_layer(dead)
+            sums = [encoder.sums(x[:, s], listed[s]) for s, encoder in enumerate(self.encoders)]
         normalized, norms = self._decode(written, x, with_norms=has_penalty or has_preactivation)
         if has_auxiliary:
             normalized, explained = normalized.split([len(x), len(x)])
@@ -284,8 +286,6 @@ class CrossLayerTranscoder(PreTrainedModel):
             penalty = sum_over(self.shard, sparsity_loss(features, norms, config.sparsity_c))
             penalty = config.sparsity_lambda * sparsity_scale * penalty
         if has_preactivation:
-            listed = list_by_layer(dead)
-            sums = [encoder.sums(x[:, s], listed[s]) for s, encoder in enumerate(self.encoders)]
             thetas = [self.theta(s) + torch.zeros_like(encoder.bias) for s, encoder in enumerate(self.encoders)]
             preactivation = sum_over(self.shard, preactivation_loss(h, sums, thetas, norms, listed))
             preactivation = config.preactivation_coef * preactivation
@@ -308,7 +308,7 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
         """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
-        _, features = self._encode(self.normalize_inputs(self._rows(inputs)), self.training)
+        _, features = self._encode(self.normalize_inputs(self._flatten(inputs)), self.training)
         return SparseFeatures(features, inputs.shape[:-2])
 
     def decode(self, acts: Tensor | SparseFeatures, inputs: Tensor | None = None) -> Tensor:
@@ -330,11 +330,11 @@ class CrossLayerTranscoder(PreTrainedModel):
         if self.config.skip_connection:
             if inputs is None:
                 raise ValueError("this CLT has a skip connection: call decode(acts, inputs) with the raw inputs")
-            x = self.normalize_inputs(self._rows(inputs))
+            x = self.normalize_inputs(self._flatten(inputs))
         raw = self.denormalize(self._decode(acts.layers, x)[0])
         return raw.view(*acts.batch_shape, *raw.shape[1:])
 
-    def _rows(self, inputs: Tensor, labels: Tensor | None = None, dead: Tensor | None = None) -> Tensor:
+    def _flatten(self, inputs: Tensor, labels: Tensor | None = None, dead: Tensor | None = None) -> Tensor:
         """Checks the arguments of a forward pass; gives the inputs as (N, L, D)."""
         config = self.config
         if inputs.shape[-2:] != (config.num_layers, config.d_model):
@@ -356,7 +356,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             )
         return inputs.reshape(-1, config.num_layers, config.d_model)
 
-    # Normalisation, of all layers, (N, L, D), or of one, (N, D).
+    # Normalisation: of all layers, (N, L, D), or of one, (N, D).
 
     def normalize_inputs(self, x: Tensor, layer: int | slice = ALL_LAYERS) -> Tensor:
         """x̃_s = (x_s - mean_in[s]) / std_in[s]."""
@@ -375,7 +375,7 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def encode_layer(self, layer: int, x: Tensor) -> LayerFeatures:
         """
-        The features of one source layer, as in eval mode whatever the mode is.
+        The features of one source layer as in eval mode, also while the CLT is in train mode.
 
         Args:
             layer (`int`): The source layer.
@@ -391,33 +391,32 @@ class CrossLayerTranscoder(PreTrainedModel):
             )
         theta = self.theta(layer)
         self._check_started([theta])
-        selected, _ = self._select(layer, x, theta, training=False)
+        selected, _ = self._select(layer, x, theta, self.config.k, training=False)
         return activate(self.encoders[layer].at(x, selected), theta, self.config, training=False)
 
     def _encode(
         self, x: Tensor, training: bool, dead: Tensor | None = None
     ) -> tuple[list[LayerFeatures], list[LayerFeatures]]:
         """
-        From normalised inputs (N, L, D) pre-activations and activations of each source layer, where an activation or
-        its gradient can be non-zero. Those of the largest of the features `dead`, (L, F) bool, where given, follow as
-        if N more tokens had them: so both are decoded and differentiated in one pass.
+        Pre-activations and activations of each source layer, from normalised inputs (N, L, D), where an activation or
+        its gradient can be non-zero. With `dead`, (L, F) bool, those of the largest dead features follow, as if N more
+        tokens had them: so both are decoded and differentiated in one pass.
         """
-        thetas = [self.theta(s) for s in range(self.config.num_layers)]
-        lower = thetas
-        if self.config.activation_fn == "jumprelu" and training and torch.is_grad_enabled():
+        config, layers = self.config, range(self.config.num_layers)
+        k = self.training_k if training and self.training_k is not None else config.k
+        lower = thetas = [self.theta(s) for s in layers]
+        if config.activation_fn == "jumprelu" and training and torch.is_grad_enabled():
             # Inactive features inside the straight-through window receive gradient for their threshold.
-            lower = [theta.detach() - self.config.jumprelu_bandwidth / 2 for theta in thetas]
+            lower = [theta.detach() - config.jumprelu_bandwidth / 2 for theta in thetas]
         if not training:
             self._check_started(thetas)
-        found = []
-        for s in range(self.config.num_layers):
-            found.append(self._select(s, x[:, s], lower[s], training, None if dead is None else dead[s]))
+        found = [self._select(s, x[:, s], lower[s], k, training, None if dead is None else dead[s]) for s in layers]
         selected, revived = zip(*found, strict=True)
-        selected = within_budget(selected, self.config, self._k(training), training, self.shard)
+        selected = within_budget(selected, config, k, training, self.shard)
         if dead is not None:
             selected = [entries.followed_by(others) for entries, others in zip(selected, revived, strict=True)]
         h = [encoder.at(x[:, s], selected[s]) for s, encoder in enumerate(self.encoders)]
-        return h, [activate(*layer, self.config, training) for layer in zip(h, thetas, strict=True)]
+        return h, [activate(h[s], thetas[s], config, training) for s in layers]
 
     def theta(self, layer: int) -> Tensor | float:
         """θ of one layer: (F,) for jumprelu; (1,) for batchtopk, the running threshold; 0 for relu and topk."""
@@ -431,16 +430,13 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     @torch.no_grad()
     def _select(
-        self, layer: int, x: Tensor, lower: Tensor | float, training: bool, dead: Tensor | None = None
+        self, layer: int, x: Tensor, lower: Tensor | float, k: int, training: bool, dead: Tensor | None = None
     ) -> tuple[LayerFeatures, LayerFeatures | None]:
-        """The selected entries of one layer, and on demand those of the largest of the features `dead`, (F,) bool."""
+        """The selected entries of one layer and, with `dead`, (F,) bool, those of its largest dead features."""
         h = self.encoders[layer](x)  # of one layer at a time: (N, F) is much memory
         with record_function("clt::select"):
-            selected = select(h, lower, self.config, self._k(training), training)
+            selected = select(h, lower, self.config, k, training)
             return selected, None if dead is None else largest_dead(h, dead, self.config.aux_k, self.shard)
-
-    def _k(self, training: bool) -> int:
-        return self.training_k if training and self.training_k is not None else self.config.k
 
     def _revives(self, dead: Tensor) -> bool:
         """
@@ -632,8 +628,8 @@ class CrossLayerTranscoder(PreTrainedModel):
                 `lazy`, `layers` or `shard`.
             RuntimeError: If the weights cannot stay in their files, as on some network mounts.
         """
-        read_whole = partial(super().from_pretrained, *args)
-        return files.load(cls, read_whole, str(pretrained_model_name_or_path), config, lazy, layers, shard, **kwargs)
+        name, read_whole = str(pretrained_model_name_or_path), super().from_pretrained
+        return files.load(cls, read_whole, name, config, lazy, layers, shard, *args, **kwargs)
 
     def train(self, mode: bool = True):
         """Sets training mode; a CLT loaded with `lazy=True` refuses, since a step would copy its files to memory."""

@@ -60,7 +60,7 @@ class PartialCLT(CrossLayerTranscoder):
     forward = save_pretrained = push_to_hub = to_jumprelu = set_normalization = _refuse
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
-        x = self.normalize_inputs(self._rows(inputs))
+        x = self.normalize_inputs(self._flatten(inputs))
         nothing = x.new_zeros(len(x), self.config.num_features, dtype=at_least_float32(self.dtype))
         none = features_at(nothing, nothing != 0)
         layers = range(self.config.num_layers)

@@ -633,6 +633,7 @@ def load(
     lazy: bool,
     layers: list[int] | None,
     shard: FeatureShard | None,
+    *args,
     **kwargs,
 ):
     """
@@ -658,7 +659,7 @@ def load(
     if lazy or shard is not None:
         return load_slices(cls, folder, config, shard, name, lazy, **kwargs)
     check_files(folder, config)
-    loaded = read_whole(None, config=config, state_dict=read_state(folder, config), **kwargs)
+    loaded = read_whole(None, *args, config=config, state_dict=read_state(folder, config), **kwargs)
     clt = loaded[0] if isinstance(loaded, tuple) else loaded
     clt.config.name_or_path = clt.name_or_path = name
     check_half_range(clt)

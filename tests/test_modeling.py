@@ -523,7 +523,7 @@ def test_restarted_running_thresholds_start_with_the_next_batch():
 def test_batchtopk_in_eval_mode_before_training_is_refused():
     clt = random_clt(activation_fn="batchtopk").eval()
     inputs, _ = random_batch(clt)
-    for call in (clt, clt.encode, clt.encode_sparse):
+    for call in (clt, clt.encode, clt.encode_sparse, lambda inputs: clt.encode_layer(0, inputs[:, 0])):
         with pytest.raises(ValueError, match="train"):
             call(inputs)
 
@@ -551,6 +551,26 @@ def test_in_eval_mode_a_token_does_not_depend_on_its_neighbours(activation):
         torch.testing.assert_close(clt.encode(inputs[n]), acts[n])
         torch.testing.assert_close(clt(inputs[n]).reconstruction, together[n])
     torch.testing.assert_close(clt.encode(torch.cat([inputs[:1], 100 * inputs[1:]]))[0], acts[0])
+
+
+@pytest.mark.parametrize("tying", TYINGS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@torch.no_grad()
+def test_layer_by_layer_is_as_all_at_once_in_eval_mode(activation, tying):
+    clt = trained(decoder_tying=tying, **ACTIVATIONS[activation])
+    clt.set_normalization(**random_statistics(clt))
+    inputs, _ = random_batch(clt)
+    if activation == "topk-token":
+        with pytest.raises(ValueError, match=r"layer=1.*compete"):
+            clt.encode_layer(1, inputs[:, 1])
+        return
+    normalized = torch.stack([decoder.bias for decoder in clt.decoders]).expand(inputs.shape).clone()
+    for s in range(3):
+        features = clt.train().encode_layer(s, clt.normalize_inputs(inputs[:, s], s))
+        assert torch.equal(features.to_dense(), clt.eval().encode(inputs)[:, s])
+        normalized = clt.decode_layer(s, features, normalized)
+    raw = torch.stack([clt.denormalize(normalized[:, t], t) for t in range(3)], dim=1)
+    torch.testing.assert_close(raw, clt(inputs).reconstruction, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -80,8 +80,8 @@ def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerF
         weight: (F, D).
         bias: (F,).
         features: The selected entries of h = W x + b with their values. Where h was computed in less than float32
-            (autocast), they are computed again, so that only the selection is rough; but for those of -inf, which
-            stand for no pre-activation (see [`largest_dead`]).
+            (autocast), they are computed again, so that only the selection is rough; but for -inf among dead features
+            that follow, which stands for no pre-activation (see [`largest_dead`]).
 
     Returns:
         The features, differentiable in `x`, `weight` and `bias`.
@@ -90,7 +90,8 @@ def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerF
     with torch.no_grad():
         if torch.finfo(values.dtype).eps > torch.finfo(dtype).eps:
             exact = row_dots(x.to(dtype), features.tokens, weight.to(dtype), features.indices)
-            values = torch.where(values.isneginf(), values, exact.to(dtype) + bias[features.indices])
+            exact = exact.to(dtype) + bias[features.indices]
+            values = exact if features.first is None else torch.where(values.isneginf(), values, exact)
     return features.with_values(_PreActivations.apply(x, weight, bias, values, features))
 
 

@@ -13,6 +13,7 @@ from hf_clt.commands import cache as cache_activations
 from hf_clt.harvest import cache
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, from_stored, to_stored, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
+from hf_clt.training.publishing import training_facts
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.initial_config import build_config
 from hf_clt.training.parser import parse_train_args
@@ -63,7 +64,7 @@ def test_training_from_it_equals_training_from_the_stream(cached, tiny_gpt2, tex
     # The run knows what it was trained on.
     assert clt.config.base_model_name_or_path == tiny_gpt2
     assert (trainer.args.dataset, trainer.args.context_size) == (text_file, 32)
-    assert trainer.training_facts()["dataset"] == text_file
+    assert training_facts(trainer)["dataset"] == text_file
     with pytest.raises(ValueError, match="eval_replacement=True needs the language model, which does not run with"):
         CLTTrainingArguments(**{**trainer.args.to_dict(), "eval_replacement": True})
 
