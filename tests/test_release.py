@@ -1,7 +1,6 @@
 """The files of a released CLT: what is written, what is read back, and what is refused."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from hf_clt import CLTConfig, CrossLayerTranscoder, release
+from hf_clt.files import read_json, write_json
 from hf_clt.sharding import FeatureShard
 from tests.reference import random_batch, random_clt, random_statistics
 
@@ -68,11 +68,13 @@ def change_tensors(path, **changes):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves a CLT; returns the CLT and its folder."""
+    """Saves a CLT, which must stay as it is; returns the CLT and its folder."""
 
     def save(**fields):
         clt = trained(**fields)
+        before = snapshot(clt)
         clt.save_pretrained(tmp_path / "clt")
+        assert_same(before, snapshot(clt))
         return clt, tmp_path / "clt"
 
     return save
@@ -150,34 +152,25 @@ def test_circuit_tracers_reading_of_the_files_gives_the_models_output(saved, var
     torch.testing.assert_close(clt(inputs).reconstruction, torch.stack(expected, dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_config_files_and_index(saved):
-    _, folder = saved(base_model_name_or_path="openai-community/gpt2", feature_input_hook="mlp.hook_in")
+@pytest.mark.parametrize("name", ["openai-community/gpt2", None])
+def test_config_files_and_index(saved, name):
+    _, folder = saved(base_model_name_or_path=name, feature_input_hook="mlp.hook_in")
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {
-        "model_name": "openai-community/gpt2",
+        **({} if name is None else {"model_name": name}),
         "model_kind": "cross_layer_transcoder",
         "feature_input_hook": "mlp.hook_in",
         "feature_output_hook": "hook_mlp_out",
     }
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     assert config["model_type"] == "cross_layer_transcoder" and config["activation_fn"] == "jumprelu"
     assert config["architectures"] == ["CrossLayerTranscoder"] and config["dtype"] == "float32"
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = read_json(folder / "model.safetensors.index.json")
     in_files = {}
     for path in folder.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             in_files[name] = (path.name, tensor.nbytes)
     assert index["weight_map"] == {name: file for name, (file, _) in in_files.items()}
     assert index["metadata"]["total_size"] == sum(size for _, size in in_files.values())
-
-
-def test_the_model_name_is_left_out_when_unknown(saved):
-    _, folder = saved()
-    assert "model_name" not in yaml.safe_load((folder / "config.yaml").read_text())
-
-
-def test_nothing_that_executes_is_written(saved):
-    _, folder = saved()
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json", ".yaml", ".md"}
 
 
 # -- round trip -------------------------------------------------------------------------------------------------------
@@ -326,14 +319,6 @@ def test_the_folded_clt_is_the_release_and_ends_as_the_live_one(tmp_path, varian
     assert all(clt.get_parameter(name) is parameter for name, parameter in parameters.items())
 
 
-@ALL_VARIANTS
-def test_saving_without_statistics_leaves_the_live_model(tmp_path, variant):
-    clt = trained(**VARIANTS[variant])
-    before = snapshot(clt)
-    clt.save_pretrained(tmp_path)
-    assert_same(before, snapshot(clt))
-
-
 @pytest.mark.parametrize("activation_fn", ["jumprelu", "batchtopk", "relu"])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_bfloat16_decoders_with_all_else_in_float32(tmp_path, activation_fn, normalised):
@@ -346,7 +331,7 @@ def test_bfloat16_decoders_with_all_else_in_float32(tmp_path, activation_fn, nor
     for path in tmp_path.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             assert tensor.dtype == (torch.bfloat16 if name.startswith("W_dec") else torch.float32), name
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert read_json(tmp_path / "config.json")["dtype"] == "bfloat16"
     for loaded in (
         CrossLayerTranscoder.from_pretrained(tmp_path),
         AutoModel.from_pretrained(tmp_path),
@@ -535,14 +520,6 @@ def test_a_truncated_file_is_named(broken, file, keep):
         CrossLayerTranscoder.from_pretrained(folder)
 
 
-def test_a_truncated_file_is_refused_through_auto_model_too(saved):
-    _, folder = saved()
-    path = folder / "W_dec_1.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"W_dec_1\.safetensors"):
-        AutoModel.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("name", ["W_enc_0", "b_enc_1", "b_dec_2", "threshold_1", "W_skip_1", "W_dec_0"])
 def test_a_missing_tensor_is_named_with_its_file(broken, name):
     folder = broken(skip_connection=True)
@@ -715,33 +692,10 @@ def test_a_crash_while_overwriting_keeps_every_file_whole(saved, monkeypatch):
     assert torch.equal(load_file(folder / "W_enc_0.safetensors")["W_enc_0"], new.encoders[0].weight)
 
 
-def test_a_text_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    path.write_text("old")
-    original = Path.write_text
-
-    def write_half(self, text, **kwargs):
-        original(self, text[:3], **kwargs)
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", write_half)
-    with pytest.raises(OSError, match="no space left"):
-        release.write_text(path, "new text")
-    monkeypatch.undo()
-    assert path.read_text() == "old" and file_names(tmp_path) == {"config.json"}
-
-
 def test_a_pickle_beside_the_files_is_never_read(saved):
     clt, folder = saved()
     (folder / "pytorch_model.bin").write_bytes(b"not a pickle")
     loaded = CrossLayerTranscoder.from_pretrained(folder)
-    assert torch.equal(loaded.encoders[0].weight, clt.encoders[0].weight)
-
-
-def test_the_folder_can_be_moved(saved, tmp_path):
-    clt, folder = saved()
-    shutil.move(folder, tmp_path / "moved")
-    loaded = CrossLayerTranscoder.from_pretrained(tmp_path / "moved")
     assert torch.equal(loaded.encoders[0].weight, clt.encoders[0].weight)
 
 
@@ -829,9 +783,9 @@ def test_a_save_over_a_release_of_an_older_version_that_was_cut_off_is_refused(t
     trained(activation_fn="relu").save_pretrained(tmp_path)
     for path in tmp_path.glob("W_*"):
         change_tensors(path)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index = read_json(tmp_path / "model.safetensors.index.json")
     del index["metadata"]["digests"]
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(tmp_path / "model.safetensors.index.json", index)
     CrossLayerTranscoder.from_pretrained(tmp_path)
     write, left = release.write_tensors, [None] * written
 
@@ -848,21 +802,13 @@ def test_a_save_over_a_release_of_an_older_version_that_was_cut_off_is_refused(t
         CrossLayerTranscoder.from_pretrained(tmp_path)
 
 
-def test_weights_without_their_index_load(saved, tmp_path):
-    """As circuit-tracer downloads them."""
-    clt, folder = saved(activation_fn="relu")
-    for name in ("model.safetensors.index.json", "config.json"):
-        (folder / name).unlink()
-    assert_same((clt.state_dict(),), (CrossLayerTranscoder.from_pretrained(folder).state_dict(),))
-
-
 def test_files_without_digests_load(saved):
     """As older versions and other programs write them."""
     clt, folder = saved(activation_fn="topk")
     change_tensors(folder / "W_dec_1.safetensors")  # without metadata
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = read_json(folder / "model.safetensors.index.json")
     assert index["metadata"]["digests"].keys() == set(index["weight_map"].values())
     assert_same((clt.state_dict(),), (CrossLayerTranscoder.from_pretrained(folder).state_dict(),))
     del index["metadata"]["digests"]
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(folder / "model.safetensors.index.json", index)
     assert_same((clt.state_dict(),), (CrossLayerTranscoder.from_pretrained(folder).state_dict(),))
