@@ -2,8 +2,8 @@
 What a training run needs, on paper: memory of each process, and time per update, from the shapes alone.
 
 Memory is counted: the parameters are those of the model itself, built without storage. Time is work divided by rates,
-of which there are two kinds: measured on a machine (`python -m benchmarks.calibrate`), or taken from a device's data
-sheet with an assumed share of it that a program reaches ([`DEVICES`]); a table says which of them it is made of.
+which are measured on a machine (`python -m benchmarks.calibrate`) or taken from a device's data sheet, with an assumed
+share of it that a program reaches ([`DEVICES`]).
 
 L layers, F features per layer, D the width, n processes that share the features of a CLT, N tokens of each process;
 all n work on the same n·N tokens, each with F / n features. J_s is the number of target layers of source layer s.
@@ -53,21 +53,13 @@ WINDOW = 2.0  # listed entries for each active one, where a jumprelu CLT has mos
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """
-    What of a language model matters here.
+    """What matters here of a language model."""
 
-    Args:
-        num_layers, d_model: L and D.
-        num_parameters: All of them, the head included; it is loaded, if not run.
-        flops_per_token: Operations of a forward pass without the head, at the given context size.
-        intermediate_size: Width of its MLPs.
-    """
-
-    num_layers: int
-    d_model: int
-    num_parameters: int
-    flops_per_token: float
-    intermediate_size: int
+    num_layers: int  # L
+    d_model: int  # D
+    num_parameters: int  # with the head, which is loaded, if not run
+    flops_per_token: float  # of a forward pass without the head, at the given context size
+    intermediate_size: int  # width of its MLPs
 
 
 def read_language_model(name: str, context_size: int) -> LanguageModel:
@@ -110,43 +102,25 @@ def flops_per_token(model: torch.nn.Module, context_size: int) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    A run.
-
-    Args:
-        config: The CLT.
-        language_model: What it is trained on; None: from an activation cache.
-        processes: How many GPUs, or processes.
-        feature_parallel_size: n.
-        batch_size: N.
-        l0: Active features per layer and token. For topk and batchtopk it is k.
-        listed: Features per layer and token that are computed; None: `l0`, and [`WINDOW`] times as many for jumprelu.
-        dead: Share of the features that are dead and revived.
-        clt_dtype, model_dtype, buffer_dtype: Number formats.
-        product_dtype: That of the encoders' matrix products (mixed precision).
-        optimizer: "adam", "adamw" or "adam_compact".
-        context_size, prompts, buffer_batches: As `--context-size`, `--store-batch-size-prompts` and
-            `--n-batches-in-buffer`.
-        buffer_on_device: Whether the buffer lies in the memory that is counted.
-    """
+    """A run. Fields without a comment are those of [`CLTTrainingArguments`]."""
 
     config: CLTConfig
-    language_model: LanguageModel | None = None
-    processes: int = 1
-    feature_parallel_size: int = 1
-    batch_size: int = 1024
-    l0: float = 32
-    listed: float | None = None
-    dead: float = 0.0
+    language_model: LanguageModel | None = None  # None: from an activation cache
+    processes: int = 1  # GPUs, or processes
+    feature_parallel_size: int = 1  # n
+    batch_size: int = 1024  # N
+    l0: float = 32  # active features per layer and token; for topk and batchtopk it is k
+    listed: float | None = None  # features per layer and token that are computed; None: l0, for jumprelu WINDOW times
+    dead: float = 0.0  # share of the features that are dead and revived
     clt_dtype: str = "float32"
     model_dtype: str = "bfloat16"
     buffer_dtype: str | None = None
-    product_dtype: str = "float32"
+    product_dtype: str = "float32"  # of the encoders' matrix products (mixed precision)
     optimizer: str = "adam"
     context_size: int = 128
-    prompts: int = 8
-    buffer_batches: int = 32
-    buffer_on_device: bool = True
+    prompts: int = 8  # store_batch_size_prompts
+    buffer_batches: int = 32  # n_batches_in_buffer
+    buffer_on_device: bool = True  # whether the buffer lies in the memory that is counted
 
     def __post_init__(self):
         for name in ("processes", "feature_parallel_size", "batch_size", "context_size", "prompts", "buffer_batches"):
@@ -204,62 +178,59 @@ class Plan:
 
 
 def state_bytes(parameters: list[torch.Tensor], optimizer: str) -> dict[str, int]:
-    """Bytes of parameters, gradients and optimizer state."""
+    """Bytes of parameters, gradients and optimizer state: two float32 for each weight, or the compact form."""
     size = sum(p.numel() * p.element_size() for p in parameters)
+    state = 8 * sum(p.numel() for p in parameters)
     if optimizer == "adam_compact":
-        rows = sum(p.numel() * 2 if p.dim() > 1 else p.numel() * 4 for p in parameters)
-        state = rows + sum(2 * 4 * len(p) for p in parameters)
-    else:
-        state = sum(p.numel() * 8 for p in parameters)
+        state = sum(p.numel() * (2 if p.dim() > 1 else 4) + 2 * 4 * len(p) for p in parameters)
     return {"parameters": size, "gradients": size, "optimizer": state}
 
 
 def memory(plan: Plan) -> dict[str, int]:
     """
-    Bytes of one process at the peak of an update, by what they are for, and `total`.
-
-    - `step`: what an update takes besides the gradients, at the worst of three moments. Always 40 bytes for each
-      listed entry (its feature, token, value and gradient, and the same in the order of the features) and 4 numbers of
-      the size of the batch, (n·N, L, D): inputs, labels, normalised inputs, reconstruction. In the forward pass there
-      are no gradients, but 3 numbers of the size of a layer's pre-activations, (n·N, F / n) (themselves, those above
-      the threshold, the order in which they are compared), and autocast's copies of the encoders. When the decoders'
-      gradients are there, that of the reconstruction stands in place of the encoders'. When all are there, the block
-      of weights that adam_compact works on, or Adam in bfloat16.
-      Where topk and batchtopk revive dead features, they have aux_k more entries, reconstruct twice as many tokens
-      and keep the inputs twice more until the encoders have gradients. relu and jumprelu keep the dead features'
-      encoder rows so long, and write the gradient of one layer's encoder twice more.
-    - `buffer`: inputs and labels of the tokens that the buffer holds.
-    - `harvest`: one extraction batch's activations of all layers, twice (as read, and joined), and its widest
-      intermediate values.
+    Bytes of one process at the peak of an update, by what they are for, and `total`. `step` is what an update takes
+    besides the gradients, at the worst of three moments; `buffer` the inputs and labels of the tokens in the buffer;
+    `harvest` the activations of one extraction batch.
     """
     config, n, model = plan.config, plan.feature_parallel_size, plan.language_model
     layers, width = config.num_layers, config.d_model
-    row = 2 * layers * width
-    batch = 4 * plan.tokens_at_once * layers * width
-    entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
-    pre_activations = 4 * plan.tokens_at_once * config.num_features // n
-    encoders = 4 * layers * config.num_features // n * width
-    revives = plan.revived_per_layer > 0
     parameters = plan.parameters()
-    block = min(GPU_BLOCK, max(p.numel() for p in parameters))
-    block *= 4 if plan.optimizer == "adam_compact" else 8 if plan.clt_dtype != "float32" else 0
-    in_buffer = plan.buffer_batches * plan.prompts * (plan.context_size - 1)
-    buffer_bytes = BYTES[plan.buffer_dtype or plan.model_dtype]
     parts = state_bytes(parameters, plan.optimizer)
+
+    batch = 4 * plan.tokens_at_once * layers * width  # (n·N, L, D) in float32
+    pre_activations = 4 * plan.tokens_at_once * config.num_features // n  # of a layer
+    encoders = 4 * layers * config.num_features // n * width
     copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
-    moments = {
-        "forward": (4 + 3 * revives) * batch + (3 + revives) * pre_activations + copies - parts["gradients"],
-        "decoders": (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
-        "all": (4 + revives) * batch + max(2 * encoders // layers if plan.pulled else 0, block),
-    }
-    parts["step"] = round(max(moments.values()) + entries)
+    block = min(GPU_BLOCK, max(p.numel() for p in parameters))  # of weights that the optimizer works on
+    block *= 4 if plan.optimizer == "adam_compact" else 8 if plan.clt_dtype != "float32" else 0
+    # Of each listed entry its feature, token, value and gradient, and the same in the order of the features.
+    entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
+    # topk and batchtopk revive dead features by reconstructing twice as many tokens, and keep the inputs twice more
+    # until the encoders have gradients. relu and jumprelu keep the dead features' encoder rows so long, and write the
+    # gradient of one layer's encoder twice more.
+    revives = plan.revived_per_layer > 0
+    moments = (
+        # Forward: inputs, labels, normalised inputs and reconstruction. No gradients yet, but of a layer the
+        # pre-activations, those above the threshold, the order in which they are compared; autocast's encoders.
+        (4 + 3 * revives) * batch + (3 + revives) * pre_activations + copies - parts["gradients"],
+        # When the decoders have gradients: the reconstruction's stands in place of the encoders'.
+        (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
+        # When all have.
+        (4 + revives) * batch + max(2 * encoders // layers if plan.pulled else 0, block),
+    )
+    parts["step"] = round(max(moments) + entries)
+
+    row = 2 * layers * width  # inputs and labels of a token
+    buffer_bytes = BYTES[plan.buffer_dtype or plan.model_dtype]
+    in_buffer = plan.buffer_batches * plan.prompts * (plan.context_size - 1)
     parts["buffer"] = in_buffer * row * buffer_bytes if plan.buffer_on_device else 0
     parts["language_model"] = parts["harvest"] = 0
     if model is not None:
         model_bytes, positions = BYTES[plan.model_dtype], plan.prompts * plan.context_size
         parts["language_model"] = model.num_parameters * model_bytes
+        # All layers, as read and joined, and the widest intermediate values.
         parts["harvest"] = positions * (2 * row * max(model_bytes, buffer_bytes) + 4 * model.intermediate_size * 4)
-    # The optimizer's state is there while the language model runs, the step's temporaries are not, nor the gradients.
+    # While the language model runs, there is the optimizer's state, but neither gradients nor the step's temporaries.
     at_rest = sum(parts[name] for name in ("parameters", "optimizer", "buffer", "language_model"))
     parts["total"] = at_rest + max(parts["step"] + parts["gradients"], parts["harvest"])
     return parts
@@ -270,60 +241,47 @@ def memory(plan: Plan) -> dict[str, int]:
 
 def work(plan: Plan) -> dict[str, float]:
     """
-    What one process does in an update, counted.
-
-    - `products`: 2·n·N·(F/n)·D·L operations, the encoders' forward product.
-    - `select`: bytes of the pre-activations, n·N·(F/n)·L numbers, in which the active ones are looked for; twice where
-      dead ones are looked for as well.
-    - `gather`: bytes of the decoder rows of all listed entries, Σ_s n·N·(listed/n)·J_s·D numbers. They are read in the
-      forward pass. With dead features, those of topk and batchtopk that are revived count as listed, and the encoder
-      rows of those of relu and jumprelu are read.
-    - `gather_back`: bytes of rows read in the backward pass for each listed entry: of its decoder for the gradient of
-      the activation, of the reconstruction's gradient for that of the decoder, and of the input for that of the
-      encoder, Σ_s n·N·(listed/n)·(2·J_s + 1)·D numbers.
-    - `norms`: bytes of the decoders, whose norms the sparsity loss needs.
-    - `gradients`: bytes of the gradients, which are written; those of the encoders three times more where relu or
-      jumprelu revive dead features (zeros, the dead rows, added).
-    - `update`: bytes that the optimizer reads and writes: parameter and gradient read, parameter written, state read
-      and written.
-    - `language_model`: operations for the N tokens that this process harvests.
-    - `shared`: bytes that it exchanges with those that share a CLT's features: the activations of their tokens, and
-      the sum of the reconstructions.
-    - `averaged`: bytes that it exchanges with those that hold the same features: the gradients, averaged.
+    What one process does in an update: operations for `products` and `language_model`, bytes for all else. With dead
+    features, those of topk and batchtopk that are revived count as listed.
     """
-    config, n = plan.config, plan.feature_parallel_size
+    config, n, model = plan.config, plan.feature_parallel_size, plan.language_model
     tokens, weight = plan.tokens_at_once, BYTES[plan.clt_dtype]
-    targets = sum(config.num_targets(s) for s in range(config.num_layers))
+    layers, width = config.num_layers, config.d_model
+    targets = sum(config.num_targets(s) for s in range(layers))  # Σ_s J_s
     state = state_bytes(plan.parameters(), plan.optimizer)
     replicas = plan.processes // n
     has_norms = config.activation_fn not in TOPK_FAMILY and config.sparsity_lambda > 0
-    batch = tokens * config.num_layers * config.d_model
+    entries = tokens * (plan.listed_per_layer + plan.revived_per_layer) / n  # of a layer
+    encoders = 4 * config.num_features / n * width * layers
     batch_bytes = 2 * BYTES[plan.buffer_dtype or plan.model_dtype] + 2 * 4  # gathered; reduced and gathered
-    entries = tokens * (plan.listed_per_layer + plan.revived_per_layer) / n
-    encoders = 4 * config.num_features / n * config.d_model * config.num_layers
-    model = plan.language_model
     return {
-        "products": 2 * tokens * config.num_features / n * config.d_model * config.num_layers,
-        "select": 4 * tokens * config.num_features / n * config.num_layers * (2 if plan.revived_per_layer else 1),
-        "gather": entries * targets * config.d_model * weight + plan.pulled * encoders,
-        "gather_back": entries * (2 * targets * weight + config.num_layers * 4) * config.d_model,
-        "norms": config.num_features / n * targets * config.d_model * weight if has_norms else 0,
+        # The encoders' forward product.
+        "products": 2 * tokens * config.num_features / n * width * layers,
+        # Pre-activations, searched for active features, and again for dead ones.
+        "select": 4 * tokens * config.num_features / n * layers * (2 if plan.revived_per_layer else 1),
+        # Forward: decoder rows of the listed entries, and encoder rows of those that the pre-activation loss pulls.
+        "gather": entries * targets * width * weight + plan.pulled * encoders,
+        # Backward, for each listed entry: rows of its decoder for the gradient of the activation, of the
+        # reconstruction's gradient for that of the decoder, of the input for that of the encoder.
+        "gather_back": entries * (2 * targets * weight + layers * 4) * width,
+        # Decoders, whose norms the sparsity loss needs.
+        "norms": config.num_features / n * targets * width * weight if has_norms else 0,
+        # Gradients, written; the encoders' three times more for dead features: zeros, the dead rows, added.
         "gradients": state["gradients"] + (3 * encoders if plan.pulled else 0),
+        # Optimizer: parameter and gradient read, parameter written, state read and written.
         "update": 3 * state["parameters"] + 2 * state["optimizer"],
+        # The tokens that this process harvests.
         "language_model": 0 if model is None else model.flops_per_token * plan.batch_size,
-        "shared": (n - 1) / n * batch * batch_bytes,
+        # Exchanged with those that share the features: activations, and the sum of the reconstructions.
+        "shared": (n - 1) / n * (tokens * layers * width) * batch_bytes,
+        # Exchanged with those that hold the same features: gradients, averaged.
         "averaged": 2 * (replicas - 1) / replicas * state["gradients"],
     }
 
 
 # Which rate each part of the work is done at, in each phase of an update.
 PHASES = {
-    "forward": {
-        "products": "products",
-        "select": "select",
-        "gather": "gather_forward",
-        "norms": "norms_forward",
-    },
+    "forward": {"products": "products", "select": "select", "gather": "gather_forward", "norms": "norms_forward"},
     "backward": {"gather_back": "gather_backward", "gradients": "gradients", "norms": "norms_backward"},
     "optimizer": {"update": "update"},
     "language model": {"language_model": "language_model"},
@@ -403,6 +361,8 @@ def format_plan(plan: Plan, rates: dict[str, float], tokens: float | None = None
     sizes, spent = memory(plan), seconds(plan, rates)
     n, config = plan.feature_parallel_size, plan.config
     count = sum(p.numel() for p in plan.parameters())
+    speed = plan.batch_size * plan.processes / spent["total"]
+    hours = "" if tokens is None else f", {tokens / speed / 3600:,.1f} hours for {tokens:,.0f} tokens"
     lines = [
         f"CLT: {config.num_layers} layers, width {config.d_model}, {config.num_features:,} features per layer, "
         f"{config.activation_fn}, {plan.l0:g} active per layer and token",
@@ -410,17 +370,13 @@ def format_plan(plan: Plan, rates: dict[str, float], tokens: float | None = None
         f"{count / 1e9:.3g} billion weights each, {plan.batch_size * plan.processes:,} tokens per update",
         "",
         "memory of each process",
+        *(f"  {name.replace('_', ' '):<16}{gigabytes(size):>12}" for name, size in sizes.items()),
+        "",
+        "time of an update",
+        *(f"  {phase:<16}{value * 1000:>9,.1f} ms" for phase, value in spent.items() if value),
+        "",
+        f"{speed:,.0f} tokens per second{hours}",
     ]
-    for name, size in sizes.items():
-        lines.append(f"  {name.replace('_', ' '):<16}{gigabytes(size):>12}")
-    lines += ["", "time of an update"]
-    for phase, value in spent.items():
-        if value:
-            lines.append(f"  {phase:<16}{value * 1000:>9,.1f} ms")
-    speed = plan.batch_size * plan.processes / spent["total"]
-    lines += ["", f"{speed:,.0f} tokens per second"]
-    if tokens is not None:
-        lines[-1] += f", {tokens / speed / 3600:,.1f} hours for {tokens:,.0f} tokens"
     if with_dead.dead:
         size, time = memory(with_dead)["total"], seconds(with_dead, rates)["total"]
         lines.append(
