@@ -42,7 +42,7 @@ def test_the_largest_are_kept(activation_fn):
     h, k = random_tensor(7, 12), 4
     groups = (
         [[row] for row in range(7)] if activation_fn == "topk" else [range(7)]
-    )  # whose k, or k·N, largest are kept
+    )  # in which k·N are kept
     kept = keep_largest(h, activation_fn, k)
     for rows in map(list, groups):
         least = h[rows].flatten().sort(descending=True).values[k * len(rows) - 1]
