@@ -31,7 +31,7 @@ from hf_clt.training.optimizers import make_optimizer
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
 from hf_clt.training.setup import fill_device_defaults, prepare_cpu
 
-from .dense_reference import dense_losses
+from .dense_reference import dense_losses_of
 from .machine import device_name, versions
 from .measure import RATE_SAMPLE
 
@@ -258,8 +258,8 @@ def train(
         scale = sparsity_scale(step, len(batches), args.sparsity_schedule, args.sparsity_delay_steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=variant.autocast):
             if variant.dense:
-                error, penalty = dense_losses(clt, inputs, labels)
-                loss = error + scale * penalty
+                losses = dense_losses_of(clt, inputs, labels, sparsity_scale=scale)
+                error, loss = losses["reconstruction_loss"], losses["loss"]
             else:
                 output = clt(inputs, labels, sparsity_scale=scale)
                 error, loss = output.reconstruction_loss, output.loss

@@ -1,18 +1,26 @@
 """
-The dense training step: the baseline of the benchmark.
+A cross-layer transcoder computed densely, from full (N, F) matrices of activations, by the formulas of
+docs/concepts.md.
 
-It computes the losses of [`CrossLayerTranscoder`] from full (N, F) matrices of activations, the way a careful trainer
-without sparsity would: one matrix product per source layer and direction, in place where autograd allows it, no copy
-of a decoder. It reads the parameters of a CLT and shares nothing else with the package, so that what is made faster
-there does not make the baseline faster or slower.
+The tests compare the package with it in float64 (tests/reference.py), and the benchmarks time it as the baseline. So
+it is written as a careful trainer without sparsity would be: one matrix product per source layer and direction, in
+place where autograd allows it, no copy of a decoder. It reads the configuration and the parameters of a CLT and shares
+nothing else with the package. The gradients that are written by hand ([`JumpReLU`], [`AddDecoded`]) are compared with
+formulas in tests/benchmarks/test_dense_reference.py.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class _JumpReLU(torch.autograd.Function):
+STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
+TERMS = ("reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
+
+
+class JumpReLU(torch.autograd.Function):
     """
     a = h · 1[h > θ] for h (N, F) and θ (F,), with ∂a/∂h = 1[h > θ] and ∂a/∂θ = -(θ/ε) · 1[|h - θ| < ε/2]
     (Rajamanoharan et al. 2024).
@@ -32,16 +40,16 @@ class _JumpReLU(torch.autograd.Function):
         return torch.where(h > theta, grad, 0), grad_theta, None
 
 
-class _AddDecoded(torch.autograd.Function):
+class AddDecoded(torch.autograd.Function):
     """
     Adds a W[:, j] to target layer `first_target + j` of the reconstruction, in place, for activations (N, F) and a
-    decoder (F, J, D): one product with the (F, J·D) matrix. Gives the norms (F,) of the decoder's rows as well, or
-    None, so that both gradients of the decoder meet in one tensor.
+    decoder (F, J, D): one product with the (F, J·D) matrix. Returns the norms (F,) of the decoder's rows as well, or
+    None, so that both gradients of the decoder are added up in one tensor. The norm's gradient at 0 is 0.
     """
 
     @staticmethod
     def forward(ctx, reconstruction, acts, weight, first_target, with_norms):
-        device, rows = weight.device.type, weight.view(weight.shape[0], -1)
+        device, rows = weight.device.type, weight.reshape(weight.shape[0], -1)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         a, w = acts.to(dtype), rows.to(dtype)
         start = first_target * weight.shape[2]
@@ -67,83 +75,137 @@ class _AddDecoded(torch.autograd.Function):
         grad_weight = (a.T @ grad_written).to(weight.dtype)
         if norms is not None:
             scale = torch.where(norms > 0, grad_norms / norms, 0).to(weight.dtype)
-            grad_weight.addcmul_(weight.view_as(grad_weight), scale[:, None])
+            grad_weight.addcmul_(weight.reshape(grad_weight.shape), scale[:, None])
         return grad, grad_acts, grad_weight.view_as(weight), None, None
 
 
-def dense_losses(clt, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    The losses of a training step, computed densely, with autograd.
+def pre_activations(config, parameters: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Normalised inputs (N, L, D) to one (N, F) tensor per layer."""
+    weights = [parameters[f"encoders.{s}.weight"] for s in range(config.num_layers)]
+    return [F.linear(x[:, s].to(w.dtype), w, parameters[f"encoders.{s}.bias"]) for s, w in enumerate(weights)]
 
-    batchtopk's running threshold, which is no part of the loss, stays as it is.
+
+def activations(config, parameters: dict[str, Tensor], h: list[Tensor], training: bool = True) -> list[Tensor]:
+    """Pre-activations to activations, one (N, F) tensor per layer; `training` matters to batchtopk."""
+    if config.activation_fn == "relu":
+        return [F.relu(h_s) for h_s in h]
+    thresholds = [parameters.get(f"thresholds.{s}.value") for s in range(config.num_layers)]
+    if config.activation_fn == "jumprelu":
+        bandwidth = config.jumprelu_bandwidth
+        return [JumpReLU.apply(h_s, log.exp(), bandwidth) for h_s, log in zip(h, thresholds, strict=True)]
+    if config.activation_fn == "batchtopk" and not training:
+        return [torch.where(h_s > threshold, h_s, 0) for h_s, threshold in zip(h, thresholds, strict=True)]
+    if config.k_scope == "token":
+        acts = keep_largest(torch.cat(h, dim=1), config.activation_fn, config.k * config.num_layers)
+        return list(acts.split(config.num_features, dim=1))
+    return [keep_largest(h_s, config.activation_fn, config.k) for h_s in h]
+
+
+def keep_largest(h: Tensor, activation_fn: str, k: int) -> Tensor:
+    """The k largest of each row (topk) or the k·N largest of the matrix (batchtopk), then ReLU; zeros elsewhere."""
+    rows = h if activation_fn == "topk" else h.view(1, -1)
+    values, indices = rows.topk(k * h.shape[0] // rows.shape[0], dim=1, sorted=False)
+    return torch.zeros_like(rows).scatter(1, indices, values.relu()).view_as(h)
+
+
+def revived_activations(config, h: list[Tensor], dead: Tensor) -> list[Tensor]:
+    """Of each token and layer the `aux_k` largest pre-activations of dead features (L, F), then ReLU."""
+    candidates = [h_s.masked_fill(~dead_s, -torch.inf) for h_s, dead_s in zip(h, dead, strict=True)]
+    return [keep_largest(h_s, "topk", config.aux_k) for h_s in candidates]
+
+
+def written_decoder(config, parameters: dict[str, Tensor], source: int) -> Tensor:
+    """What a source layer writes to itself and the layers above it, (F, J, D), ties written out."""
+    reach = config.num_layers if config.decoder_reach is None else config.decoder_reach
+    targets = range(source, min(config.num_layers, source + reach))
+    if config.decoder_tying == "per_target":
+        return torch.cat([parameters[f"decoders.{target}.weight"] for target in targets], dim=1)
+    return parameters[f"decoders.{source}.weight"].expand(-1, len(targets), -1)
+
+
+def dense_losses(
+    config,
+    parameters: dict[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    statistics: dict[str, Tensor] | None = None,
+    sparsity_scale: float = 1.0,
+    dead: Tensor | None = None,
+    activate: Callable[..., list[Tensor]] = activations,
+    revive: Callable[..., list[Tensor]] = revived_activations,
+) -> dict[str, Tensor]:
+    """
+    The losses of a training step, computed densely, with autograd. batchtopk's running threshold is not moved.
 
     Args:
-        clt ([`CrossLayerTranscoder`]): Gives configuration, parameters and statistics. Any activation function and
-            reach; no tying and no skip connection.
-        inputs (`Tensor` of shape `(N, L, D)`): Raw inputs.
-        labels (`Tensor` of shape `(N, L, D)`): Raw targets.
+        config ([`CLTConfig`]): Of the CLT.
+        parameters: By name, as of `named_parameters`.
+        inputs, labels (`Tensor` of shape `(N, L, D)`): Raw.
+        statistics: `mean_in`, `std_in`, `mean_out` and `std_out`, (L, D) each; None: no normalisation.
+        sparsity_scale: Multiplies λ.
+        dead (`Tensor` of shape `(L, F)`): Which features are dead, bool; None: none.
+        activate, revive: Take the place of [`activations`] and [`revived_activations`].
 
     Returns:
-        `tuple[Tensor, Tensor]`: The reconstruction loss, and the sparsity loss with λ at full scale (0 where λ is 0).
-        Their sum is what is trained on.
-
-    Raises:
-        ValueError: For a CLT with tied decoders or a skip connection.
+        `dict`: `reconstruction_loss`, `sparsity_loss`, `preactivation_loss`, `aux_loss` and their sum, `loss`; `acts`,
+        one (N, F) tensor per layer; `reconstruction` (N, L, D), normalised.
     """
-    config = clt.config
-    if config.decoder_tying != "none" or config.skip_connection:
-        raise ValueError(
-            f"decoder_tying={config.decoder_tying!r}, skip_connection={config.skip_connection}: the dense reference "
-            "has neither; give decoder_tying='none' and skip_connection=False"
-        )
-    if clt.mean_in is not None:
-        inputs = (inputs - clt.mean_in) / clt.std_in
-        labels = (labels - clt.mean_out) / clt.std_out
-    num_tokens = inputs.shape[0]
-    pre_activations = [
-        F.linear(inputs[:, s].to(encoder.weight.dtype), encoder.weight, encoder.bias)
-        for s, encoder in enumerate(clt.encoders)
-    ]
-    bias = torch.stack([decoder.bias for decoder in clt.decoders])
+    if statistics is not None:
+        inputs = (inputs - statistics["mean_in"]) / statistics["std_in"]
+        labels = (labels - statistics["mean_out"]) / statistics["std_out"]
+    num_tokens, layers = inputs.shape[0], range(config.num_layers)
+    h = pre_activations(config, parameters, inputs)
+    acts = activate(config, parameters, h)
+    decoders = [written_decoder(config, parameters, s) for s in layers]
+    has_dead = dead is not None and bool(dead.any())
+    pulls_up = has_dead and config.activation_fn in ("relu", "jumprelu")
+
+    bias = torch.stack([parameters[f"decoders.{t}.bias"] for t in layers])
     # Sums over many source layers and dimensions want float32 at least.
     reconstruction = bias.to(torch.promote_types(bias.dtype, torch.float32)).expand(num_tokens, -1, -1).clone()
-    penalties = []
-    for s, acts in enumerate(dense_activations(clt, pre_activations)):
-        reconstruction, norms = _AddDecoded.apply(
-            reconstruction, acts, clt.decoders[s].weight, s, config.sparsity_lambda > 0
-        )
-        if norms is not None:
-            penalties.append(torch.tanh((config.sparsity_c * norms) * acts).sum())
-    error = F.mse_loss(reconstruction, labels.to(reconstruction.dtype), reduction="sum") / num_tokens
-    if not penalties:
-        return error, 0 * error
-    return error, config.sparsity_lambda * torch.stack(penalties).sum() / num_tokens
+    penalties, missing = [], []
+    for s in layers:
+        with_norms = config.sparsity_lambda > 0 or pulls_up
+        reconstruction, norms = AddDecoded.apply(reconstruction, acts[s], decoders[s], s, with_norms)
+        if config.sparsity_lambda > 0:
+            penalties.append(torch.tanh((config.sparsity_c * norms) * acts[s]).sum())
+        if pulls_up:
+            theta = parameters[f"thresholds.{s}.value"].exp() if config.activation_fn == "jumprelu" else 0
+            missing.append((norms * (theta - h[s]).relu())[:, dead[s]].sum())
+    if config.skip_connection:
+        skips = [inputs[:, t] @ parameters[f"skips.{t}.weight"] for t in layers]
+        reconstruction = reconstruction + torch.stack(skips, dim=1)
+    labels = labels.to(reconstruction.dtype)
+
+    error = F.mse_loss(reconstruction, labels, reduction="sum") / num_tokens
+    losses = {"reconstruction_loss": error, **dict.fromkeys(TERMS[1:], error.new_zeros(()))}
+    if penalties:
+        penalty = config.sparsity_lambda * torch.stack(penalties).sum() / num_tokens
+        losses["sparsity_loss"] = sparsity_scale * penalty
+    if missing:
+        losses["preactivation_loss"] = config.preactivation_coef * torch.stack(missing).sum() / num_tokens
+    elif has_dead:
+        explained = torch.zeros_like(reconstruction)
+        for s, revived in enumerate(revive(config, h, dead)):
+            explained, _ = AddDecoded.apply(explained, revived, decoders[s], s, False)
+        left = (labels - reconstruction).detach()
+        losses["aux_loss"] = config.aux_coef * (left - explained).square().sum() / num_tokens
+    return {**losses, "loss": sum(losses.values()), "acts": acts, "reconstruction": reconstruction}
 
 
-def dense_activations(clt, pre_activations: list[Tensor]) -> list[Tensor]:
-    """The activation function in training: one (N, F) tensor of pre-activations per layer to one of activations."""
-    config = clt.config
-    if config.activation_fn == "relu":
-        return [F.relu(h) for h in pre_activations]
-    if config.activation_fn == "jumprelu":
-        return [
-            _JumpReLU.apply(h, threshold.value.exp(), config.jumprelu_bandwidth)
-            for h, threshold in zip(pre_activations, clt.thresholds, strict=True)
-        ]
-    if config.k_scope == "token":
-        (acts,) = _largest([torch.cat(pre_activations, dim=1)], config.activation_fn, config.k * config.num_layers)
-        return list(acts.split(config.num_features, dim=1))
-    return _largest(pre_activations, config.activation_fn, config.k)
+def dense_losses_of(clt, inputs: Tensor, labels: Tensor, **options) -> dict[str, Tensor]:
+    """[`dense_losses`] of a CLT, with its statistics."""
+    statistics = {name: getattr(clt, name) for name in STATISTICS} if clt.mean_in is not None else None
+    return dense_losses(clt.config, dict(clt.named_parameters()), inputs, labels, statistics, **options)
 
 
-def _largest(pre_activations: list[Tensor], activation_fn: str, k: int) -> list[Tensor]:
-    """The k largest of each row (topk) or the k·N largest of each matrix (batchtopk), then ReLU; zeros elsewhere."""
-    acts = []
-    for h in pre_activations:
-        rows = h if activation_fn == "topk" else h.view(1, -1)
-        values, indices = rows.topk(k * h.shape[0] // rows.shape[0], dim=1, sorted=False)
-        acts.append(torch.zeros_like(rows).scatter(1, indices, values.relu()).view_as(h))
-    return acts
-
-
-__all__ = ["dense_activations", "dense_losses"]
+__all__ = [
+    "AddDecoded",
+    "JumpReLU",
+    "activations",
+    "dense_losses",
+    "dense_losses_of",
+    "keep_largest",
+    "pre_activations",
+    "written_decoder",
+]

@@ -32,6 +32,7 @@ from hf_clt.training.optimizers import CompactAdam
 from . import gpu_report
 from .cases import Case
 from .crossover import random_entries
+from .dense_reference import dense_losses_of
 from .gpu_report import attempt
 from .machine import measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize
 from .measure import Clock, batches, make_clt
@@ -182,40 +183,29 @@ def step_errors(case: Case, dead_share: float) -> tuple[dict[str, float], bool]:
 
 def dense_loss(clt, x: Tensor, y: Tensor, layers: list[LayerFeatures], dead: Tensor | None, revived) -> Tensor:
     """
-    The loss of a CLT without statistics by its formula, dense but for what was selected: which of two nearly equal
-    entries is taken is no error.
+    The loss by the dense reference, on what was selected here: which of two nearly equal entries is taken is no error.
 
     Args:
         clt, x, y: In float64; inputs and labels (N, L, D).
         layers: What our step selected.
         dead: (L, F) bool; with `revived`, the entries that the auxiliary loss took, for the top-k family.
     """
-    config = clt.config
-    reconstruction = torch.stack([decoder.bias for decoder in clt.decoders]).expand(len(x), -1, -1)
-    explained, terms = torch.zeros_like(x), []
-    for s, (encoder, decoder, layer) in enumerate(zip(clt.encoders, clt.decoders, layers, strict=True)):
-        h, norms = F.linear(x[:, s], encoder.weight, encoder.bias), decoder.weight.flatten(1).norm(dim=1)
-        acts, theta = h * layer.dense((layer.values.detach() > 0).to(h.dtype)), torch.zeros_like(encoder.bias)
-        if config.activation_fn == "jumprelu":
-            theta, width = clt.thresholds[s](), config.jumprelu_bandwidth
-            inside = ((h - theta).abs() < width / 2) * layer.dense(torch.ones_like(layer.values, dtype=h.dtype))
-            acts = acts - (theta / width * inside).detach() * (theta - theta.detach())
 
-        def written(acts, decoder=decoder, s=s):
-            return F.pad(torch.einsum("nf,fjd->njd", acts, decoder.weight), (0, 0, s, 0))
+    def activate(config, parameters, hidden):
+        acts = []
+        for s, (h, layer) in enumerate(zip(hidden, layers, strict=True)):
+            acts.append(h * layer.dense((layer.values.detach() > 0).to(h.dtype)))
+            if config.activation_fn == "jumprelu":
+                theta, width = clt.thresholds[s](), config.jumprelu_bandwidth
+                inside = ((h - theta).abs() < width / 2) * layer.dense(torch.ones_like(layer.values, dtype=h.dtype))
+                acts[s] = acts[s] - (theta / width * inside).detach() * (theta - theta.detach())
+        return acts
 
-        reconstruction = reconstruction + written(acts)
-        if config.sparsity_lambda > 0:
-            terms.append(config.sparsity_lambda * torch.tanh(config.sparsity_c * norms * acts).sum())
-        if revived is not None:
-            chosen = revived[s].dense(torch.ones_like(revived[s].values, dtype=h.dtype))
-            explained = explained + written(h.relu() * chosen)
-        elif dead is not None:
-            terms.append(config.preactivation_coef * (norms * (theta - h).relu())[:, dead[s]].sum())
-    terms.append((y - reconstruction).square().sum())
-    if revived is not None:
-        terms.append(config.aux_coef * ((y - reconstruction).detach() - explained).square().sum())
-    return torch.stack(terms).sum() / len(x)
+    def revive(config, hidden, dead):
+        chosen = [layer.dense(torch.ones_like(layer.values, dtype=x.dtype)) for layer in revived]
+        return [h.relu() * mask for h, mask in zip(hidden, chosen, strict=True)]
+
+    return dense_losses_of(clt, x, y, dead=dead, activate=activate, revive=revive)["loss"]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

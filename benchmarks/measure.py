@@ -32,7 +32,7 @@ from hf_clt.training.setup import prepare_cpu
 from hf_clt.training.trainer import CLTTrainer
 
 from .cases import Case
-from .dense_reference import dense_losses
+from .dense_reference import dense_losses_of
 from .machine import (
     best_seconds,
     device_name,
@@ -208,7 +208,7 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
                 output = clt(inputs, labels, dead=dead)
                 loss = output.loss
             else:
-                loss = sum(dense_losses(clt, inputs, labels))
+                loss = dense_losses_of(clt, inputs, labels)["loss"]
         clock.mark()
         loss.backward()
         clock.mark()

@@ -9,7 +9,7 @@ from hf_clt import CLTTrainingArguments
 from hf_clt.training.optimizers import make_optimizer
 
 from .cases import Case
-from .dense_reference import dense_losses
+from .dense_reference import dense_losses_of
 from .measure import make_clt, silenced
 
 
@@ -42,7 +42,7 @@ class Update:
         mark()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.case.follows_autocast):
             output = self.clt(inputs, labels, dead=self.dead) if self.is_ours else None
-            loss = output.loss if self.is_ours else sum(dense_losses(self.clt, inputs, labels))
+            loss = output.loss if self.is_ours else dense_losses_of(self.clt, inputs, labels)["loss"]
         mark()
         loss.backward()
         if self.is_ours:

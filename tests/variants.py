@@ -1,6 +1,6 @@
 """
-Trains every variant of a CLT on a real language model, and compares what was trained with the plain formulas of
-tests/reference.py and with what comes back from disk. Needs what `scripts/prepare_quickstart.py --first-layers 10`
+Trains every variant of a CLT on a real language model, and compares what was trained with the dense formulas
+(tests/reference.py) and with what comes back from disk. Needs what `scripts/prepare_quickstart.py --first-layers 10`
 makes; from the root of the checkout, about ten minutes on 2 cores:
 
     python -m tests.variants benchmarks/variants.jsonl benchmarks/variants.md

@@ -1,119 +1,107 @@
-"""The dense baseline computes the same losses and gradients as the model."""
+"""
+The parts of the dense reference, by their formulas, and in other number formats. That the model computes the same is
+tested in tests/test_modeling.py.
+"""
+
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.dense_reference import dense_losses
-from hf_clt import CLTConfig, CrossLayerTranscoder
+from benchmarks.dense_reference import AddDecoded, JumpReLU, dense_losses_of, keep_largest
+from tests.reference import random_batch, random_clt
 
 
-VARIANTS = {
-    "relu": {"activation_fn": "relu"},
-    "relu, no sparsity loss": {"activation_fn": "relu", "sparsity_lambda": 0.0},
-    "jumprelu": {"activation_fn": "jumprelu", "jumprelu_bandwidth": 0.5},
-    "jumprelu, reach 2": {"activation_fn": "jumprelu", "decoder_reach": 2, "sparsity_c": 2.0},
-    "jumprelu, reach 1": {"activation_fn": "jumprelu", "decoder_reach": 1, "sparsity_lambda": 0.0},
-    "topk": {"activation_fn": "topk"},
-    "topk over the token, sparsity loss": {"activation_fn": "topk", "k_scope": "token", "sparsity_lambda": 0.5},
-    "batchtopk": {"activation_fn": "batchtopk"},
-    "batchtopk over the token": {"activation_fn": "batchtopk", "k_scope": "token", "sparsity_lambda": 0.5},
-}
-SIZES = {"num_layers": 4, "d_model": 6, "num_features": 24, "k": 5}
+def random_tensor(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def make_clt(dtype=torch.float64, **fields):
-    """A CLT with random biases and thresholds as well, so that no gradient is there by chance."""
-    torch.manual_seed(0)
-    clt = CrossLayerTranscoder(CLTConfig(**{**SIZES, **fields})).to(dtype).train()
-    with torch.no_grad():
-        for parameter in clt.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return clt
-
-
-def make_batch(dtype=torch.float64, num_tokens=17):
-    generator = torch.Generator().manual_seed(1)
-    shape = (num_tokens, SIZES["num_layers"], SIZES["d_model"])
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-
-
-def gradients(clt, loss):
+def step_gradients(clt, inputs, labels):
     clt.zero_grad()
+    loss = dense_losses_of(clt, inputs, labels)["loss"]
     loss.backward()
-    return {name: p.grad.clone() for name, p in clt.named_parameters() if p.grad is not None}
+    return loss, {name: p.grad.clone() for name, p in clt.named_parameters()}
 
 
-@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_losses_and_gradients_are_those_of_the_model(fields):
-    clt, (inputs, labels) = make_clt(**fields), make_batch()
-    error, penalty = dense_losses(clt, inputs, labels)
-    output = clt(inputs, labels)
-    torch.testing.assert_close(error, output.reconstruction_loss)
-    torch.testing.assert_close(penalty, output.sparsity_loss)
-    assert (penalty > 0) == (clt.config.sparsity_lambda > 0)
-
-    found, expected = gradients(clt, error + penalty), gradients(clt, output.loss)
-    assert found.keys() == expected.keys() == dict(clt.named_parameters()).keys()
-    for name in expected:
-        assert expected[name].abs().max() > 0, name
-        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+def test_jumprelu_has_the_straight_through_gradient():
+    """1[h > θ] to h and -(θ/ε) · 1[|h - θ| < ε/2] to θ."""
+    h, theta, bandwidth = random_tensor(50, 6), random_tensor(6, seed=1).exp(), 0.8
+    leaves = h.clone().requires_grad_(), theta.clone().requires_grad_()
+    acts = JumpReLU.apply(*leaves, bandwidth)
+    assert torch.equal(acts, h * (h > theta))
+    weights = random_tensor(50, 6, seed=2)
+    found = torch.autograd.grad((acts * weights).sum(), leaves)
+    inside = (h - theta).abs() < bandwidth / 2
+    assert inside.sum() > 20
+    torch.testing.assert_close(found[0], weights * (h > theta))
+    torch.testing.assert_close(found[1], (weights * -(theta / bandwidth) * inside).sum(dim=0))
 
 
-def test_normalisation_is_applied():
-    clt, (inputs, labels) = make_clt(), make_batch()
-    generator = torch.Generator().manual_seed(2)
-    shape = (SIZES["num_layers"], SIZES["d_model"])
-    mean_in, std_in, mean_out, std_out = (torch.rand(shape, generator=generator) + 0.5 for _ in range(4))
-    clt.set_normalization(mean_in, std_in, mean_out, std_out)
-    error, penalty = dense_losses(clt, inputs, labels)
-    torch.testing.assert_close(error + penalty, clt(inputs, labels).loss)
+@pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
+def test_the_largest_are_kept(activation_fn):
+    h, k = random_tensor(7, 12), 4
+    groups = (
+        [[row] for row in range(7)] if activation_fn == "topk" else [range(7)]
+    )  # in which k·N are kept
+    kept = keep_largest(h, activation_fn, k)
+    for rows in map(list, groups):
+        least = h[rows].flatten().sort(descending=True).values[k * len(rows) - 1]
+        assert torch.equal(kept[rows], torch.where(h[rows] >= least, h[rows], 0).clamp(min=0))
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_decoding_adds_a_product_and_its_gradients_are_those_of_finite_differences(with_norms):
+    start, acts, weight = random_tensor(4, 3, 2), random_tensor(4, 5, seed=1), random_tensor(5, 2, 2, seed=2)
+    found, norms = AddDecoded.apply(start.clone(), acts, weight, 1, with_norms)
+    expected = start.clone()
+    expected[:, 1:] += torch.einsum("nf,fjd->njd", acts, weight)
+    torch.testing.assert_close(found, expected)
+    if with_norms:
+        torch.testing.assert_close(norms, weight.flatten(1).norm(dim=1))
+    leaves = [tensor.clone().requires_grad_() for tensor in (start, acts, weight)]
+
+    def decode(start, acts, weight):
+        out, norms = AddDecoded.apply(start.clone(), acts, weight, 1, with_norms)
+        return (out, norms) if with_norms else out
+
+    assert torch.autograd.gradcheck(decode, leaves)
 
 
 def test_a_decoder_row_of_zeros_has_a_finite_gradient():
-    clt, (inputs, labels) = make_clt(), make_batch()
-    with torch.no_grad():
-        clt.decoders[1].weight[3] = 0
-    found = gradients(clt, sum(dense_losses(clt, inputs, labels)))
-    expected = gradients(clt, clt(inputs, labels).loss)
-    torch.testing.assert_close(found["decoders.1.weight"], expected["decoders.1.weight"])
+    weight = torch.zeros(3, 2, 4, requires_grad=True)
+    out, norms = AddDecoded.apply(torch.zeros(5, 2, 4), torch.ones(5, 3), weight, 0, True)
+    (out.sum() + norms.sum()).backward()
+    assert torch.equal(weight.grad, torch.full((3, 2, 4), 5.0))
 
 
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])
 def test_autocast_computes_in_bfloat16_and_is_near(activation_fn):
-    clt, (inputs, labels) = (
-        make_clt(torch.float32, activation_fn=activation_fn, jumprelu_bandwidth=1.0),
-        make_batch(torch.float32),
-    )
-    exact = sum(dense_losses(clt, inputs, labels))
-    expected = gradients(clt, exact)
+    clt = random_clt(double=False, activation_fn=activation_fn, jumprelu_bandwidth=1.0)
+    inputs, labels = random_batch(clt, num_tokens=17)
+    exact, expected = step_gradients(clt, inputs, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = sum(dense_losses(clt, inputs, labels))
-    found = gradients(clt, loss)  # outside of the context, as a training loop does it
+        loss = dense_losses_of(clt, inputs, labels)["loss"]
+    clt.zero_grad()
+    loss.backward()  # outside of the context, as a training loop does it
     assert loss.dtype == torch.float32
     assert loss != exact  # float32 products would give the same
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
-    for name in expected:
-        assert found[name].dtype == torch.float32
+    for name, parameter in clt.named_parameters():
+        assert parameter.grad.dtype == torch.float32
         # A feature at the edge of the selection may fall on either side, so not every entry agrees.
-        similarity = torch.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
+        similarity = torch.cosine_similarity(parameter.grad.flatten(), expected[name].flatten(), dim=0)
         assert similarity > 0.9, name
 
 
 def test_bfloat16_parameters():
-    clt = make_clt(torch.float32)
+    clt = random_clt(double=False).train()
+    inputs, labels = random_batch(clt, num_tokens=17)
     for part in (clt.encoders, clt.decoders):
         part.to(torch.bfloat16)
-    inputs, labels = make_batch(torch.float32)
-    error, penalty = dense_losses(clt, inputs, labels)
-    output = clt(inputs, labels)
-    torch.testing.assert_close(error, output.reconstruction_loss, rtol=0.02, atol=0)
-    torch.testing.assert_close(penalty, output.sparsity_loss, rtol=0.02, atol=0)
-    found = gradients(clt, error + penalty)
-    assert found["decoders.0.weight"].dtype == torch.bfloat16
-    assert found["thresholds.0.value"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("fields", [{"decoder_tying": "per_source"}, {"skip_connection": True}])
-def test_what_it_cannot_compute_is_refused(fields):
-    with pytest.raises(ValueError, match=r"decoder_tying='none' and skip_connection=False"):
-        dense_losses(make_clt(**fields), *make_batch())
+    near = partial(torch.testing.assert_close, rtol=0.02, atol=0)
+    losses, output = dense_losses_of(clt, inputs, labels), clt(inputs, labels)
+    near(losses["reconstruction_loss"], output.reconstruction_loss)
+    near(losses["sparsity_loss"], output.sparsity_loss)
+    _, gradients = step_gradients(clt, inputs, labels)
+    assert gradients["decoders.0.weight"].dtype == torch.bfloat16
+    assert gradients["thresholds.0.value"].dtype == torch.float32

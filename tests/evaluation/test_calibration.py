@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from benchmarks.dense_reference import activations, pre_activations
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.evaluation import format_calibration
 from hf_clt.evaluation.calibration import (
@@ -17,7 +18,7 @@ from hf_clt.evaluation.calibration import (
     positive_bits,
     threshold_in_bin,
 )
-from tests.reference import activations, parameters_of, pre_activations, random_batch, random_clt, random_statistics
+from tests.reference import parameters_of, random_batch, random_clt, random_statistics
 
 
 ORIGINALS = {

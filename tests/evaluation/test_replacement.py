@@ -9,19 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from benchmarks.dense_reference import STATISTICS, activations, written_decoder
 from hf_clt import CrossLayerTranscoder
 from hf_clt.evaluation import ReplacementModel, replacement_metrics
 from hf_clt.evaluation import replacement as replacement_module
 from hf_clt.evaluation.replacement import LayerwiseReconstruction, prediction_sums
-from tests.reference import (
-    STATISTICS,
-    activations,
-    decoder_matrices,
-    parameters_of,
-    random_batch,
-    random_clt,
-    random_statistics,
-)
+from tests.reference import parameters_of, random_batch, random_clt, random_statistics
 
 
 L, D, FEATURES, VOCABULARY = 3, 16, 24, 64
@@ -131,7 +124,7 @@ def hooked(name, model, clt, input_ids, mask=None, counted=None, layers=range(L)
     """Logits (P, T, V) and activations (P, T, L, F) of the replacement model, by plain forward hooks."""
     _, _, _, blocks, reads, writes = ARCHITECTURES[name]
     config, parameters = clt.config, parameters_of(clt)
-    matrices = decoder_matrices(config, parameters)
+    decoders = [written_decoder(config, parameters, source) for source in range(L)]
     zero, one = torch.zeros(L, D, dtype=torch.float64), torch.ones(L, D, dtype=torch.float64)
     mean_in, std_in, mean_out, std_out = (getattr(clt, statistic) for statistic in STATISTICS)
     if mean_in is None:
@@ -154,8 +147,8 @@ def hooked(name, model, clt, input_ids, mask=None, counted=None, layers=range(L)
         acts[layer] = a
         y = parameters[f"decoders.{layer}.bias"]
         for source in range(layer + 1):
-            if (source, layer) in matrices:
-                y = y + acts[source] @ matrices[source, layer]
+            if layer - source < decoders[source].shape[1]:
+                y = y + acts[source] @ decoders[source][:, layer - source]
         if config.skip_connection:
             y = y + x @ parameters[f"skips.{layer}.weight"]
         y = y * std_out[layer] + mean_out[layer]
