@@ -13,10 +13,10 @@ from hf_clt.commands import cache as cache_activations
 from hf_clt.harvest import cache
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, from_stored, to_stored, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.training.publishing import training_facts
 from hf_clt.harvest.tokens import open_text
 from hf_clt.training.initial_config import build_config
 from hf_clt.training.parser import parse_train_args
+from hf_clt.training.publishing import training_facts
 
 
 TEXT = ["--context-size", "32", "--store-batch-size-prompts", "2", "--eval-tokens", "128"]
