@@ -14,7 +14,7 @@ sort), the allocator's fragments, and time.
   for which nothing is made up below (a mask as index, `unique`) stop the count with an error of torch's.
 - **Memory**: storages alive at once, in units of 512 bytes.
 
-jumprelu and relu list features by values: here as many entries as `hf-clt estimate` assumes, one of dead features.
+jumprelu and relu list features by values: here as many entries as `hf-clt estimate` assumes.
 """
 
 import argparse

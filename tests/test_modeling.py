@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.losses import norms_over_targets
 from tests.reference import STATISTICS, parameters_of, random_batch, random_clt, random_statistics, reference
 
 
@@ -284,8 +285,10 @@ def test_decoder_rows_of_zeros_give_finite_gradients(activation, tying):
     out = clt(inputs, labels=labels, dead=dead_mask(clt))
     for name, grad in gradients(clt, out.loss).items():
         assert grad.isfinite().all(), name
-    _, norms_per_layer = clt._decode(out.features.layers, inputs, with_norms=True)
-    for norms in norms_per_layer:
+    squares = []
+    for s, features in enumerate(out.features.layers):
+        clt.decode_layer(s, features, torch.zeros_like(inputs), squares)
+    for norms in norms_over_targets(squares, clt.config):
         assert (norms[::2] == 0).all() and (norms[1::2] > 0).all()
 
 
