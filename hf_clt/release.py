@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from . import folding
 from .configuration_clt import CLT_CONFIG_HELP, WITH_THRESHOLD, CLTConfig
 from .files import read_json, replacing, write_json, write_text
+from .folding import at_least_float32
 from .sharding import FeatureShard, collect_rows, rows_of
 
 
@@ -203,10 +205,10 @@ def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str
         return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def read_tensor(folder: Path, file: str, name: str, rows: slice = ALL) -> Tensor:
-    """A tensor of a weight file, or some of its rows, mapped from the file where the file system allows it."""
+def read_tensor(folder: Path, file: str, name: str, selection: slice | tuple = ALL) -> Tensor:
+    """A tensor of a weight file, or `[selection]` of it; whole rows are mapped where the file system allows it."""
     with open_weights(folder, file) as tensors:
-        return tensors.get_slice(name)[rows]
+        return tensors.get_slice(name)[selection]
 
 
 def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iterable[int] | None = None) -> None:
@@ -224,26 +226,27 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iter
         ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, a decoder that is
             not tied as the configuration says, or files of two releases.
     """
-    checked = range(config.num_layers) if layers is None else list(layers)
-    for layer in checked:
+    digests = {}
+    for layer in range(config.num_layers) if layers is None else layers:
         for file, shapes in layer_files(config, layer).items():
-            header = read_header(folder, file)
+            with open_weights(folder, file) as tensors:
+                digests[file] = (tensors.metadata() or {}).get("digest")
+                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in sorted(tensors.keys())}
             for name, shape in shapes.items():
-                if name not in header:
+                if name not in found:
                     raise ValueError(
                         f"{file} in {folder} has no tensor {name}, which activation_fn={config.activation_fn!r} and "
-                        f"skip_connection={config.skip_connection} need; it holds {', '.join(sorted(header))}"
+                        f"skip_connection={config.skip_connection} need; it holds {', '.join(found)}"
                     )
-                if header[name][0] != shape:
+                if found[name] != shape:
                     raise ValueError(
-                        f"{name} in {folder / file} has shape {header[name][0]}, but num_layers={config.num_layers}, "
+                        f"{name} in {folder / file} has shape {found[name]}, but num_layers={config.num_layers}, "
                         f"num_features={config.num_features}, d_model={config.d_model}, decoder_reach="
                         f"{config.decoder_reach} need {shape}; correct the config or the file"
                     )
-    check_digests(folder, [file for layer in checked for file in layer_files(config, layer)])
-    if config.activation_fn in WITH_THRESHOLD:
-        for layer in checked:
+        if config.activation_fn in WITH_THRESHOLD:
             check_threshold(folder, config, layer, rows)
+    check_digests(folder, digests)
     if config.decoder_tying != "none" and layers is None:
         check_tying(folder, config, rows)
 
@@ -255,16 +258,12 @@ def read_digests(folder: Path) -> dict[str, str]:
     return index.get("metadata", {}).get("digests", {})
 
 
-def check_digests(folder: Path, files: list[str]) -> None:
+def check_digests(folder: Path, found: dict[str, str | None]) -> None:
     """
-    Raises ValueError if weight files are of two releases, because writing one over the other was cut off: a digest in
-    a file differs from the index, or `config.json` has no index beside it and only some files have a digest. The
-    tensors are not read.
+    Raises ValueError if weight files are of two releases, because writing one over the other was cut off: the digest
+    `found` in a file differs from the index, or only some files have one where `config.json` has no index beside it.
     """
-    expected, found = read_digests(folder), {}
-    for file in files:
-        with open_weights(folder, file) as tensors:
-            found[file] = (tensors.metadata() or {}).get("digest")
+    expected = read_digests(folder)
     bad = [file for file, digest in found.items() if digest not in (None, expected.get(file, digest))]
     is_cut_off = (folder / "config.json").is_file() and not (folder / INDEX_FILE).is_file()
     if not bad and is_cut_off and any(found.values()):
@@ -292,8 +291,7 @@ def check_tying(folder: Path, config: CLTConfig, rows: slice) -> None:
     """Raises ValueError if the decoders in the files are not tied as the configuration says; reads two at a time."""
 
     def decoder(source: int, j: int) -> Tensor:
-        with open_weights(folder, f"W_dec_{source}.safetensors") as tensors:
-            return tensors.get_slice(f"W_dec_{source}")[rows, j]
+        return read_tensor(folder, f"W_dec_{source}.safetensors", f"W_dec_{source}", (rows, j))
 
     for layer in range(config.num_layers):  # the others are tied to what it writes to itself
         tied_to = decoder(layer, 0)
@@ -332,26 +330,24 @@ def read_state(
     """
     state = {}
     for layer in range(config.num_layers) if layers is None else layers:
-        with open_weights(folder, f"W_dec_{layer}.safetensors") as tensors:
-            tied = config.decoder_tying != "none"  # ties are written out in the file
-            selected = (rows, slice(0, 1)) if tied else rows
-            decoder = tensors.get_slice(f"W_dec_{layer}")[selected].contiguous()
-        with open_weights(folder, f"W_enc_{layer}.safetensors") as tensors:
-            wide = {
-                f"encoders.{layer}.weight": tensors.get_slice(f"W_enc_{layer}")[rows],
-                f"encoders.{layer}.bias": tensors.get_slice(f"b_enc_{layer}")[rows],
-                f"decoders.{layer}.bias": tensors.get_tensor(f"b_dec_{layer}"),
-            }
-            if config.skip_connection:
-                wide[f"skips.{layer}.weight"] = tensors.get_tensor(f"W_skip_{layer}")
-            if config.activation_fn in WITH_THRESHOLD:
-                theta = tensors.get_slice(f"threshold_{layer}")[rows].float()
-                is_log = config.activation_fn == "jumprelu"
-                state[f"thresholds.{layer}.value"] = theta.log() if is_log else theta[:1].clone()
+        encoder = partial(read_tensor, folder, f"W_enc_{layer}.safetensors")
+        wide = {
+            f"encoders.{layer}.weight": encoder(f"W_enc_{layer}", rows),
+            f"encoders.{layer}.bias": encoder(f"b_enc_{layer}", rows),
+            f"decoders.{layer}.bias": encoder(f"b_dec_{layer}"),
+        }
+        if config.skip_connection:
+            wide[f"skips.{layer}.weight"] = encoder(f"W_skip_{layer}")
+        selection = rows if config.decoder_tying == "none" else (rows, slice(0, 1))  # ties are written out in the file
+        decoder = read_tensor(folder, f"W_dec_{layer}.safetensors", f"W_dec_{layer}", selection).contiguous()
         if dtype is not None:
             decoder = decoder.to(dtype)
-            wide = {name: tensor.to(torch.promote_types(dtype, torch.float32)) for name, tensor in wide.items()}
-        state |= wide | {f"decoders.{layer}.weight": decoder}
+            wide = {name: tensor.to(at_least_float32(dtype)) for name, tensor in wide.items()}
+        state |= {**wide, f"decoders.{layer}.weight": decoder}
+        if config.activation_fn in WITH_THRESHOLD:
+            theta = encoder(f"threshold_{layer}", rows).float()
+            is_log = config.activation_fn == "jumprelu"
+            state[f"thresholds.{layer}.value"] = theta.log() if is_log else theta[:1].clone()
     return state
 
 
