@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hf_clt.configuration_clt import TOPK_FAMILY, CLTConfig
 from hf_clt.evaluation.metrics import MetricSums
-from hf_clt.folding import MIN_STD
+from hf_clt.folding import MIN_STD, STATISTICS
 from hf_clt.harvest.buffer import ActivationBuffer
 from hf_clt.harvest.harvester import Harvester, check_context_size, load_language_model
-from hf_clt.harvest.normalization import STATISTICS, estimate_statistics, set_firing_rate
+from hf_clt.harvest.normalization import estimate_statistics, set_firing_rate
 from hf_clt.harvest.tokens import open_text
 from hf_clt.hub.plots import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
 from hf_clt.kernels.encode import multiplies_bfloat16

@@ -5,11 +5,21 @@ from pathlib import Path
 
 import torch
 from nnsight import NNsight
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from ..configuration_clt import CLTConfig
 from ..device import Stopwatch
 from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
+from .text import one_line
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,25 +30,28 @@ class ActivationError(ValueError):
     """Activations of the language model are NaN or infinite."""
 
 
-def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote_code=False, device=None):
+def load_language_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Loads a causal language model and its tokenizer, for reading activations only: eval mode, no gradients.
 
     Args:
-        name_or_path (`str`):
-            Name of a model on the Hub, or a folder with `config.json`, safetensors weights and the tokenizer.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16, but float32 on a CPU
-            that has no instructions for bfloat16 and would take several times as long. By default that of the files.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run model code from the Hub.
-        device (`str` or `torch.device`, *optional*): Where to put the model; by default it stays on the CPU.
-
-    Returns:
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`
+        name_or_path: Name of a model on the Hub, or a folder with its config, safetensors weights and tokenizer.
+        revision: Branch, tag or commit on the Hub.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16, but float32 on a CPU that has no
+            instructions for bfloat16 and would take several times as long. None: that of the files.
+        trust_remote_code: Whether to run model code from the Hub.
+        device: Where to put the model; None: on the CPU.
 
     Raises:
-        `ValueError`: if the model or its tokenizer cannot be loaded, is not a decoder-only language model, or lacks
-            some of its weights.
+        ValueError: If the model or its tokenizer cannot be loaded, is not a decoder-only language model, or lacks some
+            of its weights.
     """
     device = torch.device(device or "cpu")
     if dtype == "auto":
@@ -98,8 +111,8 @@ def load_language_model(name_or_path, *, revision=None, dtype=None, trust_remote
     return model.eval().to(device), tokenizer
 
 
-def _cannot_load(what, name, folder, error):
-    reason = " ".join(str(error).split()) or type(error).__name__
+def _cannot_load(what: str, name: str, folder: Path, error: Exception) -> str:
+    reason = one_line(error)
     reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
     if folder.is_dir() or not isinstance(error, OSError):
         return f"{what} {name!r} cannot be loaded: {reason}"
@@ -109,15 +122,8 @@ def _cannot_load(what, name, folder, error):
     )
 
 
-def check_context_size(model_config, context_size):
-    """
-    Args:
-        model_config (`PreTrainedConfig`): Config of the language model.
-        context_size (`int`): Positions per prompt.
-
-    Raises:
-        `ValueError`: if the model has fewer positions.
-    """
+def check_context_size(model_config: PreTrainedConfig, context_size: int) -> None:
+    """Raises ValueError if a language model has fewer than `context_size` positions."""
     # GPT-2's n_positions is read by this name too
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and context_size > limit:
@@ -126,15 +132,10 @@ def check_context_size(model_config, context_size):
         )
 
 
-def check_fit(clt_config, harvester, model_name="the language model"):
+def check_fit(clt_config: CLTConfig, harvester, model_name: str = "the language model") -> None:
     """
-    Args:
-        clt_config ([`CLTConfig`]): Of the CLT.
-        harvester ([`Harvester`] or [`ActivationCache`]): What gives its activations.
-        model_name (`str`, *optional*): What the language model is called in the message.
-
-    Raises:
-        `ValueError`: if the CLT has other layers, another width or other hooks.
+    Raises ValueError if a CLT has other layers, another width or other hooks than a [`Harvester`] or
+    [`ActivationCache`]; the message calls its language model `model_name`.
     """
     for name, found in (
         ("num_layers", harvester.num_layers),
@@ -150,18 +151,20 @@ def check_fit(clt_config, harvester, model_name="the language model"):
             )
 
 
-def without_bad_rows(batch, inputs, labels):
+def without_bad_rows(
+    batch: dict[str, Tensor], inputs: Tensor, labels: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """
     Leaves out the rows of a batch in which an activation is NaN or infinite, whole: one spreads through the attention
     to all tokens of its row, masked or not.
 
     Args:
-        batch (`dict`): Of a [`TokenStream`], (P, T) each.
-        inputs, labels (`torch.Tensor` of shape (N, L, D)): Activations of its counted tokens.
+        batch: Of a [`TokenStream`], (P, T) each.
+        inputs, labels: (N, L, D), activations of its counted tokens.
 
     Returns:
-        `tuple[dict, torch.Tensor, torch.Tensor]`: the batch with `counted` off in these rows, so that harvesting it
-        gives what is left; inputs and labels of the counted tokens that are left.
+        The batch with `counted` off in these rows, so that harvesting it gives what is left; inputs and labels of the
+        counted tokens that are left.
     """
     row = batch["counted"].nonzero()[:, 0]
     bad = ~(inputs.isfinite().flatten(1).all(dim=1) & labels.isfinite().flatten(1).all(dim=1)).cpu()
@@ -180,22 +183,28 @@ class Harvester:
     on either side, does not change the activations of the tokens. A harvester is used by one thread at a time.
 
     Args:
-        model (`PreTrainedModel`):
-            The language model, with or without its head, in eval mode.
-        input_hook (`str`, *optional*, defaults to `"hook_resid_mid"`): What features read.
-        output_hook (`str`, *optional*, defaults to `"hook_mlp_out"`): What is reconstructed.
-        device (`str` or `torch.device`, *optional*): Where to move the model; by default it stays where it is.
+        model: The language model, with or without its head, in eval mode.
+        input_hook: What features read, see [`resolve_sites`].
+        output_hook: What is reconstructed.
+        device: Where to move the model; None: it stays where it is.
 
     Attributes:
         num_layers (`int`): L.
         d_model (`int`): D.
+        device (`torch.device`), dtype (`torch.dtype`): Where, and in which number format, the model gives activations.
         stopwatch ([`Stopwatch`]): Of the time spent in `harvest`.
 
     Raises:
-        `ValueError`: if a hook is unknown, or the model's architecture is, see [`resolve_sites`].
+        ValueError: If a hook is unknown, or the model's architecture is, see [`resolve_sites`].
     """
 
-    def __init__(self, model, input_hook="hook_resid_mid", output_hook="hook_mlp_out", device=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_hook: str = "hook_resid_mid",
+        output_hook: str = "hook_mlp_out",
+        device: str | torch.device | None = None,
+    ):
         self.model = model if device is None else model.to(device)
         self.input_hook, self.output_hook = input_hook, output_hook
         self.input_sites, self.output_sites = resolve_sites(model, input_hook, output_hook)
@@ -209,11 +218,15 @@ class Harvester:
         self._outputs = [(self._nnsight.get(site.path), site.io) for site in self.output_sites]
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     @torch.no_grad()
-    def fingerprint(self):
+    def fingerprint(self) -> dict:
         """
         What tells the language model from another of its shape, JSON-able: its `dtype`, and `numbers`, for each of its
         weights the norm of the first 65,536 values, and their product with a wave, as a share of the norm.
@@ -226,56 +239,50 @@ class Harvester:
             found += [norm.item(), (values @ wave / norm.clamp_min(1e-30)).item()]
         return {"dtype": str(self.dtype), "numbers": found}
 
-    def has_fingerprint(self, fingerprint):
+    def has_fingerprint(self, fingerprint: dict) -> bool:
         """Whether `fingerprint` is of this model, in the same number format or rounded to another."""
         own, other = self.fingerprint(), torch.tensor(fingerprint["numbers"])
         tolerance = 1e-4 if own["dtype"] == fingerprint["dtype"] else 1e-2
         own = torch.tensor(own["numbers"])
         return own.shape == other.shape and torch.allclose(own, other, rtol=tolerance, atol=tolerance)
 
-    @property
-    def dtype(self):
-        """Number format in which the language model gives activations."""
-        return self.model.dtype
-
-    def __call__(self, input_ids, attention_mask=None):
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
         Activations at every position.
 
         Args:
-            input_ids (`torch.Tensor` of shape (P, T)): Token ids.
-            attention_mask (`torch.Tensor` of shape (P, T), *optional*): 1 for tokens, 0 for padding; by default there
-                is none. What is returned at padding has no meaning.
+            input_ids: (P, T) token ids.
+            attention_mask: (P, T), 1 for tokens, 0 for padding; None: there is none. What is returned at padding has
+                no meaning.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: inputs and outputs of the MLPs, each (P, T, L, D), in the model's
-            dtype and on its device, without gradients.
+            Inputs and outputs of the MLPs, each (P, T, L, D), in the model's dtype and on its device, without
+            gradients.
 
         Raises:
-            `ValueError`: if the model is in training mode, or cannot take these tokens.
+            ValueError: If the model is in training mode, or cannot take these tokens.
         """
         inputs, outputs = self._read(input_ids, attention_mask, None, self.model.dtype)
         shape = *input_ids.shape, self.num_layers, self.d_model
         return inputs.view(shape), outputs.view(shape)
 
-    def harvest(self, batch, dtype=torch.float32, skip_bad=False):
+    def harvest(
+        self, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32, skip_bad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """
         Activations of the tokens that count.
 
         Args:
-            batch (`dict`): A batch of a [`TokenStream`]: `input_ids`, `attention_mask`, `counted` and `documents`,
-                each (P, T).
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of the result.
-            skip_bad (`bool`, *optional*, defaults to `False`): Leave out rows of the batch with an activation that is
-                NaN or infinite, instead of raising.
+            batch: Of a [`TokenStream`], (P, T) each.
+            dtype: Dtype of the result.
+            skip_bad: Leave out rows of the batch with an activation that is NaN or infinite, instead of raising.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: inputs and labels, each (N, L, D), N counted tokens in the order of
-            (row, position).
+            Inputs and labels, each (N, L, D), N counted tokens in the order of (row, position).
 
         Raises:
-            [`ActivationError`]: if an activation is NaN or infinite; the message names layer, hook and document.
-            `ValueError`: if the model is in training mode, or cannot take these tokens.
+            [`ActivationError`]: If an activation is NaN or infinite; the message names layer, hook and document.
+            ValueError: If the model is in training mode, or cannot take these tokens.
         """
         inputs, labels, total = self.read(batch, dtype)
         try:
@@ -286,7 +293,7 @@ class Harvester:
             _, inputs, labels = without_bad_rows(batch, inputs, labels)
         return inputs, labels
 
-    def read(self, batch, dtype=torch.float32):
+    def read(self, batch: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """
         What `harvest` returns, unchecked, so that nothing waits for a GPU; and for `check` a number, which is finite
         if all activations are.
@@ -297,19 +304,35 @@ class Harvester:
             total = inputs.sum(dtype=torch.float32) + labels.sum(dtype=torch.float32)
         return inputs, labels, total
 
-    def check(self, batch, inputs, labels, total):
-        """Raises [`ActivationError`] if an activation that `read` returned is NaN or infinite."""
-        if not torch.isfinite(total):  # a sum can overflow where no summand does, so a look decides
-            self._check_finite(inputs, labels, batch)
+    def check(self, batch: dict[str, Tensor], inputs: Tensor, labels: Tensor, total: Tensor) -> None:
+        """Raises [`ActivationError`] for the first activation that `read` returned and that is NaN or infinite."""
+        if torch.isfinite(total):  # where it is not, a sum may have overflowed and no summand
+            return
+        rows = batch["counted"].flatten().nonzero().squeeze(1)
+        for layer in range(self.num_layers):
+            for hook, values in ((self.input_hook, inputs), (self.output_hook, labels)):
+                bad = ~torch.isfinite(values[:, layer]).all(dim=1)
+                if bad.any():
+                    row, position = divmod(int(rows[bad.nonzero()[0, 0]]), batch["input_ids"].shape[1])
+                    # A NaN spreads through the attention, masked or not, so the whole row is suspect.
+                    documents = [str(number) for number in batch["documents"][row].unique().tolist() if number >= 0]
+                    raise ActivationError(
+                        f"activations of the language model are not finite in {values.dtype}: layer {layer}, {hook}, "
+                        f"document {' or '.join(documents)} (row {row}, position {position} of the batch; "
+                        f"{int(bad.sum())} of {len(bad)} tokens). Load the model and keep the buffer in float32 or "
+                        "bfloat16 (model_dtype, buffer_dtype), or leave such text out (in training: "
+                        "on_bad_activations='skip')."
+                    )
 
-    def _read(self, input_ids, attention_mask, rows, dtype):
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and outputs, each (N, L, D), at the positions `rows` (N,) of the flattened (P * T,), or at all."""
         if self.model.training:
             raise ValueError(
                 "the language model is in training mode, so dropout changes its activations: call model.eval()."
             )
-        config = self.model.config.get_text_config()
-        check_context_size(config, input_ids.shape[1])
+        check_context_size(self.model.config, input_ids.shape[1])
         arguments = self._arguments(input_ids, attention_mask)
         count = input_ids.numel() if rows is None else len(rows)
         device = self.model.device
@@ -326,7 +349,7 @@ class Harvester:
             tracer.stop()  # the rest of the model is not run
         return inputs, outputs
 
-    def _arguments(self, input_ids, attention_mask):
+    def _arguments(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict:
         """What the model's forward takes; raises ValueError for tokens that are not in its vocabulary."""
         embedding = self.model.get_input_embeddings().weight
         device = embedding.device
@@ -351,24 +374,6 @@ class Harvester:
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
         return arguments
-
-    def _check_finite(self, inputs, labels, batch):
-        """Raises an `ActivationError` that names the first activation that is not finite, if there is one."""
-        rows = batch["counted"].flatten().nonzero().squeeze(1)
-        for layer in range(self.num_layers):
-            for hook, values in ((self.input_hook, inputs), (self.output_hook, labels)):
-                bad = ~torch.isfinite(values[:, layer]).all(dim=1)
-                if bad.any():
-                    row, position = divmod(int(rows[bad.nonzero()[0, 0]]), batch["input_ids"].shape[1])
-                    # A NaN spreads through the attention, masked or not, so the whole row is suspect.
-                    documents = batch["documents"][row].unique().tolist()
-                    documents = " or ".join(str(document) for document in documents if document >= 0)
-                    raise ActivationError(
-                        f"activations of the language model are not finite in {values.dtype}: layer {layer}, {hook}, "
-                        f"document {documents} (row {row}, position {position} of the batch; {int(bad.sum())} of "
-                        f"{len(bad)} tokens). Load the model and keep the buffer in float32 or bfloat16 (model_dtype, "
-                        "buffer_dtype), or leave such text out (in training: on_bad_activations='skip')."
-                    )
 
 
 __all__ = [

@@ -1,46 +1,50 @@
 """Per-layer, per-dimension mean and standard deviation of activations, and the initial values set from data."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..folding import STATISTICS
+from ..modeling_clt import CrossLayerTranscoder
+from .harvester import Harvester
 from .statistics import Moments, gather
+from .tokens import TokenStream
 
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
-
 
 def estimate_statistics(
-    tokens,
-    harvester,
+    tokens: TokenStream,
+    harvester: Harvester,
     num_batches: int | None,
-    accelerator=None,
+    accelerator: Accelerator | None = None,
     progress: bool = True,
     skip_bad: bool = False,
-    together=None,
-) -> dict:
+    together: Callable[[Callable[[], None]], None] = lambda function: function(),
+) -> dict[str, Tensor]:
     """
     Mean and standard deviation of inputs and targets over the first extraction batches of the text, which is rewound
     afterwards: nothing that was harvested is kept.
 
     Args:
-        tokens ([`TokenStream`]): The training text.
-        harvester ([`Harvester`]): Runs the language model.
+        tokens: The training text, or [`CachedTokens`].
+        harvester: Runs the language model, or reads an [`ActivationCache`].
         num_batches: Extraction batches to use; None for all of the text.
-        accelerator (`Accelerator`, *optional*): Merges the statistics of all processes.
+        accelerator: Merges the statistics of all processes.
         progress: Whether to show a progress bar.
         skip_bad: Whether to leave out blocks with activations that are NaN or infinite, instead of raising.
-        together: Calls a function in all processes, which then wait for each other; None: they do not.
+        together: Calls a function in all processes, which then wait for each other.
 
     Returns:
-        `dict` of `mean_in`, `std_in`, `mean_out`, `std_out`, float64 (L, D) each, on the CPU.
+        `mean_in`, `std_in`, `mean_out`, `std_out`, float64 (L, D) each, on the CPU.
 
     Raises:
         ValueError: If the text has no token that counts.
@@ -59,7 +63,7 @@ def estimate_statistics(
                     break
         tokens.rewind()
 
-    read() if together is None else together(read)
+    together(read)
     moments = [Moments.from_gathered(gather(accelerator, moment.tensors())) for moment in moments]
     if moments[0].count == 0:
         raise ValueError("dataset: no token counts for training; give more text or allow special tokens")
@@ -78,9 +82,9 @@ def warn_if_lost(mean: Tensor, std: Tensor, dtype: torch.dtype, option: str) -> 
         )
 
 
-def load_statistics(path: str | Path) -> dict:
+def load_statistics(path: str | Path) -> dict[str, Tensor]:
     """
-    Reads `mean_in`, `std_in`, `mean_out`, `std_out` from a safetensors file.
+    Reads `mean_in`, `std_in`, `mean_out`, `std_out`, (L, D) each, from a safetensors file.
 
     Raises:
         ValueError: If the file is damaged, or one of them is missing; the message names it.
@@ -96,14 +100,14 @@ def load_statistics(path: str | Path) -> dict:
 
 
 @torch.no_grad()
-def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
+def set_firing_rate(clt: CrossLayerTranscoder, inputs: Tensor, rate: float) -> None:
     """
     Sets b_enc so that each feature fires on a share `rate` of the given tokens: b = θ - (1 - rate) quantile of W x̃.
 
     Without this about half of the features fire on every token at first, and the others may never.
 
     Args:
-        clt ([`CrossLayerTranscoder`]): A relu or jumprelu CLT, its statistics set.
+        clt: A relu or jumprelu CLT, its statistics set.
         inputs: (N, L, D) raw inputs.
         rate: Share of tokens, 0 to 1.
     """
@@ -120,7 +124,7 @@ def set_firing_rate(clt, inputs: Tensor, rate: float) -> None:
 
 
 @torch.no_grad()
-def set_output_bias(clt, labels: Tensor) -> None:
+def set_output_bias(clt: CrossLayerTranscoder, labels: Tensor) -> None:
     """Sets b_dec to the mean of the raw targets (N, L, D), for a CLT without statistics."""
     for decoder, mean in zip(clt.decoders, labels.float().mean(dim=0), strict=True):
         decoder.bias.copy_(mean)

@@ -7,7 +7,7 @@
 | `mlp.hook_out` | the MLP module's output |
 | `hook_mlp_out` | what the MLP adds to the residual stream: its output, or that of the norm behind it |
 
-Known architectures stand in `LAYOUTS`. Any other is run once on four tokens, and taken if exactly one reading of its
+Known architectures are in `LAYOUTS`. Any other is run once on four tokens, and accepted if exactly one reading of its
 modules satisfies the definitions above numerically.
 """
 
@@ -15,41 +15,28 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 
 
 @dataclass(frozen=True)
 class Site:
-    """
-    A place where activations are read.
+    """A place where activations are read."""
 
-    Args:
-        path (`str`): Path of a module from the model's root, e.g. `"transformer.h.0.mlp"`.
-        io (`str`): Whether its `"input"` or its `"output"` is read.
-    """
-
-    path: str
+    path: str  # of a module from the model's root, e.g. "transformer.h.0.mlp"
     io: Literal["input", "output"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """
-    The modules that matter, by name.
+    """The modules that matter, by name."""
 
-    Args:
-        layers (`str`): The list of blocks, in the text decoder.
-        mlp (`str`): The MLP, in a block.
-        pre_norm (`str`): The norm in front of the MLP, in a block. Its input is the residual stream.
-        post_norm (`str`, *optional*): The norm behind the MLP, in a block, where there is one. Its output is added to
-            the residual stream instead of the MLP's.
-    """
-
-    layers: str
-    mlp: str
-    pre_norm: str
-    post_norm: str | None = None
+    layers: str  # the list of blocks, in the text decoder
+    mlp: str  # the MLP, in a block
+    pre_norm: str  # the norm in front of the MLP, in a block; its input is the residual stream
+    post_norm: str | None = None  # the norm behind the MLP, whose output is then added instead of the MLP's
 
 
 LLAMA_LAYOUT = Layout("layers", "mlp", "post_attention_layernorm")
@@ -75,26 +62,15 @@ LAYOUTS = {
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 
 
-def default_hooks(model_type):
-    """
-    The hooks a CLT of this architecture uses unless told otherwise.
-
-    Args:
-        model_type (`str`): `model_type` of the language model's (text) config.
-
-    Returns:
-        `tuple[str, str]`: input hook and output hook.
-    """
+def default_hooks(model_type: str) -> tuple[str, str]:
+    """Input hook and output hook that a CLT of this architecture (`config.model_type`) has unless told otherwise."""
     if model_type == "qwen3":
         return "mlp.hook_in", "mlp.hook_out"
     return "hook_resid_mid", "hook_mlp_out"
 
 
-def check_hooks(input_hook, output_hook):
-    """
-    Raises:
-        `ValueError`: if a hook is unknown, or an output is named where an input belongs.
-    """
+def check_hooks(input_hook: str, output_hook: str) -> None:
+    """Raises ValueError if a hook is unknown, or an output is named where an input belongs."""
     for field, hook, known in [
         ("feature_input_hook", input_hook, FEATURE_INPUT_HOOKS),
         ("feature_output_hook", output_hook, FEATURE_OUTPUT_HOOKS),
@@ -106,23 +82,21 @@ def check_hooks(input_hook, output_hook):
             )
 
 
-def resolve_sites(model, input_hook, output_hook):
+def resolve_sites(model: PreTrainedModel, input_hook: str, output_hook: str) -> tuple[list[Site], list[Site]]:
     """
     Finds the modules that two hook names mean in a language model.
 
     Args:
-        model (`PreTrainedModel`):
-            The language model, with or without its head. An architecture that is not in `LAYOUTS` is run once on four
-            tokens and must be in eval mode.
-        input_hook (`str`): What features read: `"hook_resid_mid"` or `"mlp.hook_in"`.
-        output_hook (`str`): What is reconstructed: `"hook_mlp_out"` or `"mlp.hook_out"`.
+        model: The language model, with or without its head. An architecture that is not in `LAYOUTS` is run once on
+            four tokens and must be in eval mode.
+        input_hook: What features read: `"hook_resid_mid"` or `"mlp.hook_in"`.
+        output_hook: What is reconstructed: `"hook_mlp_out"` or `"mlp.hook_out"`.
 
     Returns:
-        `tuple[list[Site], list[Site]]`: the L input sites and the L output sites. Within a layer the input comes first
-        in the order of computation.
+        The L input sites and the L output sites. Within a layer the input comes first in the order of computation.
 
     Raises:
-        `ValueError`: if a hook is unknown, or the modules cannot be told apart (the message says what was found).
+        ValueError: If a hook is unknown, or the modules cannot be told apart (the message says what was found).
     """
     check_hooks(input_hook, output_hook)
     config = model.config.get_text_config()
@@ -145,7 +119,7 @@ def resolve_sites(model, input_hook, output_hook):
     return sites(input_hook), sites(output_hook)
 
 
-def inspect_layout(decoder, config):
+def inspect_layout(decoder: PreTrainedModel, config: PreTrainedConfig) -> Layout:
     """
     Finds the layout of an unknown architecture: by name which modules are the MLPs, by the numbers of one forward pass
     which norm is in front of them and what is added to the residual stream.
@@ -154,14 +128,11 @@ def inspect_layout(decoder, config):
     parallel-residual models, `x + y` plus the output of one more of its children (the attention).
 
     Args:
-        decoder (`PreTrainedModel`): The text decoder, without head, in eval mode.
-        config (`PreTrainedConfig`): Its config.
-
-    Returns:
-        [`Layout`]
+        decoder: The text decoder, without head, in eval mode.
+        config: Its config.
 
     Raises:
-        `ValueError`: if no layout fits, or more than one; the message says what was found.
+        ValueError: If no layout fits, or more than one; the message says what was found.
     """
     refusal = f"the architecture {config.model_type!r} is not known, and its MLPs cannot be found by inspection: "
     remedy = (
@@ -186,10 +157,8 @@ def inspect_layout(decoder, config):
     blocks = decoder.get_submodule(layers)
     readings = _record(decoder, blocks, mlp)
 
-    fitting = None
-    for block in blocks:
-        names = _fitting_names(block, mlp, readings)
-        fitting = names if fitting is None else [pair for pair in fitting if pair in names]
+    in_each = [_fitting_names(block, mlp, readings) for block in blocks]
+    fitting = [pair for pair in in_each[0] if all(pair in others for others in in_each)]
     # Behind an identity (a dropout) the MLP's output is found twice; the first is nearest to the MLP.
     norms = list(dict.fromkeys(norm for norm, _ in fitting))
     if len(norms) != 1:
@@ -202,7 +171,7 @@ def inspect_layout(decoder, config):
     return Layout(layers, mlp, norms[0], None if post_norm == mlp else post_norm)
 
 
-def _record(decoder, blocks, mlp):
+def _record(decoder: PreTrainedModel, blocks: torch.nn.ModuleList, mlp: str) -> dict:
     """One forward pass over four tokens: module -> (input, output) of the blocks and their children, as tensors."""
     readings = {}
     mlps = {getattr(block, mlp) for block in blocks}
@@ -228,7 +197,7 @@ def _record(decoder, blocks, mlp):
     return readings
 
 
-def _fitting_names(block, mlp, readings):
+def _fitting_names(block: torch.nn.Module, mlp: str, readings: dict) -> list[tuple[str, str]]:
     """The pairs of children (norm in front of the MLP, module whose output is added) that fit a block's numbers."""
     children = {name: readings[child] for name, child in block.named_children() if child in readings}
     if block not in readings or mlp not in children:
@@ -248,11 +217,11 @@ def _fitting_names(block, mlp, readings):
     return fitting
 
 
-def _equal(a, b):
+def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _is_sum(total, parts):
+def _is_sum(total: Tensor, parts: list[Tensor]) -> bool:
     """Whether a tensor is the sum of others, up to the rounding of their dtype."""
     if any(part.shape != total.shape for part in parts):
         return False

@@ -1,6 +1,9 @@
 """Streamed mean and spread of activations per layer and dimension, merged over batches and processes."""
 
+from typing import Self
+
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -12,9 +15,8 @@ class Moments:
     it would cancel. The parts do not simply add up: do not all-reduce them, [`gather`] and merge them.
 
     Args:
-        shape (`tuple[int, int]`): (L, D).
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where the sums are kept.
+        shape: (L, D).
+        device: Where the sums are kept.
     """
 
     STATE = ("count", "mean", "squared_deviation")
@@ -54,12 +56,12 @@ class Moments:
         return {name: getattr(self, name) for name in self.STATE}
 
     @classmethod
-    def from_gathered(cls, parts: list[dict[str, Tensor]]):
+    def from_gathered(cls, parts: list[dict[str, Tensor]]) -> Self:
         """
         Merges the states of any number of processes.
 
         Args:
-            parts (`list[dict[str, Tensor]]`): What `tensors` gave on each process, in rank order.
+            parts: What `tensors` gave on each process, in rank order.
 
         Returns:
             The sums over the rows of all parts, on the device of the first.
@@ -89,7 +91,7 @@ class Moments:
         return self.mean, (self.squared_deviation / self.count).sqrt()
 
 
-def gather(accelerator, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def gather(accelerator: Accelerator | None, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """The tensors of all processes, in rank order, on this process's device; of the same shapes on each."""
     if accelerator is None or accelerator.num_processes == 1:
         return [tensors]
