@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 from huggingface_hub.errors import StrictDataclassError
@@ -17,8 +18,11 @@ USER_ERRORS = (ValueError, OSError, StrictDataclassError)
 class OneLineParser(argparse.ArgumentParser):
     """
     Says what is wrong with the options in a ValueError of one line; argparse would print a page and exit. `~` is the
-    user's folder in `--output=~/clt` too, where no shell says so.
+    user's folder in `--output=~/clt` too, where no shell expands it. The description is printed as it is written.
     """
+
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -33,22 +37,29 @@ def expand_home(word: str) -> str:
     return flag + equals + (os.path.expanduser(value) if value.startswith("~") else value)
 
 
-def one_line_errors(*others: type[Exception]):
+def one_line_errors(*others: type[Exception], interrupted: str | None = None):
     """
     A decorator of a command's `main(argv)`: what a user can mend becomes one line on stderr and the status 2. Any
     other error is a bug and keeps its traceback, and all of them do where the environment has `HF_CLT_DEBUG=1`.
 
     Args:
         others: Errors that a user of this command can mend, besides [`USER_ERRORS`].
+        interrupted: What is said after Ctrl-C or SIGTERM, with the status 130, by a command that can go on later.
     """
 
     def decorate(main):
         @wraps(main)
         def decorated(argv: list[str] | None = None) -> int:
             try:
-                status = main(argv) or 0
+                with nullcontext() if interrupted is None else sigterm_as_ctrl_c():
+                    status = main(argv) or 0
                 sys.stdout.flush()  # here, where an error of it is caught
                 return status
+            except KeyboardInterrupt:
+                if interrupted is None:
+                    raise
+                print(f"interrupted; {interrupted}", file=sys.stderr)
+                return 130
             except BrokenPipeError:  # `hf-clt ... | head` has read enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 141  # what a shell says of a program that SIGPIPE ended
@@ -76,4 +87,9 @@ def sigterm_as_ctrl_c():
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors", "sigterm_as_ctrl_c"]
+def print_next(*words) -> None:
+    """Names the command that usually comes next; capital words are for the user to fill in."""
+    print(f"Next: {shlex.join(['hf-clt', *map(str, words)])}")
+
+
+__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors", "print_next", "sigterm_as_ctrl_c"]

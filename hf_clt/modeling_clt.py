@@ -35,7 +35,7 @@ from .losses import (
 )
 from .selection import largest_dead, select, shares_budget, within_budget
 from .sharding import FeatureShard, any_over, min_over, rows_of, sum_over, uniform_
-from .sparsity import LayerFeatures, SparseFeatures, activate, sparse_from_dense
+from .sparsity import LayerFeatures, SparseFeatures, activate, sparse_from_dense, window_floor
 
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
@@ -390,7 +390,7 @@ class CrossLayerTranscoder(PreTrainedModel):
                 "use encode_sparse, for all layers"
             )
         theta = self.theta(layer)
-        self._check_started([theta])
+        self.check_running_thresholds([theta])
         selected, _ = self._select(layer, x, theta, self.config.k, training=False)
         return activate(self.encoders[layer].at(x, selected), theta, self.config, training=False)
 
@@ -407,9 +407,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         lower = thetas = [self.theta(s) for s in layers]
         if config.activation_fn == "jumprelu" and training and torch.is_grad_enabled():
             # Inactive features inside the straight-through window receive gradient for their threshold.
-            lower = [theta.detach() - config.jumprelu_bandwidth / 2 for theta in thetas]
+            lower = [window_floor(theta, config.jumprelu_bandwidth) for theta in thetas]
         if not training:
-            self._check_started(thetas)
+            self.check_running_thresholds(thetas)
         found = [self._select(s, x[:, s], lower[s], k, training, None if dead is None else dead[s]) for s in layers]
         selected, revived = zip(*found, strict=True)
         selected = within_budget(selected, config, k, training, self.shard)
@@ -422,7 +422,8 @@ class CrossLayerTranscoder(PreTrainedModel):
         """θ of one layer: (F,) for jumprelu; (1,) for batchtopk, the running threshold; 0 for relu and topk."""
         return self.thresholds[layer]() if hasattr(self, "thresholds") else 0.0
 
-    def _check_started(self, thetas: list[Tensor | float]) -> None:
+    def check_running_thresholds(self, thetas: list[Tensor | float]) -> None:
+        """Raises ValueError if these are batchtopk's and no training batch has started them."""
         if self.config.activation_fn == "batchtopk" and any(theta.isinf().any() for theta in thetas):
             raise ValueError(
                 "this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first"

@@ -26,8 +26,8 @@ class LayerFeatures:
         indices (`Tensor` of shape `(nnz,)`, int64): Feature of each entry, ascending within a token.
         offsets (`Tensor` of shape `(N + 1,)`, int64): Token n owns the entries `offsets[n]` to `offsets[n + 1]`.
         num_features (`int`): F.
-        first (`tuple[int, int]`, *optional*): Numbers of tokens and entries of the features that [`followed_by`] put
-            others behind.
+        first (`tuple[int, int]`, *optional*): After [`followed_by`], where the second list begins: its first token
+            and its first entry. None: there is one list.
         orders (`dict`): What follows from indices and offsets, found once for all values at these entries.
     """
 
@@ -198,6 +198,16 @@ def sparse_from_dense(acts: Tensor) -> SparseFeatures:
     return SparseFeatures([features_at(rows[:, s], rows[:, s] != 0) for s in range(rows.shape[1])], acts.shape[:-2])
 
 
+def in_window(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """The straight-through window of jumprelu: where ∂a/∂θ is not 0."""
+    return (h - threshold).abs() < bandwidth / 2
+
+
+def window_floor(threshold: Tensor, bandwidth: float) -> Tensor:
+    """What h exceeds wherever [`in_window`]; entries below it are never listed, so the two change together."""
+    return threshold.detach() - bandwidth / 2
+
+
 class JumpReLU(torch.autograd.Function):
     """
     a = h · 1[h > θ], with the straight-through gradient of Rajamanoharan et al. 2024 for θ:
@@ -213,7 +223,7 @@ class JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         pre_activation, threshold = ctx.saved_tensors
-        inside = (pre_activation - threshold).abs() < ctx.bandwidth / 2
+        inside = in_window(pre_activation, threshold, ctx.bandwidth)
         grad_threshold = -(threshold / ctx.bandwidth) * inside * grad
         return grad * (pre_activation > threshold), grad_threshold.to(threshold.dtype), None
 

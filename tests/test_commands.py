@@ -1,5 +1,6 @@
 """`hf-clt`: every command is there, named in its own help, and what the scripts run."""
 
+import importlib
 import re
 import runpy
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 
 from hf_clt import __version__
 from hf_clt.commands import COMMANDS, main, train
+from hf_clt.commands.heldout import TEXT_FIELDS
+from hf_clt.training.arguments import CLTTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,20 @@ def test_help_names_the_command_and_says_what_it_does(command, capsys):
     assert text.startswith(f"usage: hf-clt {command} ")
     examples = re.findall(r"^  hf-clt (\w+)", text, re.M)
     assert set(examples) <= set(COMMANDS) and (command in examples or command == "convert")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features", "jumprelu", "cache"])
+def test_the_text_is_named_and_cut_as_in_training(command):
+    words = (
+        ["clt", "out"] if command == "jumprelu" else ["clt", *(["--output", "out"] if command == "features" else [])]
+    )
+    options = importlib.import_module(f"hf_clt.commands.{command}").make_parser().parse_args(words)
+    run = CLTTrainingArguments(model="lm", dataset="text")
+    for name in set(TEXT_FIELDS) - {
+        "dataset",
+        "store_batch_size_prompts",
+    }:  # what does not change the result may differ
+        assert getattr(options, name) == getattr(run, name), name
 
 
 def test_the_training_script_is_the_command():

@@ -189,7 +189,7 @@ def test_the_script_plans(capsys):
     assert "dead" not in out
     assert estimate_clt.main([*argv, "--dead", "0.3", "--aux-k", "64"]) == 0
     with_dead = capsys.readouterr().out.splitlines()
-    line = with_dead.pop(-2)
+    line = with_dead.pop(-3)
     assert with_dead == out.splitlines()  # the row stands beside
     assert line.startswith("with 30% of the features dead and revived: ")
     assert estimate_clt.main(["--scale"]) == 0

@@ -10,11 +10,10 @@ the same command goes on where the last shard ended.
 
 import argparse
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
-from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
+from ..command import OneLineParser, one_line_errors, print_next
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 from ..device import prompts_by_memory, total_memory, usual_model_dtype
 from ..files import local_or_hub
@@ -26,9 +25,9 @@ HOOKS = {"feature_input_hook": FEATURE_INPUT_HOOKS, "feature_output_hook": FEATU
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("cache", metavar="CACHE", type=Path, help="folder to write to, or to go on writing to")
-    add_text_options(parser, "required", eval_tokens=8192, prompts=None)
+    add_text_options(parser)
     written = parser.add_argument_group("what is written")
     written.add_argument(
         "--max-tokens", type=int, metavar="N", help="tokens to train on, besides the held-out ones (default: all text)"
@@ -46,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str] | None) -> int:
+@one_line_errors(interrupted="the same command goes on after the last whole shard")
+def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     from accelerate import PartialState  # --help answers without these
 
@@ -123,18 +123,9 @@ def run(argv: list[str] | None) -> int:
             f"{manifest['splits']['heldout']['tokens']:,} held out are in {options.cache}: {size / 1e9:.2f} GB in "
             f"{len(shards)} files, {size / tokens:,.0f} bytes per token"
         )
+        print_next("train", "--activation-cache", options.cache, "--num-features", "N")
     disconnect()
     return 0
-
-
-@one_line_errors()
-def main(argv: list[str] | None = None) -> int:
-    try:
-        with sigterm_as_ctrl_c():  # what is on the disk is gone on from
-            return run(argv)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole shard", file=sys.stderr)
-        return 130
 
 
 __all__ = ["main", "make_parser"]

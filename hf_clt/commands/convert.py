@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..command import OneLineParser, one_line_errors
+from ..command import OneLineParser, one_line_errors, print_next
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 from ..importers import FORMATS, WRITTEN, convert
 
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     size = sum(path.stat().st_size for path in written)
     print(f"wrote {arguments['to_format']} to {arguments['output']}: {len(written)} files, {size / 1e6:,.1f} MB")
+    print_next("info", arguments["output"])
 
 
 def make_parser() -> argparse.ArgumentParser:

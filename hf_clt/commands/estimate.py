@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import CLTConfig
-from ..command import OneLineParser, one_line_errors
+from ..command import OneLineParser, one_line_errors, print_next
 from ..estimate import (
     ASSUMED,
     DEVICES,
@@ -30,6 +30,7 @@ from ..estimate import (
     smallest_that_fits,
 )
 from ..training.arguments import CPU_DEFAULTS, CLTTrainingArguments
+from .heldout import add_fields
 
 
 SCALE_GPUS = (1, 8, 64)
@@ -38,7 +39,7 @@ SCALE_TOKENS = 4096  # per CLT and update
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     clt = parser.add_argument_group("the CLT")
     clt.add_argument("--model", help=f"Hub name or folder; known without a download: {', '.join(SHAPES)}")
     clt.add_argument("--num-features", type=int, help="features per layer (default: 8 times the width)")
@@ -52,20 +53,15 @@ def make_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("the run")
     run.add_argument("--processes", type=int, default=1, help="GPUs, or processes (default 1)")
     run.add_argument("--feature-parallel-size", type=int, help="processes per CLT (default: the fewest that fit)")
-    run.add_argument("--batch-size", type=int, default=1024, help="tokens per process and update (default 1024)")
     run.add_argument("--tokens", type=float, default=1e9, help="to train on, for the hours (default 1e9)")
-    run.add_argument("--optimizer", choices=["adam", "adamw", "adam_compact"], default="adam")
+    sizes = ["batch_size", "context_size", "store_batch_size_prompts", "n_batches_in_buffer"]
+    add_fields(run, [*sizes, "optimizer"])
     for name, default in (("clt", "float32"), ("model", "bfloat16"), ("buffer", None)):
-        choices = ["float32", "bfloat16"]
-        run.add_argument(
-            f"--{name}-dtype", choices=choices, default=default, help=f"default: {default or 'as the model'}"
-        )
+        text = f"default: {default or 'as the model'}"
+        run.add_argument(f"--{name}-dtype", choices=["float32", "bfloat16"], default=default, help=text)
     run.add_argument(
         "--mixed-precision", choices=["no", "bf16"], help="of the CLT's products (default: bf16 on a GPU, else no)"
     )
-    run.add_argument("--context-size", type=int, default=128, help="tokens per block (default 128)")
-    run.add_argument("--store-batch-size-prompts", type=int, help="default: 8 on a CPU, on a GPU by its memory")
-    run.add_argument("--n-batches-in-buffer", type=int, help="default: 32 on a CPU, on a GPU by its memory")
     run.add_argument("--buffer-device", choices=["device", "cpu"], default="device", help="default: with the CLT")
 
     machine = parser.add_argument_group("the machine")
@@ -164,6 +160,7 @@ def estimate(options: argparse.Namespace) -> None:
         )
     print(format_plan(plan, rates, options.tokens))
     print(f"({origin})")
+    print_next("train", "--model", options.model, "--dataset", "TEXT", "--num-features", plan.config.num_features)
 
 
 @one_line_errors(RuntimeError)

@@ -9,13 +9,13 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..command import OneLineParser, one_line_errors
+from ..command import OneLineParser, one_line_errors, print_next
 from ..files import as_json, write_text
 from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add_heldout_options(parser)
     parser.add_argument(
         "--replacement",
@@ -38,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str] | None) -> None:
+@one_line_errors(ImportError)
+def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     from ..evaluation.evaluate import evaluate_clt, format_replacement
     from ..hub.card import check_update, update_card
@@ -79,11 +80,7 @@ def run(argv: list[str] | None) -> None:
         print("Plots: " + ", ".join(str(path) for path in written))
     if options.update_card:
         print("\n".join(update_card(options.clt, metrics, settings)))
-
-
-@one_line_errors(ImportError)
-def main(argv: list[str] | None = None) -> int | None:
-    return run(argv)
+    print_next("features", options.clt, "--dataset", options.dataset, "--output", "FOLDER")
 
 
 __all__ = ["main", "make_parser"]

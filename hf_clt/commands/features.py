@@ -7,19 +7,15 @@ front end reads. Interrupted, the same command goes on. Example:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from ..command import OneLineParser, one_line_errors, sigterm_as_ctrl_c
-from ..features.examples import ExampleSettings
+from ..command import OneLineParser, one_line_errors, print_next
+from ..features.settings import ExampleSettings
 from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
-INTERRUPTED = 130  # exit status, as of a shell command that Ctrl-C ended
-
-
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add_heldout_options(parser)
     kept, default = parser.add_argument_group("what the pages show"), ExampleSettings()
     kept.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder for the pages")
@@ -46,7 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str] | None) -> None:
+@one_line_errors(interrupted="the same command goes on, from a state that is at most a minute of text old")
+def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     from ..features.pages import build_feature_pages
 
@@ -76,20 +73,8 @@ def run(argv: list[str] | None) -> None:
             "tokens."
         )
     print(f"Open {options.output / 'index.html'} in a browser; {options.output / 'features'} is for circuit-tracer.")
-
-
-@one_line_errors()
-def main(argv: list[str] | None = None) -> int:
-    try:
-        with sigterm_as_ctrl_c():
-            run(argv)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command goes on where the state was last written, at most a minute ago",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    return 0
+    folder = options.clt if Path(options.clt).is_dir() else "FOLDER"
+    print_next("push", folder, "USER/REPO", "--features", options.output)
 
 
 __all__ = ["main", "make_parser"]

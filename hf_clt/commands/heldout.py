@@ -1,80 +1,75 @@
 """
-What the scripts that measure a finished CLT share: the options that name the CLT, its language model and the held-out
-text, and what these options mean.
+What the commands that read a language model or a CLT share: options that are fields of a dataclass, those that name
+the CLT, its language model and the held-out text, and what these options mean.
 """
 
 import argparse
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import get_args, get_type_hints
 
 from ..device import chosen_device, usual_model_dtype
 from ..training.arguments import CLTTrainingArguments
+from ..training.options import kind_of
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-MODEL_DTYPE = "number format (default: on a GPU auto, on a CPU that of its files)"
+MODEL_FIELDS = ("model", "model_revision", "model_dtype", "trust_remote_code", "device")
+TEXT_FIELDS = ("dataset", "dataset_config", "dataset_split", "dataset_text_column", "max_samples", "eval_tokens")
+TEXT_FIELDS += ("context_size", "prepend_bos", "exclude_special_tokens", "store_batch_size_prompts")
+TEXT_FIELDS += ("disable_progress_bar",)
 
 
-def add_heldout_options(parser: argparse.ArgumentParser, eval_tokens: int = 8192) -> None:
+def add_fields(group, names: Iterable[str], defaults: dict | None = None, helps: dict | None = None) -> None:
     """
-    Adds the options that [`load_clt`] and [`open_heldout`] read. Those that `scripts/train_clt.py` has too are named
-    alike and have the same defaults, so that a CLT is measured on the text that its own training held out.
+    Adds fields of [`CLTTrainingArguments`] as options, with their types, and their defaults and help texts where
+    `defaults` and `helps` have no others. What is measured is thus named and cut like what was trained on.
 
     Args:
-        parser (`argparse.ArgumentParser`): The script's parser.
-        eval_tokens (`int`, *optional*, defaults to 8192): Default of `--eval-tokens`.
+        group: The parser or a group of it.
+        names (`Iterable[str]`): The fields.
+        defaults, helps (`dict`, *optional*): Other defaults and help texts, by field.
     """
+    hints = get_type_hints(CLTTrainingArguments)
+    by_name = {entry.name: entry for entry in fields(CLTTrainingArguments)}
+    for name in names:
+        kind, _ = kind_of(hints[name])
+        default = (defaults or {}).get(name, by_name[name].default)
+        text = (helps or {}).get(name, by_name[name].metadata["help"]).replace("%", "%%")
+        if default is not None:
+            text += " (default: %(default)s)"
+        flag = "--" + name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif choices := get_args(kind):
+            group.add_argument(flag, choices=choices, default=default, help=text)
+        else:
+            metavar = "N" if kind is int else "TEXT"
+            group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+
+
+def add_text_options(parser: argparse.ArgumentParser, defaults: dict | None = None, helps: dict | None = None) -> None:
+    """The options that name the language model and the text, what [`open_text`] reads."""
+    add_fields(parser.add_argument_group("the language model"), MODEL_FIELDS, defaults, helps)
+    text = parser.add_argument_group("the text, of which training holds out the first documents")
+    add_fields(text, TEXT_FIELDS, defaults, helps)
+    parser.set_defaults(streaming=True, stream_retries=CLTTrainingArguments.stream_retries)
+
+
+def add_heldout_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that [`load_clt`] and [`open_heldout`] read."""
     clt = parser.add_argument_group("the CLT")
     clt.add_argument("clt", metavar="MODEL_OR_REPO", help="folder of a CLT, or its name on the Hub")
     clt.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of the CLT on the Hub")
-    clt.add_argument("--clt-dtype", choices=DTYPES, help="number format of its decoders (default: its files')")
-
-    add_text_options(parser, "the one that the CLT names", eval_tokens)
-    parser.add_argument(
-        "--batch-size", type=int, default=1024, metavar="N", help="tokens that the CLT sees at a time (default: 1024)"
-    )
-
-
-def add_text_options(
-    parser: argparse.ArgumentParser, default_model: str, eval_tokens: int, prompts: int | None = 8
-) -> None:
-    """
-    The options of [`add_heldout_options`] that name the language model and the text, what [`open_text`] reads;
-    `prompts` is the default of `--store-batch-size-prompts`, None by the device.
-    """
-    model = parser.add_argument_group("the language model")
-    model.add_argument("--model", metavar="TEXT", help=f"Hub name or folder (default: {default_model})")
-    model.add_argument("--model-revision", metavar="TEXT", help="branch, tag or commit of --model on the Hub")
-    model.add_argument("--model-dtype", choices=["auto", *DTYPES], help=MODEL_DTYPE)
-    model.add_argument("--trust-remote-code", action="store_true", help="run code that the model's repository brings")
-    model.add_argument("--device", metavar="TEXT", help="cpu, cuda or cuda:n (default: a GPU when there is one)")
-
-    text = parser.add_argument_group("the text, of which training holds out the first documents")
-    text.add_argument("--dataset", metavar="TEXT", help="Hub name, file or folder of text; required")
-    text.add_argument("--dataset-config", metavar="TEXT", help="configuration of a Hub dataset")
-    text.add_argument("--dataset-split", default="train", metavar="TEXT", help="default: %(default)s")
-    text.add_argument("--dataset-text-column", default="text", metavar="TEXT", help="default: %(default)s")
-    text.add_argument("--max-samples", type=int, metavar="N", help="use the first N documents only")
-    text.add_argument(
-        "--eval-tokens", type=int, default=eval_tokens, metavar="N", help="held-out tokens (default: %(default)s)"
-    )
-    text.add_argument("--context-size", type=int, default=128, metavar="N", help="tokens per block (default: 128)")
-    text.add_argument(
-        "--prepend-bos", action=argparse.BooleanOptionalAction, help="BOS in front of each block (default: if any)"
-    )
-    text.add_argument(
-        "--exclude-special-tokens",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="leave special tokens out",
-    )
-    text.add_argument(
-        "--store-batch-size-prompts",
-        type=int,
-        default=prompts,
-        metavar="N",
-        help=f"blocks per forward pass (default: {prompts or '8; on a GPU up to 256, by its memory'})",
-    )
-    parser.set_defaults(streaming=True, stream_retries=CLTTrainingArguments.stream_retries)
-    text.add_argument("--disable-progress-bar", action="store_true", help="show no progress bars")
+    dtypes = ("float32", "bfloat16", "float16")
+    clt.add_argument("--clt-dtype", choices=dtypes, help="number format of its decoders (default: its files')")
+    helps = {
+        "model": "Hub name or local folder of the language model. None: the one that the CLT names.",
+        "eval_tokens": "Held-out tokens, taken from the first documents of the split.",
+        "store_batch_size_prompts": "Blocks of --context-size tokens per forward pass of the language model.",
+        "batch_size": "Tokens that the CLT sees at a time.",
+    }
+    add_text_options(parser, {"store_batch_size_prompts": 8}, helps)
+    add_fields(parser, ["batch_size"], helps=helps)
 
 
 def load_clt(options: argparse.Namespace):
@@ -148,4 +143,4 @@ def settings_of(options: argparse.Namespace, clt) -> dict:
     return settings
 
 
-__all__ = ["add_heldout_options", "load_clt", "open_heldout", "settings_of"]
+__all__ = ["add_fields", "add_heldout_options", "add_text_options", "load_clt", "open_heldout", "settings_of"]

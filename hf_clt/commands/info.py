@@ -7,11 +7,11 @@ Prints what a CLT is: shape, size, metrics and files, from its small files alone
 
 import argparse
 
-from ..command import OneLineParser, one_line_errors
+from ..command import OneLineParser, one_line_errors, print_next
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("clt", metavar="FOLDER_OR_REPO", help="folder of a CLT, or its name on the Hub")
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit on the Hub")
     parser.add_argument("--subfolder", default="", metavar="TEXT", help="where in there the CLT is")
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..hub.info import describe_clt, format_info
 
     print(format_info(describe_clt(options.clt, options.revision, options.subfolder)))
+    print_next("evaluate", options.clt, "--dataset", "TEXT")
 
 
 __all__ = ["main", "make_parser"]

@@ -10,19 +10,20 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..command import OneLineParser, one_line_errors
+from ..command import OneLineParser, one_line_errors, print_next
 from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add_heldout_options(parser)
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write the jumprelu CLT to")
     parser.add_argument("--overwrite", action="store_true", help="replace a CLT that is in OUTPUT already")
     return parser
 
 
-def run(argv: list[str] | None) -> int:
+@one_line_errors()
+def main(argv: list[str] | None = None) -> int:
     options = make_parser().parse_args(argv)
     from ..evaluation.calibration import format_calibration, to_jumprelu
     from ..evaluation.evaluate import activations
@@ -48,12 +49,8 @@ def run(argv: list[str] | None) -> int:
     evaluation = settings_of(options, clt)
     save_model_card(options.output, result.config, figures["after"], command=command, evaluation=evaluation, note=note)
     print(f"The jumprelu CLT is in {options.output}")
+    print_next("push", options.output, "USER/REPO")
     return 0 if figures["l0_kept"] else 1
-
-
-@one_line_errors()
-def main(argv: list[str] | None = None) -> int | None:
-    return run(argv)
 
 
 __all__ = ["main", "make_parser"]

@@ -8,11 +8,11 @@ and nothing else of the folder. The token is that of `hf auth login`, or HF_TOKE
 import argparse
 from pathlib import Path
 
-from ..command import OneLineParser, one_line_errors
+from ..command import OneLineParser, one_line_errors, print_next
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="what save_pretrained or a training run wrote")
     parser.add_argument("repo", help='repository, such as "user/clt-gpt2"; made if it is absent')
     parser.add_argument("--private", action="store_true", help="make it a private one; refuse one that is public")
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         features=options.features,
     )
     print(f"The CLT is at {info.pr_url or info.commit_url}")
+    print_next("info", options.repo)
 
 
 __all__ = ["main", "make_parser"]

@@ -5,7 +5,7 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from ..command import one_line_errors, sigterm_as_ctrl_c
+from ..command import one_line_errors, print_next, sigterm_as_ctrl_c
 from ..training.initial_config import build_config
 from ..training.parser import parse_train_args
 from ..training.processes import OtherProcessFailed, OtherProcessGone, disconnect
@@ -67,6 +67,7 @@ def train(argv=None) -> int:
                 print(format_replacement(metrics))
         print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in trainer.time_shares().items()))
         print(f"The CLT is in {args.output_dir}")
+        print_next("evaluate", args.output_dir, "--dataset", args.dataset or "TEXT", "--replacement")
     return 0
 
 

@@ -63,8 +63,7 @@ def check_layer_by_layer(clt: CrossLayerTranscoder) -> None:
             "k_scope='token' lets the layers of a token compete for one budget, so this topk CLT cannot be read layer "
             "by layer; train it with k_scope='layer', or make it a jumprelu CLT with clt.to_jumprelu(batches)"
         )
-    if config.activation_fn == "batchtopk" and any(threshold().isinf().any() for threshold in clt.thresholds):
-        raise ValueError("this batchtopk CLT has no running threshold yet: run forward on a batch in train mode first")
+    clt.check_running_thresholds([clt.theta(layer) for layer in range(config.num_layers)])
 
 
 class LayerwiseReconstruction:

@@ -15,7 +15,7 @@ feature, W positions shown around a peak.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,46 +31,11 @@ from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
 from ..release import write_tensors
 from ..sparsity import LayerFeatures, counts_of
+from .settings import ExampleSettings
 
 
 HISTOGRAM_BINS = 32  # a power of two: widths halve and double without rounding
 LOWEST_EXPONENT = -126  # of the histogram's upper end before a feature was active: the smallest normal float32
-
-
-@dataclass(frozen=True)
-class ExampleSettings:
-    """
-    What is kept per feature.
-
-    Args:
-        top (`int`): Examples with the highest peaks.
-        quantiles (`int`): Quantiles that the sample is cut into.
-        per_quantile (`int`): Examples per quantile; the sample has `quantiles * per_quantile`.
-        before, after (`int`): Positions shown before and after a peak, within its block.
-        seed (`int`): Which sample is drawn, 0 or larger.
-    """
-
-    top: int = 16
-    quantiles: int = 5
-    per_quantile: int = 4
-    before: int = 20
-    after: int = 11
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            smallest = 0 if name in ("before", "after", "seed") else 1
-            if value < smallest:
-                raise ValueError(f"{name}={value} is below {smallest}; give {smallest} or more")
-
-    @property
-    def sample(self) -> int:
-        return self.quantiles * self.per_quantile
-
-    @property
-    def width(self) -> int:
-        """W, positions of a window; the peak is position `before` of it."""
-        return self.before + 1 + self.after
 
 
 class Examples:

@@ -396,7 +396,7 @@ def _build_from_facts(folder: Path, config: CLTConfig, facts: dict, name: str | 
 
 
 def tells_unknown_training(folder: str | Path) -> bool:
-    """Whether the generated card in a folder tells of a training and `metrics.json`, to make it again, is missing."""
+    """Whether a generated card describes a training run, but the `metrics.json` to generate it from is missing."""
     readme = Path(folder) / "README.md"
     if read_facts(folder) is not None or not readme.is_file():
         return False

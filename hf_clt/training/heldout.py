@@ -33,7 +33,7 @@ def evaluate_heldout(trainer: "CLTTrainer", folded: bool, with_replacement: bool
     clt, accelerator, shard = trainer.model, trainer.accelerator, trainer.shard
     clt.eval()
     if clt.config.activation_fn == "batchtopk" and accelerator.num_processes > 1:
-        for threshold in clt.thresholds:  # each process moved its own since the last forward pass of an update
+        for threshold in clt.thresholds:  # those of the first process, which are released
             torch.distributed.broadcast(threshold.value, src=0)
     sums = MetricSums(clt.config.num_layers, clt.config.d_model, clt.num_held, accelerator.device)
     bar = tqdm(
@@ -47,7 +47,7 @@ def evaluate_heldout(trainer: "CLTTrainer", folded: bool, with_replacement: bool
             if trainer.signals.requested and shard is None:
                 raise StopRequested
             with trainer.clt_stopwatch.running():
-                # Not `clt(...)`: with mixed precision accelerate made that round raw activations.
+                # Not `clt(...)`, which with mixed precision would round the raw activations to half precision.
                 output = CrossLayerTranscoder.forward(clt, batch["inputs"].to(accelerator.device))
             sums.update(batch["labels"], output.reconstruction, output.features)
             bar.update(len(batch["inputs"]))

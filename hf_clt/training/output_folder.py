@@ -72,7 +72,7 @@ def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
 
 
 def foreign_files(output_dir: Path) -> list[Path]:
-    """What is there by the names that a run and its release use, and that others wrote, told by what is in it."""
+    """Files with the names of a run's or a release's files that something else wrote, as their contents show."""
     found = [*files.foreign_files(output_dir), *foreign_checkpoints(output_dir)]
     facts = False
     try:

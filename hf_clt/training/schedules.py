@@ -51,7 +51,7 @@ def restarts_threshold(step: int, training_steps: int) -> bool:
 
 
 def last_restart(step: int, training_steps: int) -> int:
-    """The last step up to `step` at which [`restarts_threshold`], or 0."""
+    """The last step up to `step` for which [`restarts_threshold`] is true, or 0."""
     remaining = max(16, 1 << max(0, training_steps - step - 1).bit_length())  # a power of two, so many or more
     return max(0, 1 << step.bit_length() - 1 if step else 0, training_steps - remaining)
 

@@ -283,8 +283,7 @@ class CLTTrainer:
             self.revives = dead is not None and any_process(accelerator, bool(dead.any()))
         dead = self._dead() if self.revives else None
         fired = torch.zeros_like(self.steps_since_fired)
-        # Where a later batch of the update fails, or that of another process, this is what to save: the batches that
-        # were read for it were for nothing.
+        # If reading fails within this update, here or in another process, the checkpoint has the state before it.
         before = moving_state(self) if self.batches.may_fail_within_update() else None
         # Until its memory is filled, the threshold is the mean over the batches since it was started anew.
         batches_since = self.step - last_restart(self.step, args.training_steps)
