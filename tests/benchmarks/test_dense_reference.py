@@ -40,9 +40,7 @@ def test_jumprelu_has_the_straight_through_gradient():
 @pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
 def test_the_largest_are_kept(activation_fn):
     h, k = random_tensor(7, 12), 4
-    groups = (
-        [[row] for row in range(7)] if activation_fn == "topk" else [range(7)]
-    )  # in which k·N are kept
+    groups = [[row] for row in range(7)] if activation_fn == "topk" else [range(7)]  # in which k·N are kept
     kept = keep_largest(h, activation_fn, k)
     for rows in map(list, groups):
         least = h[rows].flatten().sort(descending=True).values[k * len(rows) - 1]
