@@ -83,6 +83,12 @@ def tiny_gpt2(text, tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Drawing the plots of the card takes longer than a tiny run."""
+    monkeypatch.setattr("hf_clt.hub.card.draw_plots", lambda *arguments: None)
+
+
 def reset_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -90,7 +96,7 @@ def reset_accelerate():
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_accelerate_in_each_file():
-    """Which files share a process depends on how fast they are; what one leaves is nothing to the next."""
+    """Files that share a process must not see what the one before left."""
     reset_accelerate()
 
 

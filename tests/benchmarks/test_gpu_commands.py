@@ -51,6 +51,7 @@ def check(tmp_path, *words):
     return status, json.loads((tmp_path / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_gpu_check_runs_from_a_checkout(not_installed):
     done, record = not_installed("benchmarks.gpu_check")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -66,6 +67,7 @@ def test_gpu_check_runs_from_a_checkout(not_installed):
     assert "Triton's kernels do not run here" in done.stdout and "PASS  jumprelu, bfloat16, dead 0.3:" in done.stdout
 
 
+@pytest.mark.slow
 def test_gpu_train_runs_from_a_checkout(not_installed, tiny_gpt2, text_file, tmp_path):
     words = ["--model", tiny_gpt2, "--dataset", text_file, "--output", str(tmp_path / "clt"), "--minutes", "1"]
     done, record = not_installed("benchmarks.gpu_train", *words)

@@ -48,7 +48,9 @@ def sweep_file(tiny_gpt2, text_file, tmp_path):
     return path
 
 
-def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(sweep_file, tmp_path, monkeypatch, capsys):
+def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(
+    sweep_file, tmp_path, monkeypatch, capsys, without_plots
+):
     reads = []
     read = Harvester.read
     monkeypatch.setattr(Harvester, "read", lambda self, batch, dtype: reads.append(batch) or read(self, batch, dtype))
@@ -95,7 +97,7 @@ def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(sweep_file, tm
 
 
 @pytest.mark.slow
-def test_what_a_trial_leaves(sweep_file, tmp_path):
+def test_what_a_trial_leaves(sweep_file, tmp_path, without_plots):
     """Its record, which is known although options are added later, and nothing in memory."""
     records, models = tmp_path / "records.jsonl", []
 

@@ -163,7 +163,8 @@ def run(
     trainer._update = watch_update
     report = {"rank": trainer.accelerator.process_index, "processes": trainer.accelerator.num_processes}
     begun = time.monotonic()
-    with patch.multiple(processes, ASK_SECONDS=ask_seconds, smallest=count_asking):
+    watched = patch.multiple(processes, ASK_SECONDS=ask_seconds, smallest=count_asking)
+    with watched, patch("hf_clt.hub.card.draw_plots"):  # plots take longer than the run
         try:
             trainer.train()
         except (Exception, KeyboardInterrupt) as error:

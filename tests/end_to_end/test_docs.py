@@ -91,6 +91,7 @@ def pages_with_python():
     return [name for name, text in TEXTS.items() if any(kind == "python" for kind, _ in blocks(text))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name in pages_with_python() if name not in RUN_ELSEWHERE])
 def test_python_of_the_page_runs(page, folder, tmp_path, monkeypatch, capsys, fresh_accelerate):
     work = tmp_path / "work"

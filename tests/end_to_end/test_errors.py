@@ -27,7 +27,7 @@ def main():
 
 
 @pytest.fixture
-def run(main, tiny_gpt2, small_text_file, tmp_path, capfd, fresh_accelerate, monkeypatch):
+def run(main, tiny_gpt2, small_text_file, tmp_path, capfd, fresh_accelerate, without_plots, monkeypatch):
     """Runs the script with options that work and those given, and returns its status and standard error."""
     monkeypatch.delenv("HF_CLT_DEBUG", raising=False)
 

@@ -29,6 +29,7 @@ def environment():
     return {**inherited, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@pytest.mark.slow
 def test_the_command_line_with_relu(tiny_gpt2, text_file, tmp_path):
     pytest.importorskip("wandb")
     options = f"""
