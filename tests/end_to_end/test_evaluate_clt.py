@@ -106,7 +106,7 @@ def test_the_card_is_updated(run, options, tmp_path, capsys):
     assert evaluate_clt.main([str(folder), *options, "--eval-tokens", "1001", "--update-card"]) == 2
     assert "eval_tokens=1001, but training held out 1000 tokens" in capsys.readouterr().err
     assert evaluate_clt.main(["user/clt", *options, "--update-card"]) == 2
-    assert "'user/clt' is no folder" in capsys.readouterr().err
+    assert "update_card: 'user/clt' is not a folder" in capsys.readouterr().err
     assert (folder / "README.md").read_text(encoding="utf-8") == card
 
 
