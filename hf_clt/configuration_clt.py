@@ -4,6 +4,7 @@
 
 import logging
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -52,6 +53,19 @@ CLT_CONFIG_HELP = {
     "aux_coef": "Weight of the auxiliary loss on dead features (topk, batchtopk). Default: by activation function.",
     "aux_k": "Dead features per token and layer that the auxiliary loss uses. Default: by activation function.",
 }
+# Keys that transformers puts into `config.json` or passes to a configuration.
+TRANSFORMERS_KEYS = {
+    *PreTrainedConfig().to_dict(),
+    "torch_dtype",
+    "auto_map",
+    "name_or_path",
+    "gguf_file",
+    "attn_implementation",
+    "experts_implementation",
+    "distributed_config",
+    "output_attentions",
+    "use_cache",
+}
 
 
 @strict
@@ -91,9 +105,10 @@ class CLTConfig(PreTrainedConfig):
     aux_k: int | None = None
 
     def __post_init__(self, **kwargs):
-        # PreTrainedConfig takes unknown keyword arguments without a word; a misspelt field would pass unnoticed.
+        # PreTrainedConfig accepts unknown keyword arguments, so a misspelt field would pass unnoticed.
         for name in self._unknown(kwargs):
-            raise TypeError(f"CLTConfig has no field {name!r}; did you mean one of {', '.join(_nearest(name))}?")
+            nearest = get_close_matches(name, CLT_CONFIG_HELP, n=3, cutoff=0.4) or sorted(CLT_CONFIG_HELP)
+            raise TypeError(f"CLTConfig has no field {name!r}; did you mean one of {', '.join(nearest)}?")
         super().__post_init__(**kwargs)  # which knows hidden_size for d_model
         for name, value in derived_defaults(self.activation_fn, self.d_model).items():
             if getattr(self, name) is None:
@@ -129,16 +144,16 @@ class CLTConfig(PreTrainedConfig):
 
     @classmethod
     def _unknown(cls, names) -> list[str]:
-        """Those of `names` that are neither fields nor what transformers itself writes into or passes to a config."""
+        """Those of `names` that are neither fields nor keys of transformers."""
         known = {field.name for field in fields(cls)} | set(cls.attribute_map) | TRANSFORMERS_KEYS
         return [name for name in names if name not in known and not name.startswith("_")]
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """
-        The configuration that a file holds, with fields overridden by `kwargs`. A value that is only the default of
-        the file's activation function gives way to that of the new one. A key that is no field, of a newer version
-        or of another tool, is kept and warned of.
+        The configuration in a file, with fields overridden by `kwargs`. If these change the activation function,
+        values that are only the defaults of the file's are replaced by those of the new one. A key that is not a
+        field, of a newer version or another tool, is kept, with a warning.
         """
         from . import modeling_clt  # noqa: F401  AutoModel looks for the class of a configuration, and finds it then
 
@@ -175,23 +190,6 @@ def derived_defaults(activation_fn: str, d_model: int | None) -> dict[str, int |
     if "sparsity_lambda" in defaults:
         defaults["sparsity_lambda"] = None if d_model is None else defaults["sparsity_lambda"] * d_model
     return defaults
-
-
-# Keys that transformers' own machinery puts into `config.json` or passes to a configuration.
-TRANSFORMERS_KEYS = set(PreTrainedConfig().to_dict()) | {"torch_dtype", "auto_map", "name_or_path", "gguf_file"}
-TRANSFORMERS_KEYS |= {
-    "attn_implementation",
-    "experts_implementation",
-    "distributed_config",
-    "output_attentions",
-    "use_cache",
-}
-
-
-def _nearest(name: str) -> list[str]:
-    from difflib import get_close_matches
-
-    return get_close_matches(name, CLT_CONFIG_HELP, n=3, cutoff=0.4) or sorted(CLT_CONFIG_HELP)
 
 
 __all__ = ["CLTConfig", "CLT_CONFIG_HELP"]

@@ -1,4 +1,4 @@
-"""Some layers of a CLT alone: for looking at a large one without reading, or downloading, all of it."""
+"""Some layers of a CLT alone, to look at a large one without reading, or downloading, all of it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from .sparsity import LayerFeatures, SparseFeatures, features_at
 
 
 class AbsentDecoder(nn.Module):
-    """In the place of a decoder that was not read: writes nothing, and has an output bias of 0."""
+    """Replaces a decoder that was not read: writes nothing, and has an output bias of 0."""
 
     def __init__(self, layer: int, d_model: int, dtype: torch.dtype):
         super().__init__()
@@ -30,7 +30,7 @@ class AbsentDecoder(nn.Module):
 
 
 class AbsentSkip(nn.Module):
-    """In the place of a skip connection that was not read: adds nothing."""
+    """Replaces a skip connection that was not read: adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -40,9 +40,9 @@ class PartialCLT(CrossLayerTranscoder):
     """
     A CLT of which some layers alone were read; see `layers` of [`CrossLayerTranscoder.from_pretrained`].
 
-    `encode` and `encode_sparse` give the features of these layers as the whole CLT does, and none of the others.
-    `decode` gives their part of the reconstruction: what these features write, and the output biases and skips of
-    these layers. Parts with different layers add up to the reconstruction of the whole.
+    `encode` and `encode_sparse` give the features of these layers as the whole CLT does, and no features of other
+    layers. `decode` gives what these features write, with the output biases and skips of these layers. Parts with
+    different layers add up to the reconstruction of the whole.
     """
 
     layers: tuple[int, ...] = ()
@@ -80,10 +80,10 @@ def load_layers(
     Args:
         folder: The CLT's folder; the files of other layers may be missing.
         config: Its configuration.
-        layers: Which ones.
-        name: What the caller calls the CLT.
-        dtype: Of the weights; None: as in the files.
-        others: What else the caller gave; refused.
+        layers: The layers to read.
+        name: The name or folder that the caller gave.
+        dtype: Of the decoders; None: that of the configuration.
+        others: Further arguments of `from_pretrained`; refused if they are set.
 
     Raises:
         ValueError: For a layer that the CLT does not have, for an argument that does not go with it, for a CLT whose
@@ -91,8 +91,7 @@ def load_layers(
         FileNotFoundError: If a file of these layers is missing.
     """
     layers = tuple(layers)
-    given = [argument for argument, value in others.items() if value]
-    if given:
+    if given := [argument for argument, value in others.items() if value]:
         raise ValueError(f"{given[0]} is given with layers, which reads them onto the CPU; leave out one of the two")
     unknown = [layer for layer in layers if layer not in range(config.num_layers)]
     if unknown or not layers or len(set(layers)) < len(layers):
@@ -108,19 +107,19 @@ def load_layers(
     state = read_state(folder, config, layers=layers, dtype=wanted_dtype(config, dtype))
     wide = state[f"encoders.{layers[0]}.weight"].dtype
     with torch.device("meta"):
-        model = PartialCLT(config)
+        clt = PartialCLT(config)
     for layer in range(config.num_layers):
         if layer not in layers:
-            model.encoders[layer] = nn.Identity()
-            model.decoders[layer] = AbsentDecoder(layer, config.d_model, wide)
-            if hasattr(model, "thresholds"):
-                model.thresholds[layer] = nn.Identity()
+            clt.encoders[layer] = nn.Identity()
+            clt.decoders[layer] = AbsentDecoder(layer, config.d_model, wide)
+            if hasattr(clt, "thresholds"):
+                clt.thresholds[layer] = nn.Identity()
             if config.skip_connection:
-                model.skips[layer] = AbsentSkip()
-    model.layers = layers
-    fill(model, state, name)
-    check_half_range(model)
-    return model.requires_grad_(False)
+                clt.skips[layer] = AbsentSkip()
+    clt.layers = layers
+    fill(clt, state, name)
+    check_half_range(clt)
+    return clt.requires_grad_(False)
 
 
 __all__ = ["PartialCLT", "load_layers"]

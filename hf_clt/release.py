@@ -108,8 +108,6 @@ def write_release(folder: Path, config: CLTConfig, layers: Iterable[dict[str, Te
     folder.mkdir(parents=True, exist_ok=True)
     if foreign := foreign_files(folder):
         raise ValueError(f"{foreign[0]} exists and is not a file of a CLT; give another folder than {folder}")
-    if not read_digests(folder):  # an index of an older version says nothing about mixed files
-        (folder / INDEX_FILE).unlink(missing_ok=True)
     weight_map, digests, total_size, total_parameters = {}, {}, 0, 0
     for layer, tensors in enumerate(layers):
         for file, names in layer_files(config, layer).items():
@@ -251,27 +249,19 @@ def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iter
         check_tying(folder, config, rows)
 
 
-def read_digests(folder: Path) -> dict[str, str]:
-    """The digests of the weight files in the index; none if an older version or another program wrote it."""
-    path = folder / INDEX_FILE
-    index = read_json(path) if path.is_file() else {}
-    return index.get("metadata", {}).get("digests", {})
-
-
 def check_digests(folder: Path, found: dict[str, str | None]) -> None:
     """
-    Raises ValueError if weight files are of two releases, because writing one over the other was cut off: the digest
-    `found` in a file differs from the index, or only some files have one where `config.json` has no index beside it.
+    Raises ValueError if weight files are of two releases, because writing one over the other was cut off: a digest
+    `found` in a file is not the one in the index. A file without a digest, of another program, is not checked.
     """
-    expected = read_digests(folder)
-    bad = [file for file, digest in found.items() if digest not in (None, expected.get(file, digest))]
-    is_cut_off = (folder / "config.json").is_file() and not (folder / INDEX_FILE).is_file()
-    if not bad and is_cut_off and any(found.values()):
-        bad = [file for file, digest in found.items() if digest is None]
-    if bad:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return
+    expected = read_json(index).get("metadata", {}).get("digests", {})
+    if bad := [file for file, digest in found.items() if digest not in (None, expected.get(file))]:
         raise ValueError(
-            f"{bad[0]} in {folder} is of another CLT than {INDEX_FILE} or the other files: writing one over the other "
-            "was cut off; save or download it again (a training run: --resume-from-checkpoint latest)"
+            f"{bad[0]} in {folder} is of another CLT than {INDEX_FILE}: writing one over the other was cut off; save "
+            "or download it again (a training run: --resume-from-checkpoint latest)"
         )
 
 

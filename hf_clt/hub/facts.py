@@ -1,7 +1,6 @@
 """
-What a model card is made from, beside it in `metrics.json`: the measurements, the facts of the training run and its
-curves. With config.json it gives the card again, so a measurement can be added later and no fact has to be read out
-of a text.
+What a model card is made from besides config.json, in `metrics.json`: the measurements, the facts of the training run
+and its curves. The card can be made again from it when a measurement is added.
 """
 
 import json
@@ -39,8 +38,8 @@ PLAIN_PATH = re.compile(r"""(?<![^\s=:,])/(?:[^\s/'"]+/)*([^\s/'",]+)/?(?![^\s,]
 
 def without_private(value):
     """
-    A text, or the texts in dicts and lists, without Hub tokens and without folders of this machine: of an absolute
-    path its last part is left.
+    A text, or the texts in dicts and lists, without Hub tokens and folders of this machine: an absolute path becomes
+    its last part.
     """
     if isinstance(value, dict):
         return {name: without_private(entry) for name, entry in value.items()}
@@ -73,7 +72,7 @@ def as_curves(history: list[dict]) -> dict[str, dict[str, list]]:
 
 
 def as_history(curves: dict[str, dict[str, list]]) -> list[dict]:
-    """The lines that [`as_curves`] was given, as far as they were kept."""
+    """The lines that [`as_curves`] kept, in order."""
     rows = []
     for columns in curves.values():
         for values in zip(*columns.values(), strict=True):
@@ -89,14 +88,14 @@ def _rounded(value):
 
 def make_facts(**facts) -> dict:
     """
-    What `metrics.json` holds: those of `KEYS` that are known, without private names, and as JSON gives them back (what
-    is not finite is None).
+    The content of `metrics.json`: those of `KEYS` that are known, without private names, as JSON returns them (None
+    where a number is not finite).
 
     Raises:
         `ValueError`: A name is not one of `KEYS`.
     """
     if unknown := sorted(set(facts) - set(KEYS[1:])):
-        raise ValueError(f"{unknown[0]} is no fact of a model card; use {', '.join(KEYS[1:])}")
+        raise ValueError(f"{unknown[0]} is not a fact of a model card; use {', '.join(KEYS[1:])}")
     known = {name: facts[name] for name in KEYS[1:] if facts.get(name)}
     return json.loads(as_json({"format": FORMAT, **without_private(known)}))
 
@@ -108,7 +107,7 @@ def check_license(license: str) -> None:
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
         raise ValueError(
-            f"license={license!r} is no name that the Hub has; give one such as mit, apache-2.0 or cc-by-4.0, or other"
+            f"license={license!r} is not a licence name of the Hub; give one, such as mit, apache-2.0 or other"
         )
 
 
