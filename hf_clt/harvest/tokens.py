@@ -173,9 +173,9 @@ class TokenStream:
         with self._reading():
             self._opened = self._open(self._position, self._pieces)[1:]
 
-    def go_on_from(self, states: list[dict]) -> None:
+    def continue_after(self, states: list[dict]) -> None:
         """
-        Goes on with this process's share after the documents that all of another number of processes had read.
+        Continues with this process's share after the documents that all of another number of processes had read.
 
         Args:
             states: What `state_dict` returned in each of them.
