@@ -10,7 +10,7 @@ import torch
 
 
 DEVICES = r"cpu|cuda(:\d+)?"
-MOST_PROMPTS = 256  # on a GPU; a pass over fewer is bound by its thousand launches
+MOST_PROMPTS = 256  # on a GPU; a forward pass over few waits for its thousand kernel launches
 
 
 def chosen_device(name: str | None, option: str = "device") -> torch.device:
@@ -38,13 +38,13 @@ def chosen_device(name: str | None, option: str = "device") -> torch.device:
 
 
 def check_kind(name: str, option: str = "device") -> None:
-    """Raises ValueError for a device of a kind that hf_clt does not run on, whether this machine has it or not."""
+    """Raises ValueError for a kind of device that hf_clt does not run on, whether this machine has it or not."""
     if not re.fullmatch(DEVICES, name):
         raise ValueError(f"{option}={name!r}: hf_clt runs on CPUs and NVIDIA GPUs; give cpu, cuda or cuda:0")
 
 
 def values_at_hand(tensor: torch.Tensor) -> bool:
-    """Whether it costs nothing to look at values, on which sizes may then depend: a GPU would be waited for."""
+    """Whether reading values costs nothing, so that sizes may depend on them: a GPU would have to be waited for."""
     return tensor.device.type == "cpu"
 
 
@@ -54,7 +54,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def usual_model_dtype(device: torch.device) -> str | None:
-    """What of [`load_language_model`] a run asks for where its `model_dtype` is None."""
+    """The `dtype` for [`load_language_model`] where a run gives no `model_dtype`."""
     return "auto" if device.type == "cuda" else None
 
 
@@ -71,7 +71,7 @@ def prompts_by_memory(block_bytes: int, memory: int) -> int:
 
 @contextmanager
 def rounded_products(device: torch.device, allowed: bool):
-    """On a GPU, float32 products within the block in TF32 where that is allowed: ten bits, several times as fast."""
+    """On a GPU, allows float32 products within the block in TF32: ten bits of precision, several times as fast."""
     before = torch.get_float32_matmul_precision()
     try:
         if allowed and device.type == "cuda":
@@ -83,8 +83,8 @@ def rounded_products(device: torch.device, allowed: bool):
 
 class Stopwatch:
     """
-    Seconds of work: wall time on a CPU; on a GPU, which works later than it is told to, the time between two events in
-    its current stream, which are waited for only in `take`.
+    Seconds of work: wall time on a CPU; on a GPU, which works asynchronously, the time between two events in its
+    current stream, which are waited for only in `take`.
     """
 
     def __init__(self, device: torch.device):
@@ -115,7 +115,7 @@ class Stopwatch:
         self.seconds += start.elapsed_time(end) / 1000
 
     def take(self) -> float:
-        """The seconds since the last time, when the work is done."""
+        """The seconds since the last call; waits until the work is done."""
         while self.events:
             self._add_first()
         taken, self.seconds = self.seconds, 0.0

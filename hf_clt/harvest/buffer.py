@@ -348,7 +348,7 @@ class ActivationBuffer:
         self._text, self._text_ended = None, values["text_ended"]
         text = values["text"]
         if text is not None:
-            self.tokens.go_on_from(text["others"]) if "others" in text else self.tokens.load_state_dict(text)
+            self.tokens.continue_after(text["others"]) if "others" in text else self.tokens.load_state_dict(text)
             self._text = iter(()) if self._text_ended else iter(self.tokens)
 
 

@@ -422,8 +422,8 @@ class CachedTokens:
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
-    def go_on_from(self, states: list[dict]) -> None:
-        """Goes on after the batches that all of another number of processes had read, from their `state_dict`s."""
+    def continue_after(self, states: list[dict]) -> None:
+        """Continues after the batches that all of another number of processes had read, from their `state_dict`s."""
         for state in states:
             own = {**state.get("settings", {}), "rank": self.rank, "world_size": self.world_size}
             self.load_state_dict({**state, "settings": own})

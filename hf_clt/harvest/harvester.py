@@ -68,39 +68,30 @@ def load_language_model(
         name = str(folder)
         if not (folder / "config.json").exists():  # transformers would build a default tokenizer for it
             raise ValueError(f"model folder {name!r} has no config.json: give the folder that save_pretrained wrote.")
-    elif folder.exists():
-        raise ValueError(f"model {name!r} is a file: give the folder that holds its config.json.")
-    elif folder.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(f"model {name!r}: there is no such folder.")
+    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
+        raise ValueError(f"model {name!r}: there is no such folder; give one that exists, or a Hub name.")
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
 
-    try:
-        config = AutoConfig.from_pretrained(name, **origin)
-    except Exception as error:  # the many ways of the network, the Hub and a repository's files
-        raise ValueError(_cannot_load("model", name, folder, error)) from error
+    config = _from_pretrained("model", AutoConfig, name, **origin)
     if config.is_encoder_decoder:
         raise ValueError(
             f"model {name!r} ({config.model_type}) is an encoder-decoder: a CLT needs a decoder-only model."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **origin)
-    except Exception as error:
-        raise ValueError(_cannot_load("the tokenizer of model", name, folder, error)) from error
+    tokenizer = _from_pretrained("the tokenizer of model", AutoTokenizer, name, **origin)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files
         raise ValueError(
             f"model {name!r} has no tokenizer files: save them beside it with tokenizer.save_pretrained(folder)."
         )
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype="auto" if dtype is None else DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            device_map=None if device.type == "cpu" else device,  # straight there, not by way of each process's host
-            **origin,
-        )
-    except Exception as error:
-        raise ValueError(_cannot_load("model", name, folder, error)) from error
+    model, info = _from_pretrained(
+        "model",
+        AutoModelForCausalLM,
+        name,
+        dtype="auto" if dtype is None else DTYPES[dtype],
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map=None if device.type == "cpu" else device,  # straight there, not by way of each process's host
+        **origin,
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -111,15 +102,18 @@ def load_language_model(
     return model.eval().to(device), tokenizer
 
 
-def _cannot_load(what: str, name: str, folder: Path, error: Exception) -> str:
-    reason = one_line(error)
-    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
-    if folder.is_dir() or not isinstance(error, OSError):
-        return f"{what} {name!r} cannot be loaded: {reason}"
-    return (
-        f"{what} {name!r} cannot be loaded: it is no local folder, and the Hub does not give it. Check the name, the "
-        f"revision and the network, and log in if it is private or gated ({reason})"
-    )
+def _from_pretrained(what: str, auto: type, name: str, **options):
+    try:
+        return auto.from_pretrained(name, **options)
+    except Exception as error:  # the many ways of the network, the Hub and a repository's files
+        reason = one_line(error)
+        reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            reason = (
+                "it is no local folder, and the Hub does not give it. Check the name, the revision and the network, "
+                f"and log in if it is private or gated ({reason})"
+            )
+        raise ValueError(f"{what} {name!r} cannot be loaded: {reason}") from error
 
 
 def check_context_size(model_config: PreTrainedConfig, context_size: int) -> None:

@@ -173,9 +173,9 @@ class TokenStream:
         with self._reading():
             self._opened = self._open(self._position, self._pieces)[1:]
 
-    def go_on_from(self, states: list[dict]) -> None:
+    def continue_after(self, states: list[dict]) -> None:
         """
-        Goes on with this process's share after the documents that all of another number of processes had read.
+        Continues with this process's share after the documents that all of another number of processes had read.
 
         Args:
             states: What `state_dict` returned in each of them.
@@ -195,17 +195,16 @@ class TokenStream:
         with self._reading():
             # At its own position, to see that the text is the same; from there on to this process's first piece.
             start = self._open(first["position"], self._pieces_of(*share))[0]
-            for group_start, group in self._groups(self._pieces, start):
+            reader = self._groups(self._pieces, start)
+            self._opened = NO_TOKENS, NO_TOKENS, reader  # no piece of this process may be left
+            for group_start, group in reader:
                 ids, documents = self._tokenize(group)
                 later = documents >= document
                 skip = int(later.argmax()) if later.any() else len(ids)
                 self._position = _position_in(group_start, ids, documents, skip=skip, next=document)
+                self._opened = ids[skip:], documents[skip:], reader
                 if later.any():
                     break
-            if self._position is None:  # no piece of this process is left
-                self._opened = NO_TOKENS, NO_TOKENS, iter(())
-            else:
-                self._opened = self._open(self._position, self._pieces)[1:]
 
     def _settings(self) -> dict:
         names = ("context_size", "prepend_bos", "exclude_special_tokens", "heldout_tokens", "heldout", "rank")

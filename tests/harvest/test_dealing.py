@@ -161,4 +161,4 @@ def test_another_text_is_refused(stream):
         new.load_state_dict(values, tensors)
     cut_otherwise = TokenStream(stream._dataset, stream.tokenizer, context_size=9, prompts_per_batch=2)
     with pytest.raises(ValueError, match="was taken with context_size=8, and now context_size=9"):
-        cut_otherwise.go_on_from(values["text"]["others"])
+        cut_otherwise.continue_after(values["text"]["others"])

@@ -355,7 +355,7 @@ def test_load_refuses_what_is_not_there(tmp_path, no_hub):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_language_model(tmp_path)
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="there is no such folder"):
         load_language_model(tmp_path / "model.gguf")
 
 
