@@ -23,7 +23,7 @@ from hf_clt.harvest.buffer import ActivationBuffer
 from hf_clt.harvest.harvester import Harvester, check_context_size, load_language_model
 from hf_clt.harvest.normalization import STATISTICS, estimate_statistics, set_firing_rate
 from hf_clt.harvest.tokens import open_text
-from hf_clt.hub.report import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
+from hf_clt.hub.plots import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
 from hf_clt.kernels.encode import multiplies_bfloat16
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments

@@ -23,7 +23,8 @@ from hf_clt.device import chosen_device
 from hf_clt.estimate import flops_per_token
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.normalization import set_firing_rate
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.harvest.text import load_text_dataset
+from hf_clt.harvest.tokens import TokenStream
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.setup import make_optimizer, prepare_cpu

@@ -3,7 +3,7 @@
 from pathlib import Path
 from statistics import median
 
-from hf_clt.hub.report import BLUE, ORANGE, PLOT_STYLE
+from hf_clt.hub.plots import BLUE, ORANGE, PLOT_STYLE
 
 from .cases import GROWTH, Case
 from .costs import active_costs, dense_flops, limit_seconds

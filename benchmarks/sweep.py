@@ -23,9 +23,9 @@ import yaml
 
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
-from hf_clt.files import as_json, write_text
+from hf_clt.files import as_json, format_number, write_text
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.hub.report import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET, shown
+from hf_clt.hub.plots import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.initial_config import build_config
 from hf_clt.training.options import as_text
@@ -192,7 +192,7 @@ def describe(varied: dict) -> str:
 
 def summary(record: dict) -> str:
     metrics = record["metrics"]
-    return f"NMSE {shown(metrics['nmse'], '.4f')}, L0 {metrics['l0']:.0f}, dead {metrics['dead_fraction']:.1%}"
+    return f"NMSE {format_number(metrics['nmse'], '.4f')}, L0 {metrics['l0']:.0f}, dead {metrics['dead_fraction']:.1%}"
 
 
 def format_sweep(records: list[dict]) -> str:
@@ -212,7 +212,7 @@ def format_sweep(records: list[dict]) -> str:
                 cells += ["not finite", "", "", ""]
             else:
                 metrics, dead = record["metrics"], record["train_dead_fraction"]
-                nmse = shown(metrics["nmse"], ".4f")
+                nmse = format_number(metrics["nmse"], ".4f")
                 cells.append(f"**{nmse}**" if len(found) > 1 and metrics["nmse"] == min(found) else nmse)
                 cells.append(f"{metrics['l0'] / len(metrics['l0_per_layer']):.1f}")
                 cells.append(f"{metrics['dead_fraction']:.1%}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_clt import CLTTrainingArguments
-from hf_clt.training.setup import make_optimizer
+from hf_clt.training.optimizers import make_optimizer
 
 from .cases import Case
 from .dense_reference import dense_losses

@@ -22,6 +22,7 @@ ACTIVATION_DEFAULTS = {
     "batchtopk": {"jumprelu_bandwidth": 1.0, "sparsity_lambda": 0.0, "aux_coef": 1 / 32, "aux_k": 16},
 }
 TOPK_FAMILY = ("topk", "batchtopk")
+WITH_THRESHOLD = ("jumprelu", "batchtopk")
 FEATURE_INPUT_HOOKS = ("hook_resid_mid", "mlp.hook_in")
 FEATURE_OUTPUT_HOOKS = ("hook_mlp_out", "mlp.hook_out")
 

@@ -1,16 +1,17 @@
-"""Files: whether a name is a path, writing so that no half of a file is ever seen, JSON that every reader takes."""
+"""Small helpers: names of files and repositories, writing files whole, JSON, numbers in words."""
 
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def local_or_hub(name: str) -> str:
     """
-    A name that may be a folder's, a file's or a repository's, so that it stays what it is now wherever it is read
-    later: a path that exists begins with `./` or `/`, as no name of a repository does.
+    A name of a folder, a file or a repository, so that it is read the same way later: a path that exists gets a
+    leading `./` (or has its `/`), which no repository name has.
     """
     name = os.path.expanduser(name)
     is_plain = not os.path.isabs(name) and not name.startswith(".")
@@ -20,8 +21,8 @@ def local_or_hub(name: str) -> str:
 @contextmanager
 def replacing(path: Path):
     """
-    Yields a temporary name that takes the place of `path` when the block ends well and its content is on the disk, and
-    is removed otherwise.
+    Yields the name of a temporary file, which replaces `path` when the block succeeds, flushed to disk, and is removed
+    when it raises.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,13 +38,16 @@ def replacing(path: Path):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that at no time a part of it stands under its name."""
+    """Writes a text file; a reader sees all of it or what was there before."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def as_json(record, indent: int | None = 1) -> str:
-    """A record as JSON that every reader takes, with a line end: what is not finite is null."""
+    """
+    A record as JSON that every reader accepts, with a line end: what is not finite is null. With an indent, a list of
+    numbers or texts stays on one line.
+    """
 
     def finite(value):
         if isinstance(value, dict):
@@ -52,7 +56,63 @@ def as_json(record, indent: int | None = 1) -> str:
             return [finite(entry) for entry in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(record), indent=indent, allow_nan=False) + "\n"
+    text = json.dumps(finite(record), indent=indent, allow_nan=False)
+    # JSON has no line end inside a string, so this finds nothing but lists.
+    lists = re.compile(r"\[\n\s*([^\[\]{}]*?)\n\s*\]")
+    return lists.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n"
 
 
-__all__ = ["as_json", "local_or_hub", "replacing", "write_text"]
+def write_json(path: Path, record, indent: int | None = 1) -> None:
+    """Writes a record as a JSON file, see [`as_json`], whole or not at all."""
+    write_text(path, as_json(record, indent))
+
+
+def read_json(path: Path):
+    """
+    What is in a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it, or move it away") from None
+
+
+# -- numbers in words -------------------------------------------------------------------------------------------------
+
+
+def format_number(value: float | None, spec: str) -> str:
+    """A number in the format `spec`, such as ".4f"; a dash for None."""
+    return "-" if value is None else format(value, spec)
+
+
+def format_size(num_bytes: float) -> str:
+    """A number of bytes as "1.5 GB", "2.0 MB", "3.1 kB" or "12 B"; units of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """A time as "2 h 5 min", "5 min 3 s" or "3 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+__all__ = [
+    "as_json",
+    "format_duration",
+    "format_number",
+    "format_size",
+    "local_or_hub",
+    "read_json",
+    "replacing",
+    "write_json",
+    "write_text",
+]

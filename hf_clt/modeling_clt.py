@@ -770,8 +770,8 @@ class CrossLayerTranscoder(PreTrainedModel):
         if lazy or shard is not None:
             return files.load_slices(cls, folder, config, shard, name, lazy, **kwargs)
         files.check_files(folder, config)
-        with files.as_transformers_folder(folder, config) as source:
-            loaded = super().from_pretrained(source, *args, config=config, **kwargs)
+        state = files.read_state(folder, config)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = name
         files.check_half_range(model)
@@ -813,7 +813,6 @@ def wide_empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=at_least_float32(torch.get_default_dtype()))
 
 
-files.register_weight_names()
 AutoModel.register(CLTConfig, CrossLayerTranscoder)
 
 __all__ = ["CLTOutput", "CrossLayerTranscoder"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .configuration_clt import CLTConfig
 from .modeling_clt import CrossLayerTranscoder
-from .release import check_files, check_half_range, read_slice, wanted_dtype
+from .release import check_files, check_half_range, fill, read_state, wanted_dtype
 from .sparsity import LayerFeatures
 
 
@@ -116,10 +116,7 @@ def load_layers(
     check_files(folder, config, layers=layers)
     # Ties are written out in the files, and the layer that a decoder is tied to may not be read.
     config = CLTConfig.from_dict({**config.to_dict(), "decoder_tying": "none"})
-    wanted = wanted_dtype(config, dtype)
-    state = {}
-    for layer in layers:
-        state |= read_slice(folder, config, layer, slice(0, config.num_features), wanted)
+    state = read_state(folder, config, layers=layers, dtype=wanted_dtype(config, dtype))
     wide = state[f"encoders.{layers[0]}.weight"].dtype
     with torch.device("meta"):
         model = PartialCLT(config)
@@ -131,13 +128,10 @@ def load_layers(
                 model.thresholds[layer] = AbsentThreshold()
             if config.skip_connection:
                 model.skips[layer] = AbsentSkip()
-    model.load_state_dict(state, assign=True)
-    check_half_range(model)
-    model.requires_grad_(False)
     model.layers = layers
-    model.config.name_or_path = model.name_or_path = name
-    model.config.dtype = model.dtype
-    return model.eval()
+    fill(model, state, name)
+    check_half_range(model)
+    return model.requires_grad_(False)
 
 
 __all__ = ["PartialCLT", "load_layers"]

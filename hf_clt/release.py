@@ -1,5 +1,5 @@
 """
-The files of a released CLT, which transformers and circuit-tracer both read:
+The files of a released CLT, which hf_clt and circuit-tracer both read:
 
 | file | holds |
 |---|---|
@@ -14,11 +14,9 @@ import ctypes
 import hashlib
 import json
 import mmap
-import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,13 +25,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from . import folding
-from .configuration_clt import CLTConfig
-from .files import replacing, write_text
-from .sharding import collect_rows
+from .configuration_clt import WITH_THRESHOLD, CLTConfig
+from .files import read_json, replacing, write_json, write_text
+from .sharding import collect_rows, rows_of
 
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,23 +38,26 @@ SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE)
 WEIGHT_FILE = re.compile(r"W_(enc|dec)_(\d+)\.safetensors")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}  # safetensors' names and torch's
 READ_PIECE = 1 << 17  # bytes; the kernel reads no more than its read-ahead window (128 KiB or larger) for one advice
+ALL = slice(None)
 
 
-# -- saving -----------------------------------------------------------------------------------------------------------
-
-
-def layer_files(config: CLTConfig, layer: int) -> dict[str, list[str]]:
-    """Names of the two files of a layer, each with the names of its tensors."""
-    encoder = [f"W_enc_{layer}", f"b_enc_{layer}", f"b_dec_{layer}"]
-    if config.activation_fn in ("jumprelu", "batchtopk"):
-        encoder.append(f"threshold_{layer}")
+def layer_files(config: CLTConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The two files of a layer, each with the names and shapes of its tensors."""
+    f, d = config.num_features, config.d_model
+    encoder = {f"W_enc_{layer}": (f, d), f"b_enc_{layer}": (f,), f"b_dec_{layer}": (d,)}
+    if config.activation_fn in WITH_THRESHOLD:
+        encoder[f"threshold_{layer}"] = (f,)
     if config.skip_connection:
-        encoder.append(f"W_skip_{layer}")
-    return {f"W_enc_{layer}.safetensors": encoder, f"W_dec_{layer}.safetensors": [f"W_dec_{layer}"]}
+        encoder[f"W_skip_{layer}"] = (d, d)
+    decoder = {f"W_dec_{layer}": (f, config.num_targets(layer), d)}
+    return {f"W_enc_{layer}.safetensors": encoder, f"W_dec_{layer}.safetensors": decoder}
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Writes a safetensors file so that at no time a part of it stands under its name."""
+    """Writes a safetensors file, whole or not at all; the same tensors and metadata give the same bytes."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
@@ -67,8 +66,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
 
 
 def sort_metadata(path: Path) -> None:
-    """Puts the metadata of a safetensors file, which is written in random order, in that of its names: the same CLT
-    is the same bytes, which the Hub stores once."""
+    """Sorts the metadata of a safetensors file, which the library writes in random order, by name."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -80,8 +78,8 @@ def sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def digest_of(tensors: dict[str, Tensor]) -> str:
-    """What tells the tensors of a file from others: 16 digits of the SHA-256 of their names and bytes."""
+def digest_tensors(tensors: dict[str, Tensor]) -> str:
+    """16 digits of the SHA-256 of the names and bytes of tensors."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
@@ -89,53 +87,61 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_release(folder: Path, config: CLTConfig, layers) -> None:
+def write_release(folder: Path, config: CLTConfig, layers: Iterable[dict[str, Tensor]]) -> None:
     """
-    Writes the files of a released CLT. Each is replaced as a whole, and the index, which comes last, has the digests
-    of the weight files: so a folder in which some are of this and some of an earlier release is told apart.
+    Writes the files of a released CLT, each whole or not at all. The index is written last and has the digests of the
+    weight files, so that loading notices a folder in which some files are of an earlier release.
 
     Args:
-        folder: Where to; created if missing.
+        folder: Where to write; created if missing.
         config: The configuration to write.
-        layers: Iterable of one dict per layer, from tensor name to tensor, in order. Consumed one at a time.
+        layers: One dict per layer, in order, from tensor name to tensor. Consumed one at a time.
 
     Raises:
-        ValueError: If a file of such a name is there that is not of a CLT: nothing is replaced that others wrote.
+        ValueError: If the folder has a file of another model under the name of a file of a CLT.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if foreign := foreign_files(folder):
-        raise ValueError(f"{foreign[0]} is there and is no file of a CLT; give another folder than {folder}")
-    index_file = folder / INDEX_FILE
-    if not read_digests(folder):  # of an older version, beside whose files the new ones would not be told apart
-        index_file.unlink(missing_ok=True)
+        raise ValueError(f"{foreign[0]} exists and is not a file of a CLT; give another folder than {folder}")
+    if not read_digests(folder):  # an index of an older version says nothing about mixed files
+        (folder / INDEX_FILE).unlink(missing_ok=True)
     weight_map, digests, total_size, total_parameters = {}, {}, 0, 0
     for layer, tensors in enumerate(layers):
         for file, names in layer_files(config, layer).items():
             of_file = {name: tensors[name] for name in names}
-            digests[file] = digest_of(of_file)
+            digests[file] = digest_tensors(of_file)
             write_tensors(folder / file, of_file, digest=digests[file])
-            for name in names:
-                weight_map[name] = file
-                total_size += tensors[name].nbytes
-                total_parameters += tensors[name].numel()
+            weight_map |= dict.fromkeys(names, file)
+            total_size += sum(tensor.nbytes for tensor in of_file.values())
+            total_parameters += sum(tensor.numel() for tensor in of_file.values())
     remove_weights(folder, first_layer=config.num_layers)
-    circuit_tracer = {
+    described = {
         "model_name": config.base_model_name_or_path,
         "model_kind": config.model_type,
         "feature_input_hook": config.feature_input_hook,
         "feature_output_hook": config.feature_output_hook,
     }
-    if config.base_model_name_or_path is None:
-        del circuit_tracer["model_name"]
-    write_text(folder / CIRCUIT_TRACER_FILE, yaml.safe_dump(circuit_tracer, sort_keys=False))
+    described = {name: value for name, value in described.items() if value is not None}
+    write_text(folder / CIRCUIT_TRACER_FILE, yaml.safe_dump(described, sort_keys=False))
     write_text(folder / "config.json", config.to_json_string())
     metadata = {"total_size": total_size, "total_parameters": total_parameters, "digests": digests}
-    write_text(index_file, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")
+    write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map}, indent=2)
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The files in a folder that have the name of a file of a release, whoever wrote them."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path.name in SMALL_FILES or WEIGHT_FILE.fullmatch(path.name)]
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """The files in a folder that have the name of a file of a release and are not of a CLT."""
+    return [path for path in named_files(folder) if not is_release_file(path)]
 
 
 def remove_weights(folder: Path, first_layer: int = 0) -> None:
     """Removes the weight files of layers from `first_layer` on; circuit-tracer counts layers by these files."""
-    for path in list(folder.iterdir()):
+    for path in named_files(folder):
         match = WEIGHT_FILE.fullmatch(path.name)
         if match and int(match[2]) >= first_layer and is_release_file(path):
             path.unlink()
@@ -143,22 +149,13 @@ def remove_weights(folder: Path, first_layer: int = 0) -> None:
 
 def remove_release(folder: Path) -> None:
     """Removes the files that `write_release` writes."""
-    remove_weights(folder)
-    for path in (folder / name for name in SMALL_FILES):
-        if path.is_file() and is_release_file(path):
+    for path in named_files(folder):
+        if is_release_file(path):
             path.unlink()
 
 
-def foreign_files(folder: Path) -> list[Path]:
-    """Files of others with a name that `write_release` gives to its own."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if path.name in SMALL_FILES or WEIGHT_FILE.fullmatch(path.name)]
-    return sorted(path for path in named if not is_release_file(path))
-
-
 def is_release_file(path: Path) -> bool:
-    """Whether a file with the name of one of a release is one, by what is in it; one that cannot be read is not."""
+    """Whether the content of a file is that of a file of a release; False if it cannot be read."""
     try:
         if WEIGHT_FILE.fullmatch(path.name):
             return path.stem in read_header(path.parent, path.name)
@@ -172,80 +169,98 @@ def is_release_file(path: Path) -> bool:
         return False
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
+# -- checking ---------------------------------------------------------------------------------------------------------
 
 
-class ReadThreshold(ConversionOps):
-    """θ from the file to what lives in the model: log θ per feature (jumprelu), or one running θ (batchtopk)."""
-
-    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, config, **kwargs):
-        (theta,) = [tensors[0] for tensors in input_dict.values()]
-        return {full_layer_name: theta.log() if config.activation_fn == "jumprelu" else theta[:1].clone()}
-
-
-class ReadDecoder(ConversionOps):
-    """The decoder from the file, where ties are written out, to what lives in the model: J = 1 if tied."""
-
-    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, config, **kwargs):
-        (weight,) = [tensors[0] for tensors in input_dict.values()]
-        return {full_layer_name: weight if config.decoder_tying == "none" else weight[:, :1].clone()}
-
-
-def register_weight_names() -> None:
-    """Tells transformers how the names in the files map to the model's parameters."""
-    register_checkpoint_conversion_mapping(
-        CLTConfig.model_type,
-        [
-            WeightRenaming(r"^W_enc_(\d+)", r"encoders.\1.weight"),
-            WeightRenaming(r"^b_enc_(\d+)", r"encoders.\1.bias"),
-            WeightRenaming(r"^b_dec_(\d+)", r"decoders.\1.bias"),
-            WeightRenaming(r"^W_skip_(\d+)", r"skips.\1.weight"),
-            WeightRenaming(r"^threshold_(\d+)", r"thresholds.\1.on_disk"),
-            WeightRenaming(r"^W_dec_(\d+)", r"decoders.\1.on_disk"),
-            WeightConverter(r"thresholds.(\d+).on_disk", r"thresholds.\1.value", [ReadThreshold()]),
-            WeightConverter(r"decoders.(\d+).on_disk", r"decoders.\1.weight", [ReadDecoder()]),
-        ],
-        overwrite=True,
-    )
-
-
-def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
+@contextmanager
+def open_weights(folder: Path, file: str):
     """
-    Shapes and dtypes of the tensors in a weight file, without reading them.
+    A weight file, opened with `safe_open`.
 
     Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it is truncated or no safetensors file.
+        FileNotFoundError: If it is missing.
+        ValueError: If it is truncated or not a safetensors file.
     """
     path = folder / file
     if not path.is_file():
         raise FileNotFoundError(f"{file} is missing in {folder}: the CLT is incomplete; download or save it again")
     try:
         with safe_open(path, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
-            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            yield tensors
     except SafetensorError as error:
         raise ValueError(
-            f"{file} in {folder} is truncated or no safetensors file ({error}); download or save it again"
+            f"{file} in {folder} is truncated or not a safetensors file ({error}); download or save it again"
         ) from error
 
 
+def read_header(folder: Path, file: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of the tensors in a weight file; nothing else is read. Errors as for [`open_weights`]."""
+    with open_weights(folder, file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no dict)
+        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+def read_tensor(folder: Path, file: str, name: str, rows: slice = ALL) -> Tensor:
+    """A tensor of a weight file, or some of its rows, mapped from the file where the file system allows it."""
+    with open_weights(folder, file) as tensors:
+        return tensors.get_slice(name)[rows]
+
+
+def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iterable[int] | None = None) -> None:
+    """
+    Checks the weight files of a CLT against its configuration before anything is loaded.
+
+    Args:
+        folder: The CLT's folder.
+        config: Its configuration.
+        rows: The features whose thresholds and ties are checked.
+        layers: Which layers to check, without their ties; None: all.
+
+    Raises:
+        FileNotFoundError: For a missing file.
+        ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, a decoder that is
+            not tied as the configuration says, or files of two releases.
+    """
+    checked = range(config.num_layers) if layers is None else list(layers)
+    for layer in checked:
+        for file, shapes in layer_files(config, layer).items():
+            header = read_header(folder, file)
+            for name, shape in shapes.items():
+                if name not in header:
+                    raise ValueError(
+                        f"{file} in {folder} has no tensor {name}, which activation_fn={config.activation_fn!r} and "
+                        f"skip_connection={config.skip_connection} need; it holds {', '.join(sorted(header))}"
+                    )
+                if header[name][0] != shape:
+                    raise ValueError(
+                        f"{name} in {folder / file} has shape {header[name][0]}, but num_layers={config.num_layers}, "
+                        f"num_features={config.num_features}, d_model={config.d_model}, decoder_reach="
+                        f"{config.decoder_reach} need {shape}; correct the config or the file"
+                    )
+    check_digests(folder, [file for layer in checked for file in layer_files(config, layer)])
+    if config.activation_fn in WITH_THRESHOLD:
+        for layer in checked:
+            check_threshold(folder, config, layer, rows)
+    if config.decoder_tying != "none" and layers is None:
+        check_tying(folder, config, rows)
+
+
 def read_digests(folder: Path) -> dict[str, str]:
-    """The digests of the weight files as the index has them; none where other programs, or older ones, wrote it."""
+    """The digests of the weight files in the index; none if an older version or another program wrote it."""
     path = folder / INDEX_FILE
-    index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    index = read_json(path) if path.is_file() else {}
     return index.get("metadata", {}).get("digests", {})
 
 
 def check_digests(folder: Path, files: list[str]) -> None:
     """
-    Raises ValueError if weight files are of two releases, as when writing one over another was cut off: one has a
-    digest that is not that of the index, or, beside a `config.json` without an index, some have digests and others, of
-    an older version, not. What is in the files is not read.
+    Raises ValueError if weight files are of two releases, because writing one over the other was cut off: a digest in
+    a file differs from the index, or `config.json` has no index beside it and only some files have a digest. The
+    tensors are not read.
     """
     expected, found = read_digests(folder), {}
     for file in files:
-        with safe_open(folder / file, "pt") as tensors:
+        with open_weights(folder, file) as tensors:
             found[file] = (tensors.metadata() or {}).get("digest")
     bad = [file for file, digest in found.items() if digest not in (None, expected.get(file, digest))]
     is_cut_off = (folder / "config.json").is_file() and not (folder / INDEX_FILE).is_file()
@@ -258,83 +273,31 @@ def check_digests(folder: Path, files: list[str]) -> None:
         )
 
 
-def expected_shapes(config: CLTConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a layer has on disk."""
-    f, d = config.num_features, config.d_model
-    return {
-        f"W_enc_{layer}": (f, d),
-        f"b_enc_{layer}": (f,),
-        f"b_dec_{layer}": (d,),
-        f"threshold_{layer}": (f,),
-        f"W_skip_{layer}": (d, d),
-        f"W_dec_{layer}": (f, config.num_targets(layer), d),
-    }
+def check_threshold(folder: Path, config: CLTConfig, layer: int, rows: slice) -> None:
+    """Raises ValueError if a threshold is negative or NaN, or if those of a batchtopk layer differ."""
+    theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}", rows)
+    if bad := int((~(theta >= 0)).sum()):
+        raise ValueError(f"threshold_{layer} in {folder} has {bad} negative or NaN values; a threshold is at least 0")
+    if config.activation_fn == "batchtopk" and not (theta == theta[0]).all():
+        raise ValueError(
+            f"threshold_{layer} in {folder} differs between features; batchtopk has one threshold per layer: "
+            "load it with activation_fn='jumprelu'"
+        )
 
 
-ALL = slice(None)
-
-
-def check_files(folder: Path, config: CLTConfig, rows: slice = ALL, layers: Iterable[int] | None = None) -> None:
-    """
-    Checks the weight files of a CLT against its configuration before anything is loaded; of the values only those of
-    the features `rows`; on demand the files of some `layers` alone, and then not whether decoders are tied.
-
-    Raises:
-        FileNotFoundError: For a missing file.
-        ValueError: For a truncated file, a missing tensor, a wrong shape, a negative threshold, a decoder that is
-            not tied as the configuration says, or files of two releases.
-    """
-    checked = range(config.num_layers) if layers is None else layers
-    for layer in checked:
-        shapes = expected_shapes(config, layer)
-        for file, names in layer_files(config, layer).items():
-            header = read_header(folder, file)
-            for name in names:
-                if name not in header:
-                    raise ValueError(
-                        f"{file} in {folder} has no tensor {name}, which activation_fn={config.activation_fn!r} and "
-                        f"skip_connection={config.skip_connection} need; it holds {', '.join(sorted(header))}"
-                    )
-                if header[name][0] != shapes[name]:
-                    raise ValueError(
-                        f"{name} in {folder / file} has shape {header[name][0]}, but num_layers={config.num_layers}, "
-                        f"num_features={config.num_features}, d_model={config.d_model}, decoder_reach="
-                        f"{config.decoder_reach} need {shapes[name]}; correct the config or the file"
-                    )
-    check_digests(folder, [file for layer in checked for file in layer_files(config, layer)])
-    if config.activation_fn in ("jumprelu", "batchtopk"):
-        for layer in checked:
-            theta = read_tensor(folder, f"W_enc_{layer}.safetensors", f"threshold_{layer}", rows)
-            bad = int((~(theta >= 0)).sum())
-            if bad:
-                raise ValueError(
-                    f"threshold_{layer} in {folder} has {bad} negative or NaN values; a threshold is at least 0"
-                )
-            if config.activation_fn == "batchtopk" and not (theta == theta[0]).all():
-                raise ValueError(
-                    f"threshold_{layer} in {folder} differs between features; batchtopk has one threshold per layer: "
-                    "load it with activation_fn='jumprelu'"
-                )
-    if config.decoder_tying != "none" and layers is None:
-        check_tying(folder, config, rows)
-
-
-def check_tying(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
-    """
-    Checks that the decoders in the files are tied as the configuration says, two slices of one target at a time;
-    raises ValueError if not.
-    """
+def check_tying(folder: Path, config: CLTConfig, rows: slice) -> None:
+    """Raises ValueError if the decoders in the files are not tied as the configuration says; reads two at a time."""
 
     def decoder(source: int, j: int) -> Tensor:
-        with safe_open(folder / f"W_dec_{source}.safetensors", "pt") as tensors:
+        with open_weights(folder, f"W_dec_{source}.safetensors") as tensors:
             return tensors.get_slice(f"W_dec_{source}")[rows, j]
 
-    for first in range(config.num_layers):  # whose own decoder the others are tied to
-        tied_to = decoder(first, 0)
+    for layer in range(config.num_layers):  # the others are tied to what it writes to itself
+        tied_to = decoder(layer, 0)
         if config.decoder_tying == "per_source":
-            others = [(first, j) for j in range(1, config.num_targets(first))]
+            others = [(layer, j) for j in range(1, config.num_targets(layer))]
         else:
-            others = [(s, first - s) for s in range(first) if first - s < config.num_targets(s)]
+            others = [(s, layer - s) for s in range(layer) if layer - s < config.num_targets(s)]
         for source, j in others:
             if not torch.equal(decoder(source, j), tied_to):
                 raise ValueError(
@@ -343,47 +306,49 @@ def check_tying(folder: Path, config: CLTConfig, rows: slice = ALL) -> None:
                 )
 
 
-def read_tensor(folder: Path, file: str, name: str, rows: slice = ALL) -> Tensor:
-    """A tensor of a weight file, or only some of its rows."""
-    with safe_open(folder / file, "pt") as tensors:
-        return tensors.get_tensor(name) if rows == ALL else tensors.get_slice(name)[rows]
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_slice(
-    folder: Path, config: CLTConfig, layer: int, rows: slice, dtype: torch.dtype | None
+def read_state(
+    folder: Path,
+    config: CLTConfig,
+    rows: slice = ALL,
+    layers: Iterable[int] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """
-    The parameters of one layer, by their names in the model, of which nothing but the features `rows` is read.
+    The parameters of a CLT by their names in the model, from files that [`check_files`] has checked.
 
     Args:
-        folder: The CLT's folder, already checked.
+        folder: The CLT's folder.
         config: Its configuration.
-        layer: The layer.
-        rows: The features to read, `start` to `stop`.
-        dtype: Of the decoder; the rest is at least float32. None: as in the files, and where they can be mapped, still
-            in them. Thresholds are float32.
+        rows: The features to read.
+        layers: The layers to read; None: all.
+        dtype: Of the decoders; the rest is at least float32, thresholds are float32. None: as in the files, and left
+            in them where they can be mapped.
     """
-    encoder, decoder = f"W_enc_{layer}.safetensors", f"W_dec_{layer}.safetensors"
-    if config.decoder_tying == "none":
-        w_dec = read_tensor(folder, decoder, f"W_dec_{layer}", rows)
-    else:  # ties are written out in the file
-        with safe_open(folder / decoder, "pt") as tensors:
-            w_dec = tensors.get_slice(f"W_dec_{layer}")[rows, :1]
-    state = {
-        f"encoders.{layer}.weight": read_tensor(folder, encoder, f"W_enc_{layer}", rows),
-        f"encoders.{layer}.bias": read_tensor(folder, encoder, f"b_enc_{layer}", rows),
-        f"decoders.{layer}.bias": read_tensor(folder, encoder, f"b_dec_{layer}"),
-    }
-    if config.skip_connection:
-        state[f"skips.{layer}.weight"] = read_tensor(folder, encoder, f"W_skip_{layer}")
-    if dtype is not None:
-        w_dec = w_dec.to(dtype)
-        state = {name: tensor.to(torch.promote_types(dtype, torch.float32)) for name, tensor in state.items()}
-    state[f"decoders.{layer}.weight"] = w_dec
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    if config.activation_fn in ("jumprelu", "batchtopk"):
-        theta = read_tensor(folder, encoder, f"threshold_{layer}", rows).float()
-        state[f"thresholds.{layer}.value"] = theta.log() if config.activation_fn == "jumprelu" else theta[:1].clone()
+    state = {}
+    for layer in range(config.num_layers) if layers is None else layers:
+        with open_weights(folder, f"W_dec_{layer}.safetensors") as tensors:
+            tied = config.decoder_tying != "none"  # ties are written out in the file
+            selected = (rows, slice(0, 1)) if tied else rows
+            decoder = tensors.get_slice(f"W_dec_{layer}")[selected].contiguous()
+        with open_weights(folder, f"W_enc_{layer}.safetensors") as tensors:
+            wide = {
+                f"encoders.{layer}.weight": tensors.get_slice(f"W_enc_{layer}")[rows],
+                f"encoders.{layer}.bias": tensors.get_slice(f"b_enc_{layer}")[rows],
+                f"decoders.{layer}.bias": tensors.get_tensor(f"b_dec_{layer}"),
+            }
+            if config.skip_connection:
+                wide[f"skips.{layer}.weight"] = tensors.get_tensor(f"W_skip_{layer}")
+            if config.activation_fn in WITH_THRESHOLD:
+                theta = tensors.get_slice(f"threshold_{layer}")[rows].float()
+                is_log = config.activation_fn == "jumprelu"
+                state[f"thresholds.{layer}.value"] = theta.log() if is_log else theta[:1].clone()
+        if dtype is not None:
+            decoder = decoder.to(dtype)
+            wide = {name: tensor.to(torch.promote_types(dtype, torch.float32)) for name, tensor in wide.items()}
+        state |= wide | {f"decoders.{layer}.weight": decoder}
     return state
 
 
@@ -395,64 +360,55 @@ def wanted_dtype(config: CLTConfig, dtype: torch.dtype | str | None) -> torch.dt
 
 def read_config(folder: Path, overrides: dict) -> CLTConfig:
     """
-    The configuration in a CLT's folder, with some fields overridden; from the weights where there is no `config.json`.
+    The configuration in a CLT's folder, with some fields overridden. Without a `config.json`, as in circuit-tracer's
+    folders, it is taken from the tensors and `config.yaml`.
 
     Raises:
         ValueError: If the folder holds another model.
         FileNotFoundError: If it holds no CLT.
     """
     path = folder / "config.json"
-    if not path.is_file():
-        return config_from_weights(folder, overrides)
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type != CLTConfig.model_type:
-        raise ValueError(
-            f"{folder} holds a model of type {model_type!r}, not {CLTConfig.model_type!r}; give the folder of a CLT"
-        )
-    return CLTConfig.from_pretrained(folder, **overrides)
-
-
-def config_from_weights(folder: Path, overrides: dict) -> CLTConfig:
-    """
-    The configuration of a folder that has circuit-tracer's files alone, read off the tensors and `config.yaml`.
-
-    Args:
-        folder: A folder with `W_enc_{l}.safetensors` and `W_dec_{l}.safetensors`.
-        overrides: Fields of `CLTConfig` that the caller sets.
-
-    Raises:
-        FileNotFoundError: If the folder has neither a `config.json` nor `W_enc_0.safetensors`.
-    """
-    numbers = [int(match[2]) for path in folder.iterdir() if (match := WEIGHT_FILE.fullmatch(path.name))]
-    if not numbers:
-        raise FileNotFoundError(f"{folder} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
-    headers = [read_header(folder, f"{name}.safetensors") for name in ("W_enc_0", "W_dec_0")]
-    path = folder / CIRCUIT_TRACER_FILE
-    described = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-    return config_from_headers(folder, max(numbers) + 1, *headers, described, overrides)
+    if path.is_file():
+        found = read_json(path).get("model_type")
+        if found != CLTConfig.model_type:
+            raise ValueError(
+                f"{folder} holds a model_type={found!r}, not {CLTConfig.model_type!r}; give a CLT's folder"
+            )
+        return CLTConfig.from_pretrained(folder, **overrides)
+    names = [path.name for path in folder.iterdir()]
+    return config_from_headers(folder, folder, names, lambda file: read_header(folder, file), overrides)
 
 
 def config_from_headers(
-    where: str | Path, num_layers: int, encoder: dict, decoder: dict, described: dict, overrides: dict
+    where: str | Path, folder: Path, files: Iterable[str], header_of: Callable[[str], dict], overrides: dict
 ) -> CLTConfig:
     """
-    The configuration that the first layer's two files and `config.yaml` show.
+    The configuration of a CLT without `config.json`, from the first layer's two files and `config.yaml`.
 
     Args:
         where: Folder or repository, for messages.
-        num_layers: Number of layers that have files.
-        encoder, decoder: What [`read_header`] gives for `W_enc_0.safetensors` and `W_dec_0.safetensors`.
-        described: What is in `config.yaml`.
+        folder: Where `config.yaml` is, if there is one.
+        files: Names of the files of the CLT.
+        header_of: From the name of a file to what [`read_header`] gives for it.
         overrides: Fields of `CLTConfig` that the caller sets.
 
     Raises:
-        ValueError: If a file has not the tensor of its name.
+        FileNotFoundError: If there are no weight files.
+        ValueError: If a file does not have the tensor of its name.
     """
+    layers = [int(match[2]) for file in files if (match := WEIGHT_FILE.fullmatch(file))]
+    if not layers:
+        raise FileNotFoundError(f"{where} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
+    num_layers = max(layers) + 1
+    encoder, decoder = header_of("W_enc_0.safetensors"), header_of("W_dec_0.safetensors")
     for name, header in (("W_enc_0", encoder), ("W_dec_0", decoder)):
         if name not in header:
             raise ValueError(f"{name}.safetensors in {where} has no tensor {name}; it holds {', '.join(header)}")
+    path = folder / CIRCUIT_TRACER_FILE
+    described = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
     num_features, d_model = encoder["W_enc_0"][0]
-    reach = decoder["W_dec_0"][0][1]
+    shape, dtype = decoder["W_dec_0"]
+    reach = shape[1]
     found = {
         "num_layers": num_layers,
         "d_model": d_model,
@@ -461,39 +417,19 @@ def config_from_headers(
         "activation_fn": "jumprelu" if "threshold_0" in encoder else "relu",
         "skip_connection": "W_skip_0" in encoder,
         "base_model_name_or_path": described.get("model_name"),
+        "dtype": DTYPES.get(dtype, "float32"),
     }
     for hook in ("feature_input_hook", "feature_output_hook"):
         if hook in described:
             found[hook] = described[hook]
-    return CLTConfig(**{**found, "dtype": DTYPES.get(decoder["W_dec_0"][1], "float32"), **overrides})
-
-
-@contextmanager
-def as_transformers_folder(folder: Path, config: CLTConfig):
-    """Yields a folder with the index that transformers needs, pointing at the weight files of `folder`."""
-    if (folder / INDEX_FILE).is_file():
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        weight_map = {}
-        for layer in range(config.num_layers):
-            for file, names in layer_files(config, layer).items():
-                os.symlink((folder / file).resolve(), Path(temporary, file))
-                weight_map.update(dict.fromkeys(names, file))
-        write_text(Path(temporary, INDEX_FILE), json.dumps({"metadata": {}, "weight_map": weight_map}))
-        yield Path(temporary)
+    return CLTConfig(**{**found, **overrides})
 
 
 # -- weights that stay in their files ---------------------------------------------------------------------------------
 
 
-def lazy_dtype(folder: Path, dtype: torch.dtype | str | None) -> None:
-    """
-    The dtype in which [`read_slice`] leaves weights in their files, None.
-
-    Raises:
-        ValueError: If `dtype`, which a caller gives beside `lazy=True`, is not that of the decoders in the files.
-    """
+def check_lazy(folder: Path, dtype: torch.dtype | str | None) -> None:
+    """Raises ValueError if the system, or a `dtype` that is not that of the decoders, does not go with `lazy=True`."""
     if sys.platform != "linux":
         raise ValueError(f"lazy=True is for Linux, not {sys.platform}; leave out lazy")
     on_disk = DTYPES.get(read_header(folder, "W_dec_0.safetensors")["W_dec_0"][1])
@@ -581,7 +517,6 @@ def write_clt(clt, folder: Path, is_main_process: bool) -> CLTConfig | None:
     if not is_main_process:
         return None
     config = copy.deepcopy(clt.config)
-    vars(config).pop("auto_map", None)  # of a repository that brings code, which is not saved here
     if clt.mean_in is not None and folding.scales_untie(config, clt.std_out):
         config.decoder_tying, config.trained_decoder_tying = "none", "per_source"
     config.dtype = str(clt.dtype).removeprefix("torch.")
@@ -599,24 +534,33 @@ def load_slices(cls, folder: Path, config: CLTConfig, shard, name: str, lazy: bo
             f"{given[0]} is given with {'shard' if shard is not None else 'lazy=True'}, which reads the files as they "
             "are, onto the CPU; leave out one of the two"
         )
-    rows = ALL if shard is None else shard.rows(config.num_features)
+    rows = rows_of(shard, config.num_features)
     check_files(folder, config, rows)
-    dtype = lazy_dtype(folder, dtype) if lazy else wanted_dtype(config, dtype)
+    if lazy:
+        check_lazy(folder, dtype)
     with torch.device("meta"):
         clt = cls(config, shard=shard)
-    state = {}
-    for layer in range(config.num_layers):
-        state |= read_slice(folder, config, layer, rows, dtype)
-    clt.load_state_dict(state, assign=True)  # strictly
-    clt.config.name_or_path = clt.name_or_path = name
-    clt.config.dtype = clt.dtype
-    clt.eval()
+    fill(clt, read_state(folder, config, rows, dtype=None if lazy else wanted_dtype(config, dtype)), name)
     if lazy:
-        stay_in_files(clt)
+        untied = config.decoder_tying == "none"
+        in_files = ("encoders.", "decoders.") if untied else "encoders."
+        check_mapped({n: w for n, w in clt.named_parameters() if n.startswith(in_files) and n.endswith(".weight")})
+        clt.requires_grad_(False)
+        clt.lazy = True
+        for decoder in clt.decoders:
+            decoder.in_file = untied
     else:
         check_half_range(clt)
     info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
     return (clt, info) if with_info else clt
+
+
+def fill(clt, state: dict[str, Tensor], name: str) -> None:
+    """Gives a CLT without weights those of `state`, which has all of them, and the `name` that it was loaded by."""
+    clt.load_state_dict(state, assign=True)
+    clt.config.name_or_path = clt.name_or_path = name
+    clt.config.dtype = clt.dtype
+    clt.eval()
 
 
 def with_weights(clt, state_dict: dict[str, Tensor]):
@@ -637,34 +581,25 @@ def check_half_range(clt) -> None:
             raise ValueError(f"{name} exceeds float16, which ends at 65,504; load the CLT in bfloat16 or float32")
 
 
-def stay_in_files(clt) -> None:
-    """Checks that a CLT just loaded with `lazy=True` holds views of its mapped files, and freezes it."""
-    untied = clt.config.decoder_tying == "none"
-    modules = [("encoders", clt.encoders)] + ([("decoders", clt.decoders)] if untied else [])
-    check_mapped({f"{name}.{s}.weight": m.weight for name, layers in modules for s, m in enumerate(layers)})
-    clt.requires_grad_(False)
-    clt.lazy = True
-    for decoder in clt.decoders:
-        decoder.in_file = untied
-
-
 __all__ = [
-    "check_half_range",
-    "load_slices",
-    "released_layer",
-    "with_weights",
-    "write_clt",
-    "as_transformers_folder",
     "check_files",
+    "check_half_range",
     "check_mapped",
+    "config_from_headers",
+    "fill",
     "foreign_files",
-    "config_from_weights",
-    "lazy_dtype",
+    "layer_files",
+    "load_slices",
     "read_ahead",
     "read_config",
-    "read_slice",
-    "register_weight_names",
+    "read_header",
+    "read_state",
+    "read_tensor",
+    "released_layer",
     "remove_release",
+    "remove_weights",
+    "with_weights",
+    "write_clt",
     "write_release",
     "write_tensors",
 ]

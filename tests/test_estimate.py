@@ -16,7 +16,7 @@ from benchmarks.run import measure_in_process
 from hf_clt import CLTConfig, CLTTrainingArguments, CrossLayerTranscoder, estimate
 from hf_clt.commands import estimate as estimate_clt
 from hf_clt.estimate import SHAPES, LanguageModel, Plan, memory, seconds, work
-from hf_clt.training.setup import make_optimizer
+from hf_clt.training.optimizers import make_optimizer
 
 
 def make_config(**kwargs):

@@ -54,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     from ..harvest.harvester import Harvester, check_context_size, load_language_model
     from ..harvest.sites import default_hooks
     from ..harvest.tokens import open_text
-    from ..training.processes import connect_hosts, wait_for_all
-    from ..training.setup import check_num_processes, lock_folder, take_device
+    from ..training.output_folder import lock_folder
+    from ..training.processes import connect_hosts, disconnect, wait_for_all
+    from ..training.setup import check_num_processes, take_device
 
     if options.verify:
         ActivationCache(options.cache).verify(progress=not options.disable_progress_bar)
@@ -123,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(shards)} files, {size / tokens:,.0f} bytes per token"
         )
         print_next("train", "--activation-cache", options.cache, "--num-features", "N")
+    disconnect()
     return 0
 
 

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     from ..evaluation.evaluate import evaluate_clt, format_replacement
     from ..hub.card import check_update, update_card
-    from ..hub.report import format_metrics_table, plot_metrics, read_history
+    from ..hub.plots import plot_metrics
+    from ..hub.report import format_metrics_table, read_history
 
     # What would fail at the end is found before any long work.
     if options.json is not None and not options.json.absolute().parent.is_dir():

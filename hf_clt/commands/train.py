@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..command import one_line_errors, print_next, sigterm_as_ctrl_c
 from ..training.initial_config import build_config
 from ..training.parser import parse_train_args
-from ..training.processes import OtherProcessFailed, OtherProcessGone
+from ..training.processes import OtherProcessFailed, OtherProcessGone, disconnect
 
 
 # What a user can mend. Anything else is a bug and keeps its traceback.
@@ -29,7 +29,9 @@ def main(argv=None) -> int:
     who = "" if rank == "0" else f"[rank {rank}] "
     try:
         with sigterm_as_ctrl_c():  # until training starts there is nothing to save
-            return train(argv)
+            status = train(argv)
+        disconnect()
+        return status
     except KeyboardInterrupt as stop:
         # The trainer says at which step it stopped once its checkpoint is written; earlier there is nothing to keep.
         written = f" ({stop}); continue with --resume-from-checkpoint latest" if str(stop) else ""

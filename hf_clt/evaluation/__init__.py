@@ -15,7 +15,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluation_sums": "evaluate",
         "format_calibration": "calibration",
         "format_metrics_table": ".hub.report",
-        "plot_metrics": ".hub.report",
+        "plot_metrics": ".hub.plots",
         "plot_prompt_features": "prompt",
         "prompt_features": "prompt",
         "replacement_metrics": "replacement",

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..configuration_clt import ACTIVATION_DEFAULTS, TOPK_FAMILY, CLTConfig
-from ..hub.report import align_rows, shown
+from ..files import format_number
+from ..hub.report import align_rows
 from ..modeling_clt import CrossLayerTranscoder, Threshold
 from .evaluate import eval_mode, measure
 from .metrics import MetricSums
@@ -245,7 +246,7 @@ def format_calibration(figures: dict) -> str:
     before, after = figures["before"], figures["after"]
 
     def row(layer, nmse, l0, change):
-        return [layer, *(shown(v, ".4f") for v in nmse), *(f"{v:,.2f}" for v in l0), percent(change)]
+        return [layer, *(format_number(v, ".4f") for v in nmse), *(f"{v:,.2f}" for v in l0), percent(change)]
 
     changes = figures["l0_change_per_layer"]
     rows = [["layer", "NMSE before", "after", "L0 before", "after", "change"]]

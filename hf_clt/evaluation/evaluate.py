@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..files import format_number
 from ..harvest.harvester import Harvester, check_fit
-from ..hub.report import shown
 from ..modeling_clt import CrossLayerTranscoder
 from .metrics import MetricSums
 
@@ -127,7 +127,7 @@ def format_replacement(metrics: dict) -> str:
     """The replacement metrics of [`evaluate_clt`] as two lines of text; losses and KL in nats."""
     return (
         f"next-token cross-entropy: model {metrics['ce_original']:.4f}, MLPs replaced {metrics['ce_replaced']:.4f}, "
-        f"ablated {metrics['ce_ablated']:.4f}; recovered {shown(metrics['ce_recovered'], '.1%')}\n"
+        f"ablated {metrics['ce_ablated']:.4f}; recovered {format_number(metrics['ce_recovered'], '.1%')}\n"
         f"KL {metrics['kl']:.4f}, top-1 agreement {metrics['top1_agreement']:.1%} on {metrics['num_predictions']:,} "
         "predictions"
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..harvest.harvester import Harvester, check_fit
-from ..hub.report import BLUE, GREY, INK, PLOT_STYLE, import_matplotlib
+from ..hub.plots import BLUE, GREY, INK, PLOT_STYLE, import_matplotlib
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import SparseFeatures, sparse_from_dense
 from .evaluate import eval_mode

@@ -1,20 +1,21 @@
-"""Going on with another number of processes: each new one gets a part of what lay in the old ones' buffers."""
+"""Resuming with another number of processes: each new one gets a part of what lay in the old ones' buffers."""
 
 import torch
+from torch import Tensor
 
 
 def deal_buffers(
-    buffers: list[tuple[dict, dict[str, torch.Tensor]]], rank: int, num_processes: int, generator: torch.Generator
-) -> tuple[dict, dict[str, torch.Tensor]]:
+    buffers: list[tuple[dict, dict[str, Tensor]]], rank: int, num_processes: int, generator: torch.Generator
+) -> tuple[dict, dict[str, Tensor]]:
     """
     The state of a new process's [`ActivationBuffer`] from those of all old processes. Its text goes on where the first
-    of the old processes stood, so nothing is left out, and what the others had read beyond is read again.
+    of the old processes stood: nothing is left out, and what the others had read beyond is read again.
 
     Args:
         buffers: What `ActivationBuffer.state_dict` gave in each old process, by rank.
-        rank: Which of the new processes this is.
-        num_processes: How many they are.
-        generator: Of the order in which this process will read.
+        rank: Number of the new process.
+        num_processes: How many new ones there are.
+        generator: Of the order in which the new process will read.
 
     Returns:
         What `ActivationBuffer.load_state_dict` takes: an empty buffer, and every `num_processes`-th of the extraction
@@ -24,12 +25,10 @@ def deal_buffers(
     batches = [batch for state in buffers for batch in unread_batches(*state)][rank::num_processes]
     passes = [v["epoch"] + v["text_ended"] for v in values]  # over the text; a short share may be in a later one
     texts = [v["text"] for v, number in zip(values, passes, strict=True) if number == min(passes)]
-    old = next((text for text in texts if text is not None and "streams" in text), None)  # of an older version
-    nothing = torch.empty(0, dtype=torch.int64)
-    tensors = {"order": nothing, "slot_batch": nothing.clone(), "slot_row": nothing.clone()}
+    tensors = {name: torch.empty(0, dtype=torch.int64) for name in ("order", "slot_batch", "slot_row")}
     tensors |= {f"ahead.{n}.{name}": value for n, batch in enumerate(batches) for name, value in batch.items()}
     return {
-        "text": old or (None if None in texts else {"others": texts}),
+        "text": None if None in texts else {"others": texts},
         "text_ended": False,
         "num_harvested": 0,
         "epoch": min(passes),
@@ -39,8 +38,8 @@ def deal_buffers(
     }, {**tensors, "generator": generator.get_state()}
 
 
-def unread_batches(values: dict, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The extraction batches of a buffer that have tokens to train on, with `counted` for these alone."""
+def unread_batches(values: dict, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The extraction batches of a buffer that have unread tokens, with `counted` for these alone."""
     batches = []
     for number in tensors["slot_batch"].unique().tolist():
         batch = tensors_of(tensors, f"tokens.{number}.")
@@ -52,7 +51,7 @@ def unread_batches(values: dict, tensors: dict[str, torch.Tensor]) -> list[dict[
     return batches + [tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"])]
 
 
-def tensors_of(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def tensors_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Copies of those whose names begin with `prefix`, without it; `tensors` may be mapped from a large file."""
     return {name.removeprefix(prefix): tensors[name].clone() for name in tensors if name.startswith(prefix)}
 

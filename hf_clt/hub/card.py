@@ -23,10 +23,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..configuration_clt import CLTConfig
-from ..files import write_text
+from ..files import format_duration, format_number, write_text
 from .facts import FACTS_FILE, as_curves, make_facts, read_facts, without_private, write_facts
 from .plots import PLOTS, PLOTS_FOLDER, draw_plots
-from .report import shown, without_nmse
+from .report import without_nmse
 
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def _known(facts: dict | None) -> dict:
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"cell": _cell, "duration": _duration, "shown": shown}
+    environment.filters |= {"cell": _cell, "duration": format_duration, "number": format_number}
     environment.filters["basename"] = lambda path: Path(path).name
     environment.tests["finite"] = math.isfinite
     environment.globals |= {"hub_dataset": _hub_dataset, "without_nmse": without_nmse}
@@ -314,14 +314,6 @@ def _eval_results(metrics, evaluation):
             )
         )
     return results
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 # -- the files --------------------------------------------------------------------------------------------------------

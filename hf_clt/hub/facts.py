@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from ..files import as_json, write_text
+from ..files import as_json, read_json, write_json
 
 
 FACTS_FILE = "metrics.json"
@@ -98,7 +98,7 @@ def make_facts(**facts) -> dict:
     if unknown := sorted(set(facts) - set(KEYS[1:])):
         raise ValueError(f"{unknown[0]} is no fact of a model card; use {', '.join(KEYS[1:])}")
     known = {name: facts[name] for name in KEYS[1:] if facts.get(name)}
-    return json.loads(as_text({"format": FORMAT, **without_private(known)}))
+    return json.loads(as_json({"format": FORMAT, **without_private(known)}))
 
 
 def check_license(license: str) -> None:
@@ -122,10 +122,7 @@ def read_facts(folder: str | Path) -> dict | None:
     path = Path(folder) / FACTS_FILE
     if not path.is_file():
         return None
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); move it away, or put back the one of the release") from None
+    facts = read_json(path)
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise ValueError(f"{path} is not the one that is written with a model card; move it away")
     if unknown := sorted(set(facts) - set(KEYS)):
@@ -138,26 +135,15 @@ def write_facts(folder: str | Path, facts: dict) -> None:
     """Writes `metrics.json`; where nothing is known there is none, and one of ours that is there is removed."""
     path = Path(folder) / FACTS_FILE
     if set(facts) > {"format"}:
-        write_text(path, as_text(facts))
+        write_json(path, facts)
     elif path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace"):
         path.unlink()
-
-
-def as_text(facts: dict) -> str:
-    """JSON for readers: a list of numbers is one line."""
-
-    def on_one_line(found):
-        return "[" + re.sub(r"\n\s*", " ", found[1]) + "]"
-
-    # a line end is never inside a string of JSON, so this only meets lists
-    return re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", on_one_line, as_json(facts))
 
 
 __all__ = [
     "FACTS_FILE",
     "as_curves",
     "as_history",
-    "as_text",
     "check_license",
     "make_facts",
     "read_facts",

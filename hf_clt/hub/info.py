@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download
+from ..files import format_size
 from ..release import (
     CIRCUIT_TRACER_FILE,
     INDEX_FILE,
@@ -74,13 +74,13 @@ def _in_folder(folder: Path) -> dict:
 
 
 def _on_hub(name: str, revision: str | None, subfolder: str, token: str | None) -> dict:
-    hub = {"revision": revision, "token": token}
+    api = HfApi(token=token, library_name="hf_clt")
     prefix = f"{subfolder}/" if subfolder else ""
-    snapshot = download(name, [prefix + file for file in SMALL_FILES], hub)
+    snapshot = download(name, [prefix + file for file in SMALL_FILES], {"revision": revision, "token": token})
     folder = snapshot / subfolder
     complete = not constants.is_offline_mode()
     if complete:
-        info = HfApi(token=token, library_name="hf_clt").model_info(name, revision=revision, files_metadata=True)
+        info = api.model_info(name, revision=revision, files_metadata=True)
         files = {file.rfilename: file.size for file in info.siblings}
         commit = info.sha
     else:
@@ -93,26 +93,16 @@ def _on_hub(name: str, revision: str | None, subfolder: str, token: str | None) 
     }
     if (folder / "config.json").is_file():
         config = read_config(folder, {})
-    else:
-        config = _config_of_remote_weights(name, files, prefix, folder, complete, hub)
+    else:  # circuit-tracer's files alone, of which the headers of two say what the CLT is
+        if not complete:
+            raise FileNotFoundError(f"{name} has no config.json, and its weights' headers cannot be read offline")
+
+        def header_of(file):
+            header = api.parse_safetensors_file_metadata(name, prefix + file, revision=revision)
+            return {tensor: (tuple(info.shape), info.dtype) for tensor, info in header.tensors.items()}
+
+        config = config_from_headers(name, folder, files, header_of, {})
     return {"config": config, "files": files, "complete": complete, "commit": commit, **_measured(folder)}
-
-
-def _config_of_remote_weights(name, files, prefix, folder, complete, hub):
-    """Of a repository with circuit-tracer's files alone: what the heads of two weight files say."""
-    layers = [int(match[2]) for file in files if (match := WEIGHT_FILE.fullmatch(file))]
-    if not layers:
-        raise FileNotFoundError(f"{name} holds no CLT: it has neither config.json nor W_enc_0.safetensors")
-    if not complete:
-        raise FileNotFoundError(f"{name} has no config.json, and its weights' heads cannot be read offline")
-    api = HfApi(token=hub["token"], library_name="hf_clt")
-    headers = []
-    for file in ("W_enc_0.safetensors", "W_dec_0.safetensors"):
-        head = api.parse_safetensors_file_metadata(name, prefix + file, revision=hub["revision"])
-        headers.append({tensor: (tuple(info.shape), info.dtype) for tensor, info in head.tensors.items()})
-    path = folder / CIRCUIT_TRACER_FILE
-    described = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-    return config_from_headers(name, max(layers) + 1, *headers, described, {})
 
 
 def _is_of_release(name: str) -> bool:
@@ -157,7 +147,9 @@ def format_info(found: dict) -> str:
         lines[-1] += ", with a skip connection"
     weights = [size for file, size in files.items() if file.endswith(".safetensors")]
     dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    lines.append(f"{count_parameters(config):,} weights in {dtype}: {_size(sum(weights))} in {len(weights)} files")
+    lines.append(
+        f"{count_parameters(config):,} weights in {dtype}: {format_size(sum(weights))} in {len(weights)} files"
+    )
     training = found["training"] or {}
     if training.get("tokens"):
         steps = f" in {training['steps']:,} updates" if training.get("steps") else ""
@@ -191,22 +183,15 @@ def _grouped(files: dict[str, int]) -> list[tuple[str, str]]:
     for file, size in sorted(files.items()):
         match = WEIGHT_FILE.fullmatch(file)
         if match is None:
-            rows.append((_size(size), file))
+            rows.append((format_size(size), file))
         else:
             layers.setdefault(match[1], []).append((int(match[2]), size))
     for kind, found in layers.items():
         numbers = sorted(number for number, _ in found)
         whole = numbers == list(range(numbers[0], numbers[-1] + 1))
         which = f"{numbers[0]} to {numbers[-1]}" if whole and len(numbers) > 1 else ", ".join(map(str, numbers))
-        rows.append((_size(sum(size for _, size in found)), f"W_{kind}_N.safetensors, N = {which}"))
+        rows.append((format_size(sum(size for _, size in found)), f"W_{kind}_N.safetensors, N = {which}"))
     return rows
-
-
-def _size(size: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.1f} {unit}"
-    return f"{size} B"
 
 
 __all__ = ["describe_clt", "format_info"]

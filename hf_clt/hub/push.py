@@ -26,9 +26,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..files import as_json, read_json
 from ..release import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
 from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name
-from .facts import FACTS_FILE, as_text, check_license, make_facts, read_facts
+from .facts import FACTS_FILE, check_license, make_facts, read_facts
 from .plots import PLOTS, PLOTS_FOLDER
 
 
@@ -90,7 +91,7 @@ def release_files(folder: str | Path) -> list[Path]:
             raise ValueError(
                 f"{folder} has no {required}; give a folder that CrossLayerTranscoder.save_pretrained wrote"
             )
-    weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_json(folder / INDEX_FILE)["weight_map"]
     names = ["config.json", INDEX_FILE, *sorted(set(weight_map.values()))]
     if (folder / CIRCUIT_TRACER_FILE).is_file():
         names.append(CIRCUIT_TRACER_FILE)
@@ -263,7 +264,7 @@ def _uploads(folder: Path, repo_id: str, license: str | None, features: str | Pa
     contents["README.md"] = set_loading_name(card, repo_id).encode()
     if license is not None:
         facts = (read_facts(folder) or make_facts()) | {"license": license}
-        contents[FACTS_FILE] = as_text(facts).encode()
+        contents[FACTS_FILE] = as_json(facts).encode()
     if features is not None:
         contents |= {f"{FEATURES_FOLDER}/{file.name}": file for file in feature_files(features)}
     return [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()]

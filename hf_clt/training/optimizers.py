@@ -14,8 +14,13 @@ A CLT's decoders have of the order of L²/2 · F · D parameters, and Adam keeps
 import math
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from ..modeling_clt import CrossLayerTranscoder
+from ..sharding import sum_over
+from .arguments import CLTTrainingArguments
 
 
 # Elements worked on at a time. On CPU the block of gradients and the float32 copy of its moments stay in each core's
@@ -213,4 +218,43 @@ def _check_range(parameter: Tensor, beta1: float, beta2: float) -> None:
         )
 
 
-__all__ = ["CompactAdam", "WideAdam", "state_entries"]
+def make_optimizer(clt: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
+    """
+    Adam or AdamW, fused, with float32 moments whatever the weights' format, or [`CompactAdam`]; weight decay only on
+    matrices, never on biases and thresholds.
+    """
+    decayed = [p for p in clt.parameters() if p.dim() >= 2]
+    others = [p for p in clt.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adam_compact":
+        return CompactAdam(groups, **settings)
+    if clt.dtype in (torch.bfloat16, torch.float16):
+        return WideAdam(groups, **settings)  # Adam too, which has no weight decay
+    optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(groups, **settings, fused=True)
+
+
+def clip_grad_norm(accelerator: Accelerator, clt: CrossLayerTranscoder, max_norm: float) -> None:
+    """
+    Scales the gradients to a norm of at most `max_norm`. On a CPU, where looking at the norm costs nothing and writing
+    all gradients again much, only when it is larger; on a GPU always, without waiting for the norm.
+    """
+    if clt.shard is None and accelerator.device.type != "cpu":
+        accelerator.clip_grad_norm_(clt.parameters(), max_norm)  # which undoes the scaling of float16 as well
+        return
+    norm = total_grad_norm(clt)
+    if accelerator.device.type != "cpu" or not norm <= max_norm:  # NaN as well: it shall stop the run
+        torch.nn.utils.clip_grads_with_norm_(clt.parameters(), max_norm, norm)
+
+
+def total_grad_norm(clt: CrossLayerTranscoder) -> torch.Tensor:
+    """The norm of all gradients. Where several share the features, output biases and skips, on each, count once."""
+    names = clt.per_feature()
+    gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
+    of_features = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name in names])
+    of_outputs = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name not in names])
+    return (sum_over(clt.shard, of_features.square()) + of_outputs.square()).sqrt()
+
+
+__all__ = ["CompactAdam", "WideAdam", "clip_grad_norm", "make_optimizer", "state_entries", "total_grad_norm"]

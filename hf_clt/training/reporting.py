@@ -2,22 +2,33 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 
 from .. import __version__
-from ..configuration_clt import CLTConfig
-from ..files import write_text
-from ..hub.report import shown
+from ..configuration_clt import TOPK_FAMILY, CLTConfig
+from ..files import as_json, format_number, write_text
+from ..sparsity import SparseFeatures
+from .checkpoints import newest_usable
+from .trackers import log_row
+
+
+if TYPE_CHECKING:
+    from .trainer import CLTTrainer
+
+logger = logging.getLogger(__name__)
 
 
 NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+WIDE_WINDOW = 0.2  # share of features whose computation costs as much as that of all
 VERSIONED = ("torch", "transformers", "accelerate", "datasets", "nnsight")
 
 
@@ -25,11 +36,56 @@ def progress_figures(row: dict) -> dict:
     """The figures of a log line that the progress bar shows."""
     return {
         "loss": f"{row['loss']:.4g}",
-        "nmse": shown(row["nmse"], ".3f"),
+        "nmse": format_number(row["nmse"], ".3f"),
         "l0": f"{row['l0']:.0f}",
-        "dead": shown(row["dead_fraction"], ".1%"),
+        "dead": format_number(row["dead_fraction"], ".1%"),
         "tok/s": f"{row['tokens_per_second']:.0f}",
     }
+
+
+def warn_if_wide(features: SparseFeatures, config: CLTConfig) -> None:
+    """Warns when jumprelu's straight-through window holds so many features that computing only these saves nothing."""
+    layers = features.layers
+    listed = sum(layer.indices.numel() for layer in layers)
+    share = listed / max(1, layers[0].num_tokens * layers[0].num_features * len(layers))
+    if config.activation_fn == "jumprelu" and share > WIDE_WINDOW:
+        logger.warning(
+            "%.0f %% of the features are active or inside the jumprelu window (jumprelu_bandwidth=%g): every step is "
+            "as slow as a dense one; a smaller jumprelu_bandwidth makes it faster",
+            100 * share,
+            config.jumprelu_bandwidth,
+        )
+
+
+def warn_if_dense(row: dict, config: CLTConfig) -> bool:
+    """Warns when after a quarter of training more than a tenth of the features are active; says whether it did."""
+    per_layer = row["l0"] / config.num_layers
+    if per_layer <= config.num_features / 10:
+        return False
+    logger.warning(
+        "step %d: %.0f of %d features per layer are active on a token, more than a tenth; such a CLT is neither "
+        "sparse nor fast: %s",
+        row["step"],
+        per_layer,
+        config.num_features,
+        "lower k" if config.activation_fn in TOPK_FAMILY else "raise sparsity_lambda, or use batchtopk",
+    )
+    return True
+
+
+def write_row(trainer: "CLTTrainer", row: dict) -> None:
+    """Appends a line to `metrics.jsonl` and sends it to the trackers; the main process does."""
+    if not trainer.accelerator.is_main_process:
+        return
+    try:
+        with open(trainer.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(as_json(row, indent=None))
+    except OSError as error:
+        raise OSError(
+            f"metrics.jsonl cannot be written to {str(trainer.output_dir)!r} ({error.strerror}); "
+            f"{newest_usable(trainer.output_dir)}"
+        ) from error
+    log_row(trainer.accelerator, row)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -119,4 +175,7 @@ __all__ = [
     "progress_figures",
     "truncate_metrics",
     "versions",
+    "warn_if_dense",
+    "warn_if_wide",
+    "write_row",
 ]

@@ -1,7 +1,7 @@
 """What a run is made of before it starts: processes, output folder, optimizer, and the checks on them."""
 
 import ctypes
-import json
+import logging
 import os
 import platform
 from dataclasses import dataclass, replace
@@ -9,30 +9,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from tqdm.auto import tqdm
 
-from .. import release as files
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..device import chosen_device, prompts_by_memory, total_memory, usual_model_dtype
-from ..hub.facts import FACTS_FILE, read_facts, write_facts
-from ..hub.plots import PLOTS, PLOTS_FOLDER, draw_plots
+from ..kernels.encode import multiplies_bfloat16
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import FeatureShard
 from .arguments import CPU_DEFAULTS, CLTTrainingArguments
-from .checkpoints import (
-    find_checkpoint,
-    foreign_checkpoints,
-    list_checkpoints,
-    read_state,
-    remove_checkpoint,
-    remove_leftovers,
-)
-from .optimizers import CompactAdam, WideAdam
+from .checkpoints import find_checkpoint, read_state
 from .processes import connect_hosts
 
 
-RUN_FILES = ("config.json", "metrics.jsonl")
+logger = logging.getLogger(__name__)
+
 # How launchers and MPI say how many processes they started.
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCH_REMEDY = (
@@ -54,8 +46,6 @@ def make_accelerator(args: CLTTrainingArguments) -> Accelerator:
         mixed_precision=args.mixed_precision or usual_precision(device),
         log_with=args.report_to or None,  # it warns of an empty list
         project_config=ProjectConfiguration(logging_dir=Path(args.output_dir) / "tensorboard"),
-        # The gradients are what is sent; DistributedDataParallel would keep a copy of all of them.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_num_processes(accelerator.num_processes)
     connect_hosts(accelerator)
@@ -81,7 +71,7 @@ def take_device(name: str | None) -> torch.device:
     return device
 
 
-def as_before(args: CLTTrainingArguments, state: dict) -> CLTTrainingArguments:
+def keep_device_choices(args: CLTTrainingArguments, state: dict) -> CLTTrainingArguments:
     """
     The arguments of a run that goes on: what is left to the device is as it was when the checkpoint was written, whose
     `state.json` is given, on whatever device.
@@ -94,7 +84,7 @@ def as_before(args: CLTTrainingArguments, state: dict) -> CLTTrainingArguments:
     return replace(args, **found)
 
 
-def settled(args: CLTTrainingArguments, config: CLTConfig, device: torch.device) -> CLTTrainingArguments:
+def fill_device_defaults(args: CLTTrainingArguments, config: CLTConfig, device: torch.device) -> CLTTrainingArguments:
     """The arguments with a value for what was left to the device on which the language model and the CLT are."""
     defaults = CPU_DEFAULTS
     if device.type == "cuda":
@@ -103,6 +93,24 @@ def settled(args: CLTTrainingArguments, config: CLTConfig, device: torch.device)
         if args.activation_cache is not None:  # no language model runs
             del defaults["model_dtype"]
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def prepare_device(args: CLTTrainingArguments, accelerator: Accelerator, progress: bool) -> None:
+    """On a CPU, prepares it, and warns of a precision that it does not have; on a GPU, says what was chosen for it."""
+    if accelerator.device.type == "cpu":
+        prepare_cpu()
+        if args.mixed_precision != "no" and not multiplies_bfloat16() and accelerator.is_main_process:
+            logger.warning(
+                "mixed_precision=%r: this CPU has no instructions for half precision and would take several times "
+                "as long, so the matrix products stay float32",
+                args.mixed_precision,
+            )
+    elif progress:
+        tqdm.write(
+            f"on a GPU: mixed_precision={args.mixed_precision} for products (and TF32, unless it is no), "
+            f"model_dtype={args.model_dtype}, store_batch_size_prompts={args.store_batch_size_prompts}, "
+            f"n_batches_in_buffer={args.n_batches_in_buffer}"
+        )
 
 
 def usual_precision(device: torch.device) -> str:
@@ -180,8 +188,8 @@ class Layout:
         shard ([`FeatureShard`] or None): The slice of this process; None: all features, n = 1.
         replica (`int`): d.
         num_replicas (`int`): Number of groups.
-        replicas (`ProcessGroup` or None): The processes with the same f; None if there is one, or for n = 1, where
-            DistributedDataParallel looks after them.
+        replicas (`ProcessGroup` or None): The processes with the same f, for DistributedDataParallel; None if there is
+            one.
     """
 
     shard: FeatureShard | None = None
@@ -205,7 +213,7 @@ def make_layout(accelerator: Accelerator, feature_parallel_size: int) -> Layout:
         )
     num_replicas = num_processes // size
     if size == 1:
-        return Layout(None, rank, num_replicas, None)
+        return Layout(None, rank, num_replicas, dist.group.WORLD if num_replicas > 1 else None)
     # Every process takes part in making every group, those of others too.
     groups = [dist.new_group(range(d * size, (d + 1) * size)) for d in range(num_replicas)]
     replicas = [dist.new_group(range(f, num_processes, size)) for f in range(size)] if num_replicas > 1 else None
@@ -229,7 +237,7 @@ def load_initial_clt(args: CLTTrainingArguments, config_kwargs: dict) -> CrossLa
     shard = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir))
-        args = as_before(args, read_state(checkpoint))
+        args = keep_device_choices(args, read_state(checkpoint))
     if args.feature_parallel_size > 1:
         shard = make_layout(make_accelerator(args), args.feature_parallel_size).shard
     device = take_device(args.device)
@@ -267,101 +275,6 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
-def check_output_dir(output_dir: Path, overwrite: bool, goes_on: bool) -> None:
-    """
-    Refuses a folder that cannot be written to, or that holds another run, unless this one goes on with it or was told
-    to overwrite; and one with files of others that the run would replace.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir={str(output_dir)!r} is a file; give a folder")
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} cannot be written to ({str(nearest)!r} is read-only); give another folder"
-        )
-    if goes_on:
-        return
-    if foreign := foreign_files(output_dir):
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} holds {foreign[0].relative_to(output_dir)}, which is not of a run and "
-            "which this one would replace; give another folder"
-        )
-    found = [name for name in RUN_FILES if (output_dir / name).exists()]
-    found += [path.name for path in list_checkpoints(output_dir)]
-    if found and not overwrite:
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} already holds a run ({found[0]}); give another folder, or "
-            "--resume-from-checkpoint latest, or --overwrite-output-dir"
-        )
-
-
-def foreign_files(output_dir: Path) -> list[Path]:
-    """What is there by the names that a run and its release use, and that others wrote, told by what is in it."""
-    found = [*files.foreign_files(output_dir), *foreign_checkpoints(output_dir)]
-    facts = False
-    try:
-        facts = read_facts(output_dir) is not None
-    except ValueError:
-        found.append(output_dir / FACTS_FILE)
-    plots = [output_dir / PLOTS_FOLDER / file for file, _, _ in PLOTS]
-    found += [] if facts else [path for path in plots if path.exists()]
-    log = output_dir / "metrics.jsonl"
-    if log.exists():
-        try:
-            with open(log, encoding="utf-8") as lines:
-                first = next(lines, "")
-            is_log = not first.strip() or {"step", "split"} <= json.loads(first).keys()
-        except (OSError, ValueError, AttributeError):
-            is_log = False
-        found += [] if is_log else [log]
-    return found
-
-
-def lock_folder(folder: Path) -> int | None:
-    """
-    Takes a folder for this process until the descriptor is closed or the process ends, so that two runs that do not
-    know of each other, such as those of an `srun` without torchrun, never write to the same one.
-
-    Returns:
-        The descriptor to close; None where the system or the file system has no such locks.
-
-    Raises:
-        ValueError: If another process has taken it.
-    """
-    if os.name != "posix":
-        return None
-    import fcntl  # there is none elsewhere
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise ValueError(
-                f"{str(folder)!r} is being written to by another run; give another folder, or let that run end (the "
-                "processes of one run need a launcher, see docs/launching.md)"
-            ) from None
-        return None
-    return descriptor
-
-
-def remove_run(output_dir: Path) -> None:
-    """
-    Removes what an earlier run wrote: its CLT, metrics, plots and checkpoints. Other files, what trackers keep, and
-    the README.md, stay.
-    """
-    if not output_dir.is_dir():
-        return
-    remove_leftovers(output_dir)
-    for path in reversed(list_checkpoints(output_dir)):
-        remove_checkpoint(path)
-    (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-    files.remove_release(output_dir)
-    write_facts(output_dir, {})
-    draw_plots(output_dir, {})
-
-
 def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
     """Refuses a k to anneal from that is below k or above the number of features, or that nothing would use."""
     if initial_k is None:
@@ -376,40 +289,19 @@ def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
         )
 
 
-def make_optimizer(model: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
-    """
-    Adam or AdamW, fused, with float32 moments whatever the weights' format, or [`CompactAdam`]; weight decay only on
-    matrices, never on biases and thresholds.
-    """
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "adam_compact":
-        return CompactAdam(groups, **settings)
-    if model.dtype in (torch.bfloat16, torch.float16):
-        return WideAdam(groups, **settings)  # Adam too, which has no weight decay
-    optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return optimizer(groups, **settings, fused=True)
-
-
 __all__ = [
     "check_gpus",
     "check_launch",
     "check_num_processes",
-    "check_output_dir",
     "check_shard",
     "Layout",
     "load_initial_clt",
-    "lock_folder",
     "make_accelerator",
     "make_layout",
     "keep_freed_memory",
-    "make_optimizer",
     "prepare_cpu",
-    "as_before",
+    "keep_device_choices",
     "gpu_defaults",
-    "remove_run",
-    "settled",
+    "fill_device_defaults",
     "take_device",
 ]

@@ -135,6 +135,19 @@ def test_one_process_where_two_were_asked_for_is_refused(command, name, options,
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(options, tmp_path, monkeypatch):
+    """WORLD_SIZE says two, and nothing else does: the misuse that would let two runs fight over one folder."""
+    for name in list(os.environ):
+        if name.startswith(("MASTER_", "RANK", "LOCAL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    log = tmp_path / "log.txt"
+    assert start([*PYTHON, *options()], log).wait(timeout=120) == 2
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "WORLD_SIZE=2" in errors[0] and "accelerate launch" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_machines(launcher, options, tmp_path):
     """Both are this one; the flags are those of a cluster."""

@@ -25,7 +25,7 @@ import transformers.models.gpt2.modeling_gpt2  # noqa: F401  each run would impo
 
 from hf_clt.harvest.buffer import ActivationBuffer
 from hf_clt.hub import card
-from hf_clt.training import trainer as trainer_module
+from hf_clt.training import preparation, run_state
 from hf_clt.training.checkpoints import CHECKPOINT, list_checkpoints
 from hf_clt.training.trainer import CLTTrainer
 
@@ -92,9 +92,9 @@ class Watch:
         return call
 
     def install(self) -> None:
-        trainer_module.estimate_statistics = self.watched("harvest", trainer_module.estimate_statistics)
+        preparation.estimate_statistics = self.watched("harvest", preparation.estimate_statistics)
         ActivationBuffer._harvest = self.watched("harvest", ActivationBuffer._harvest)
-        trainer_module.save_checkpoint = self.watched("checkpoint", trainer_module.save_checkpoint)
+        run_state.save_checkpoint = self.watched("checkpoint", run_state.save_checkpoint)
         CLTTrainer._evaluate_and_write = self.watched("evaluation", CLTTrainer._evaluate_and_write)
         card.draw_plots = lambda *arguments: None  # takes longer than the run
         update = CLTTrainer._update

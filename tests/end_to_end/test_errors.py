@@ -227,7 +227,7 @@ def test_ctrl_c_before_training_says_so(run, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_clt.training.trainer.estimate_statistics", stop)
+    monkeypatch.setattr("hf_clt.training.preparation.estimate_statistics", stop)
     status, stderr = run()
     assert status == 130
     assert stderr.splitlines()[-1] == "interrupted"

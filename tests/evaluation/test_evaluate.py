@@ -12,7 +12,8 @@ from hf_clt.evaluation import MetricSums, evaluate_clt, evaluation_sums
 from hf_clt.evaluation.evaluate import format_replacement
 from hf_clt.files import as_json
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.harvest.text import load_text_dataset
+from hf_clt.harvest.tokens import TokenStream
 from hf_clt.hub.report import read_history
 from tests.reference import parameters_of, random_clt, reference
 

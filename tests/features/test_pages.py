@@ -25,7 +25,8 @@ from hf_clt.features.examples import ExampleSettings, sample_keys
 from hf_clt.features.links import strongest_links
 from hf_clt.features.pages import build_feature_pages, read_records, round_digits, token_string
 from hf_clt.harvest.harvester import Harvester, load_language_model
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.harvest.text import load_text_dataset
+from hf_clt.harvest.tokens import TokenStream
 
 
 NUM_FEATURES, CONTEXT = 24, 32

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from hf_clt import ActivationBuffer
 from hf_clt.harvest.dealing import deal_buffers
 from hf_clt.harvest.harvester import ActivationError, Harvester, load_language_model
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.harvest.text import load_text_dataset
+from hf_clt.harvest.tokens import TokenStream
 
 
 LAYERS, WIDTH = 3, 2
@@ -468,16 +469,16 @@ def test_another_capacity_is_refused():
 
 
 def test_memory_for_checkpoints_is_bounded():
-    """Only token batches with unread rows are kept, and each knows how many."""
+    """Only the tokens of batches with unread rows are saved, and not many others are kept."""
     buffer = make_buffer(n_batches=8, batch_size=7, num_documents=300)
     most = 0
     for _ in range(2):
         for _ in buffer:
-            unread = [live["unread"] for live in buffer.live_batches.values()]
-            assert min(unread, default=1) > 0
-            assert sum(unread) == buffer.num_unread
-            most = max(most, len(unread))
-        assert buffer.live_batches == {}
+            _, tensors = buffer.state_dict()
+            saved = {int(name.split(".")[1]) for name in tensors if name.startswith("tokens.")}
+            assert saved == set(tensors["slot_batch"].tolist()) <= buffer.token_batches.keys()
+            most = max(most, len(buffer.token_batches))
+        assert buffer.token_batches == {}
     assert buffer.num_harvested > 300
     assert 8 <= most <= 8 * 6  # a row stays unread for a few refills
 
@@ -553,12 +554,10 @@ def test_activations_that_are_not_finite_are_named(tiny_gpt2, small_text_file):
 
 
 def test_a_position_of_an_older_version_is_refused_in_words():
-    state = {"text": {"streams": []}, "epoch": 0, "text_ended": False, "skipped_tokens": 0, "num_ahead": 0}
-    empty = {name: torch.empty(0, dtype=torch.int64) for name in ("order", "slot_batch", "slot_row")}
-    dealt, tensors = deal_buffers([(state, empty)] * 2, 0, 1, torch.Generator())
-    buffer = object.__new__(ActivationBuffer)
-    buffer.capacity, buffer.progress, buffer.inputs = 0, False, torch.empty(0)
-    buffer.slot_batch = buffer.slot_row = torch.empty(0, dtype=torch.int64)
-    buffer.generator = torch.Generator()
-    with pytest.raises(ValueError, match="of a run that an older version of hf_clt had gone on with"):
-        buffer.load_state_dict(dealt, tensors)
+    buffer = make_buffer()
+    next(iter(buffer))
+    values, tensors = buffer.state_dict()
+    values["text"] = {"streams": []}
+    for state in ((values, tensors), deal_buffers([(values, tensors)] * 2, 0, 1, torch.Generator())):
+        with pytest.raises(ValueError, match="the saved position in the text was taken with context_size=None"):
+            make_buffer().load_state_dict(*state)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 from hf_clt import ActivationBuffer
-from hf_clt.harvest import tokens as tokens_module
+from hf_clt.harvest import text
 from hf_clt.harvest.cache import ActivationCache, CachedTokens, write_cache
 from hf_clt.harvest.dealing import deal_buffers
 from hf_clt.harvest.tokens import TokenStream
@@ -45,7 +45,7 @@ def cache(stream, tmp_path_factory):
 def source(request, stream, cache, monkeypatch):
     """A function that gives a process its share of the text, and what harvests it."""
     if request.param == "text in small groups":
-        monkeypatch.setattr(tokens_module, "GROUP_PIECES", 3)
+        monkeypatch.setattr(text, "GROUP_PIECES", 3)
     if request.param.startswith("text"):
         return lambda rank, number: (share_of(stream, rank, number), NumberHarvester())
     seed = 5 if request.param.startswith("shuffled") else None

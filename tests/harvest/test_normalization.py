@@ -13,7 +13,8 @@ from hf_clt.harvest.normalization import (
     set_output_bias,
 )
 from hf_clt.harvest.statistics import Moments
-from hf_clt.harvest.tokens import TokenStream, load_text_dataset
+from hf_clt.harvest.text import load_text_dataset
+from hf_clt.harvest.tokens import TokenStream
 
 
 L, D = 3, 5

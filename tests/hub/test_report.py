@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hf_clt.evaluation import format_metrics_table, plot_metrics
-from hf_clt.hub.report import _training_curves as training_curves
+from hf_clt.hub.plots import _training_curves as training_curves
 
 
 METRICS = {

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.training import optimizers
 from hf_clt.training.checkpoints import list_checkpoints, load_optimizer_tensors, optimizer_tensors
-from hf_clt.training.optimizers import CompactAdam, WideAdam
-from hf_clt.training.setup import make_optimizer
+from hf_clt.training.optimizers import CompactAdam, WideAdam, make_optimizer
 
 
 SHAPES = ((5, 3, 4), (6, 4), (7,))

@@ -23,8 +23,8 @@ from hf_clt.files import local_or_hub
 from hf_clt.hub.facts import read_facts
 from hf_clt.kernels import encode
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
-from hf_clt.training.setup import foreign_files
-from hf_clt.training.trainer import warn_if_dense
+from hf_clt.training.output_folder import foreign_files
+from hf_clt.training.reporting import warn_if_dense
 from tests.training.test_trainer import make_trainer, recorded, released, rows_of
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_clt.training.setup import check_gpus, check_launch, check_num_processes, check_output_dir, lock_folder
+from hf_clt.training.output_folder import check_output_dir, lock_folder
+from hf_clt.training.setup import check_gpus, check_launch, check_num_processes
 
 
 COUNT_FAULTS = """

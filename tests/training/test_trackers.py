@@ -220,7 +220,7 @@ def resumed(tiny_gpt2, small_text_file, tmp_path_factory):
         assert trainer.resume_from.name == "checkpoint-2"
         trainer.train()
     wait_for_wandb(folder / "run")
-    return folder / "run", folder / "trackio", trainer._run_id
+    return folder / "run", folder / "trackio", trainer.run_id
 
 
 @pytest.mark.parametrize("tracker", TRACKERS)
@@ -250,7 +250,7 @@ def test_an_overwritten_run_starts_anew(resumed, tiny_gpt2, small_text_file, tmp
     trainer = make_trainer(settings | {"overwrite_output_dir": True})
     trainer.train()
     check_equal("tensorboard", run, tmp_path)
-    assert trainer._run_id != resumed[2]
+    assert trainer.run_id != resumed[2]
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------

@@ -21,17 +21,17 @@ from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.evaluation.replacement import replacement_metrics
 from hf_clt.harvest.harvester import ActivationError
-from hf_clt.harvest.tokens import StreamError
+from hf_clt.harvest.text import StreamError
 from hf_clt.hub.card import card_from_folder
 from hf_clt.hub.facts import read_facts
 from hf_clt.kernels import encode
-from hf_clt.training import checkpoints
+from hf_clt.training import checkpoints, publishing, setup
 from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
+from hf_clt.training.optimizers import make_optimizer
+from hf_clt.training.output_folder import lock_folder
 from hf_clt.training.reporting import command_line
 from hf_clt.training.schedules import learning_rate_scale
-from hf_clt.training.setup import lock_folder
-from hf_clt.training.trainer import make_optimizer
 
 
 ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")
@@ -530,23 +530,23 @@ def test_accumulated_halves_equal_the_whole(make, tmp_path, activation_fn):
 
 
 def test_a_dense_clt_is_warned_of(make, caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_clt.training.trainer"):
+    with caplog.at_level(logging.WARNING, logger="hf_clt.training.reporting"):
         make({"activation_fn": "relu", "sparsity_lambda": 0}, training_steps=8, initial_feature_rate=0.0).train()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_clt.training.trainer"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "hf_clt.training.reporting"]
     assert message.startswith("step 2: ")  # a quarter of training; once
     assert "of 96 features per layer are active on a token, more than a tenth" in message
     assert "raise sparsity_lambda" in message
 
 
 def test_a_sparse_clt_is_not_warned_of(make, caplog):
-    with caplog.at_level(logging.WARNING, logger="hf_clt.training.trainer"):
+    with caplog.at_level(logging.WARNING, logger="hf_clt.training.reporting"):
         make({"activation_fn": "topk"}, training_steps=8).train()
-    assert not [record for record in caplog.records if record.name == "hf_clt.training.trainer"]
+    assert not [record for record in caplog.records if record.name == "hf_clt.training.reporting"]
 
 
 @pytest.mark.parametrize("bandwidth, warned", [(4.0, True), (0.01, False)])
 def test_a_wide_jumprelu_window_is_warned_of(make, caplog, bandwidth, warned):
-    with caplog.at_level(logging.WARNING, logger="hf_clt.training.trainer"):
+    with caplog.at_level(logging.WARNING, logger="hf_clt.training.reporting"):
         make({"activation_fn": "jumprelu", "jumprelu_bandwidth": bandwidth}, training_steps=2).train()
     messages = [record.getMessage() for record in caplog.records if "inside the jumprelu window" in record.message]
     assert len(messages) == warned
@@ -634,7 +634,7 @@ def test_bfloat16_is_the_format_of_the_decoders(make, tmp_path):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_that_stays_in_float32_says_so(make, monkeypatch, caplog, fast):
-    monkeypatch.setattr(trainer_module, "multiplies_bfloat16", lambda: fast)
+    monkeypatch.setattr(setup, "multiplies_bfloat16", lambda: fast)
     make(mixed_precision="bf16")
     assert ("the matrix products stay float32" in caplog.text) is not fast
 
@@ -903,7 +903,7 @@ def test_text_that_fails_for_good_stops_with_a_checkpoint(make, tmp_path, accumu
         failing_from(trainer.tokens, number)
         with pytest.raises(StreamError, match=r"the text cannot be read, .*=0 \(ConnectionError: no") as info:
             trainer.train()
-        in_an_update += trainer._tokens_since_log > 0
+        in_an_update += trainer.tokens_since_log > 0
         assert trainer.step > 0
         name = f"checkpoint-{trainer.step}"
         assert info.value.__notes__ == [f"{name} is whole: continue with --resume-from-checkpoint latest"]
@@ -952,7 +952,7 @@ def test_a_release_that_fails_costs_no_training(make, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module, "save_model_card", full)
+        patched.setattr(publishing, "save_model_card", full)
         with pytest.raises(OSError, match="No space left"):
             make(training_steps=6).train()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
@@ -988,17 +988,17 @@ def test_a_disk_that_is_full_at_a_checkpoint(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_disk_that_is_full_at_a_line_of_metrics(make, tmp_path):
+def test_a_disk_that_is_full_at_a_line_of_metrics(make, tmp_path, monkeypatch):
     trainer = make(training_steps=9, checkpoint_interval=2)
-    write = trainer._write_row
+    write = trainer_module.write_row
 
-    def full(row):
+    def full(trainer, row):
         if row["step"] == 5:
             (tmp_path / "run" / "metrics.jsonl").unlink()
             (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
-        write(row)
+        write(trainer, row)
 
-    trainer._write_row = full
+    monkeypatch.setattr(trainer_module, "write_row", full)
     with pytest.raises(OSError, match=r"^metrics.jsonl cannot be written to .*No space left.*; checkpoint-4 is whole"):
         trainer.train()
 
