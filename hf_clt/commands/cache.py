@@ -16,7 +16,7 @@ from pathlib import Path
 from ..command import OneLineParser, one_line_errors, print_next
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
 from ..device import prompts_by_memory, total_memory, usual_model_dtype
-from ..files import local_or_hub
+from ..files import format_size, local_or_hub
 from ..training.arguments import CACHED, CPU_DEFAULTS
 from .heldout import add_text_options
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         size, tokens = sum(shard["bytes"] for shard in shards), sum(shard["tokens"] for shard in shards)
         print(
             f"{manifest['splits']['train']['tokens']:,} tokens to train on and "
-            f"{manifest['splits']['heldout']['tokens']:,} held out are in {options.cache}: {size / 1e9:.2f} GB in "
+            f"{manifest['splits']['heldout']['tokens']:,} held out are in {options.cache}: {format_size(size)} in "
             f"{len(shards)} files, {size / tokens:,.0f} bytes per token"
         )
         print_next("train", "--activation-cache", options.cache, "--num-features", "N")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, print_next
 from ..configuration_clt import FEATURE_INPUT_HOOKS, FEATURE_OUTPUT_HOOKS
+from ..files import format_size
 from ..importers import FORMATS, WRITTEN, convert
 
 
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{config.num_features:,} features per layer, from {config.feature_input_hook} to {config.feature_output_hook}"
     )
     size = sum(path.stat().st_size for path in written)
-    print(f"wrote {arguments['to_format']} to {arguments['output']}: {len(written)} files, {size / 1e6:,.1f} MB")
+    print(f"wrote {arguments['to_format']} to {arguments['output']}: {len(written)} files, {format_size(size)}")
     print_next("info", arguments["output"])
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, print_next
-from ..files import as_json, write_text
+from ..files import write_json
 from .heldout import add_heldout_options, load_clt, open_heldout, settings_of
 
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.replacement:
         print(format_replacement(metrics))
     if options.json is not None:
-        write_text(options.json, as_json({**metrics, "settings": settings}))
+        write_json(options.json, {**metrics, "settings": settings})
         print(f"The metrics are in {options.json}")
     if options.plots is not None:
         written = plot_metrics(metrics, history, options.plots)

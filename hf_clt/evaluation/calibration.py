@@ -1,12 +1,12 @@
 """
 From a topk or batchtopk CLT to a jumprelu CLT: thresholds with which every layer is exactly as active as before.
 
-A topk CLT fires on C_s (token, feature) pairs of source layer s over a set of held-out tokens. With one threshold θ_s
-per layer, a = h · 1[h > θ_s] fires on as many pairs if θ_s lies between the C_s-th and the next smaller of all
-pre-activations of the layer. Those are too many to keep. But the bits of positive float32 numbers, read as integers,
-are in the order of the numbers (IEEE 754): a histogram of the leading 16 bits says in which bin the C_s-th largest
-lies, and a second pass over the tokens, with a histogram of the other 15 bits in this bin, which number it is. The
-result is exact, and memory does not depend on the number of tokens.
+A topk CLT is active on C_s (token, feature) pairs of source layer s over a set of held-out tokens. With one threshold
+θ_s per layer, a = h · 1[h > θ_s] is active on as many pairs if θ_s lies between the C_s-th largest pre-activation of
+the layer and the next smaller one. All pre-activations are too many to keep and sort. But the bits of positive float32
+numbers, read as integers, are in the order of the numbers (IEEE 754): a histogram of the leading 16 bits says in which
+bin the C_s-th largest lies, and in a second pass over the tokens a histogram of the other 15 bits, in this bin, says
+which number it is. The result is exact, and memory does not depend on the number of tokens.
 """
 
 import copy
@@ -49,7 +49,7 @@ def to_jumprelu(
     on every token.
 
     Args:
-        clt ([`CrossLayerTranscoder`]): A topk or batchtopk CLT, trained; it is left as it is.
+        clt ([`CrossLayerTranscoder`]): A trained topk or batchtopk CLT; it is left as it is.
         batches (iterable of `dict`, or a function that returns one):
             Held-out activations: `inputs` and `labels`, raw, `(N, L, D)` each, as of [`ActivationBuffer`]. They are
             read 2 or 3 times and never kept, so an iterable must start anew each time, with the same tokens; a
@@ -60,9 +60,9 @@ def to_jumprelu(
         `tuple[CrossLayerTranscoder, dict]`: The new CLT, in eval mode, with copies of the weights. Normalisation
         statistics are kept where there are some: θ is in units of h, which folding does not change. What depends on
         the activation function in its configuration (λ, the bandwidth, the auxiliary loss) is jumprelu's default, so
-        that training can go on, and `jumprelu_threshold` is the mean θ. Each layer's L0 is kept; the NMSE of a topk
-        CLT with `k_scope="layer"`, which fills up k features on every token, can rise by more than 2 %, which no
-        thresholds mend: `nmse_kept` says so. Some further updates as batchtopk, begun from the result, do
+        that training can go on, and `jumprelu_threshold` is the mean θ. Each layer's L0 is kept. The NMSE of a topk
+        CLT with `k_scope="layer"`, which keeps k features on every token, can rise by more than 2 % with any
+        thresholds: `nmse_kept` says so. Some further updates as batchtopk, begun from the result, lower it again
         (docs/results.md).
 
         And the figures on these tokens: `before` and `after`, each what [`MetricSums.compute`] gives; `num_tokens`;
@@ -138,7 +138,7 @@ def find_thresholds(clt: CrossLayerTranscoder, batches, progress: bool) -> tuple
     """The sums of the original, and the thresholds (L,) with which each layer is as active as in the original."""
     config = clt.config
     layers = range(config.num_layers)
-    # Which order statistics are wanted is known only after the first pass, which measures the original as well.
+    # C_s is known only after the first pass, which measures the original as well.
     sums = MetricSums(config.num_layers, config.d_model, config.num_features, clt.device)
     leading = torch.zeros(config.num_layers, 2**LEADING_BITS, dtype=torch.int64, device=clt.device)
     for inputs, labels in read_rows(clt, batches, "Measuring the original", progress):
@@ -147,7 +147,7 @@ def find_thresholds(clt: CrossLayerTranscoder, batches, progress: bool) -> tuple
         for s, h in enumerate(pre_activations(clt, inputs)):
             leading[s] += torch.bincount(positive_bits(h) >> OTHER_BITS, minlength=2**LEADING_BITS)
     counts = sums.active_counts.sum(dim=1).tolist()
-    # A layer that never fires has no C-th largest pre-activation: everything lies below.
+    # A layer that is never active has no C-th largest pre-activation: all of them are below.
     bins = [bin_of_rank(leading[s], counts[s]) if counts[s] else (2**LEADING_BITS, 0) for s in layers]
 
     others = torch.zeros(config.num_layers, 2**OTHER_BITS, dtype=torch.int64, device=clt.device)
@@ -179,15 +179,15 @@ def bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 def threshold_in_bin(histogram: Tensor, leading: int, in_larger_bins: int, count: int, below_bin: float) -> float:
     """
-    The threshold θ for a strict gate h > θ that lets the `count` largest pre-activations of a layer pass: midway
-    between the last of them and the next smaller one, which is at least 0. Where so many are equal to the last that
-    `count` cannot be met, either all of them pass or none, whichever is nearer to `count`.
+    The threshold θ of a gate h > θ that the `count` largest pre-activations of a layer pass: midway between the last
+    of them and the next smaller one, which is at least 0. Where several equal the last, so that `count` cannot be met,
+    either all of these pass or none, whichever is nearer to `count`.
 
     Args:
         histogram (`Tensor` of shape `(2**15,)`): Of the last 15 bits of the pre-activations in the bin.
         leading (`int`): Leading 16 bits of the numbers in the bin.
         in_larger_bins (`int`): How many pre-activations are larger than those in the bin.
-        count (`int`): How many pass.
+        count (`int`): How many are to pass.
         below_bin (`float`): The largest pre-activation that is smaller than those in the bin, or 0.
     """
     if count == 0:
@@ -262,8 +262,8 @@ def format_calibration(figures: dict) -> str:
     lines.append(f"NMSE: {verdicts[1]} {NMSE_TOLERANCE:.0%} of the original ({percent(figures['nmse_change'])})")
     if not figures["nmse_kept"]:
         lines.append(
-            "  To mend it, train this jumprelu CLT for some updates with --init-from CLT --activation-fn batchtopk, "
-            "and calibrate what comes out: docs/results.md"
+            "  To lower it, train this jumprelu CLT for some updates with --init-from CLT --activation-fn batchtopk, "
+            "and calibrate the result: docs/results.md"
         )
     lines.append(f"measured on {figures['num_tokens']:,} held-out tokens, those of the calibration")
     return "\n".join(lines)

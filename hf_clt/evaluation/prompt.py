@@ -10,7 +10,7 @@ from ..sparsity import SparseFeatures, sparse_from_dense
 from .evaluate import eval_mode
 
 
-SHOWN_NUMBERS = 450  # cells up to which a heat map writes its numbers
+MAX_WRITTEN_CELLS = 450  # of a heat map whose numbers are written into it
 
 
 @torch.no_grad()
@@ -68,13 +68,12 @@ def top_features(
         if position is not None:
             active = active & (found.tokens == position % num_tokens)
         values, best = torch.where(active, found.values, 0).topk(min(count, int(active.sum())))
-        for value, entry in zip(values.tolist(), best.tolist(), strict=True):
-            place = int(found.tokens[entry])
-            rows.append((layer, place, tokens[place], int(found.indices[entry]), value))
-    rows.sort(key=lambda row: -row[-1])
-    return [
-        dict(zip(("layer", "position", "token", "feature", "activation"), row, strict=True)) for row in rows[:count]
-    ]
+        for value, place, feature in zip(
+            values.tolist(), found.tokens[best].tolist(), found.indices[best].tolist(), strict=True
+        ):
+            row = {"layer": layer, "position": place, "token": tokens[place], "feature": feature, "activation": value}
+            rows.append(row)
+    return sorted(rows, key=lambda row: -row["activation"])[:count]
 
 
 def active_per_token(features: SparseFeatures, strength: bool = False) -> Tensor:
@@ -123,7 +122,7 @@ def plot_prompt_features(features: SparseFeatures, tokens: list[str], strength: 
         image = axis.imshow(
             shown.numpy(), origin="lower", aspect="auto", cmap=colours, vmin=0, interpolation="nearest"
         )
-        if totals.numel() <= SHOWN_NUMBERS:
+        if totals.numel() <= MAX_WRITTEN_CELLS:
             for layer in range(num_layers):
                 for place in (~empty).nonzero().flatten().tolist():
                     value = totals[layer, place].item()

@@ -239,9 +239,9 @@ class ReplacementModel:
     first token that is not padding), padding, and what `counted` excludes. A CLT is not trained on them.
 
     **Interventions** are `(layer, position, feature, value)`: the activation of a feature of a source layer is set to
-    a value, in raw units of the activation, before it writes to any layer; 0 ablates it. `position` counts the tokens
-    before it in its row, so that padding does not move it, and holds for every row in which it is not excluded; None
-    is every position that is not excluded, generated ones included. Of two on the same activation the later counts.
+    a value, in raw units of the activation, before it writes to any layer; 0 ablates it. `position` is the number of
+    tokens before it in its row, padding not counted, and holds for every row in which it is not excluded; None is
+    every position that is not excluded, generated ones included. Of two on the same activation the later counts.
 
     Args:
         model (`PreTrainedModel`):

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..files import replacing, write_text
+from ..files import replacing, write_json
 from ..harvest.harvester import Harvester
 from ..harvest.tokens import TokenStream
 from ..modeling_clt import CrossLayerTranscoder
@@ -329,7 +329,7 @@ def prepare_output(output: Path, settings: dict, overwrite: bool = False) -> boo
     for file in reversed(present):  # the settings last: until then the rest is known to be ours
         file.unlink()
     (output / "features").mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(settings, indent=1) + "\n")
+    write_json(path, settings)
     return False
 
 

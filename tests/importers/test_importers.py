@@ -66,7 +66,10 @@ def change(path, **changes):
 
 
 def change_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    """Changes fields of a JSON file, which is made if it is missing; returns its folder."""
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**fields, **changes}))
+    return path.parent
 
 
 # -- circuit-tracer, per-layer transcoders ----------------------------------------------------------------------------
@@ -535,10 +538,8 @@ def make_forge(folder, crosses=True, scaled=True, **cfg):
         "model_name": "gpt2",
         "cross_layer_decoders": crosses,
         "activation_fn": "jumprelu",
-        **cfg,
     }
-    (folder / "clt_cfg.json").write_text(json.dumps(described))
-    return folder
+    return change_json(folder / "clt_cfg.json", **described | cfg)
 
 
 def forge_forward(folder, inputs):
@@ -672,10 +673,8 @@ def make_gemma(folder, skip=True, acausal=False, **cfg):
         "architecture": "jump_relu",
         "affine_connection": skip,
         "type": "clt",
-        **cfg,
     }
-    (folder / "config.json").write_text(json.dumps(described))
-    return folder
+    return change_json(folder / "config.json", **described | cfg)
 
 
 def gemma_forward(folder, inputs):
