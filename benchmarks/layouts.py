@@ -54,14 +54,18 @@ def measure_run(job: dict) -> dict:
     trainer = TimedTrainer(args, CLTConfig(**job["config"]))
     endless, marks = trainer.buffer.endless, []
 
-    def marking():
+    def mark():
+        trainer._read_clocks()  # else it does so when it logs
+        marks.append((time.perf_counter(), trainer.seconds["clt"]))
+
+    def mark_batches():
         for batch in endless():
-            marks.append((time.perf_counter(), trainer.seconds["clt"]))
+            mark()
             yield batch
 
-    trainer.buffer.endless = marking
+    trainer.buffer.endless = mark_batches
     trainer.train()
-    marks.append((time.perf_counter(), trainer.seconds["clt"]))
+    mark()
     walls, steps = (
         [b - a for a, b in zip(c[WARMUP:], c[WARMUP + 1 :], strict=False)] for c in zip(*marks, strict=True)
     )
