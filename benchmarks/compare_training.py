@@ -22,6 +22,7 @@ from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.initial_config import build_config
 
 from .curves import VARIANTS, compare, format_comparison, plot_comparison
+from .output import check_folders
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,9 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None = None) -> None:
     options = vars(make_parser().parse_args(argv))
-    for path in (options["json"], options["plot"]):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    check_folders(options["json"], options["plot"])
     training = {field.name for field in fields(CLTTrainingArguments)}
     args = CLTTrainingArguments(**{name: value for name, value in options.items() if name in training})
     config = build_config(args, {name: value for name, value in options.items() if name in CLT_CONFIG_HELP})

@@ -16,7 +16,8 @@ DENSITIES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2)
 
 
 @contextmanager
-def forced(dense: bool):
+def force(dense: bool):
+    """Decodes by one matrix product, or by gathering rows, whatever the density."""
     before = rows_module.DENSE_ABOVE, rows_module.DENSE_ABOVE_GPU
     rows_module.DENSE_ABOVE = rows_module.DENSE_ABOVE_GPU = -1.0 if dense else 1.0
     try:
@@ -47,7 +48,7 @@ def decoder_seconds(features: LayerFeatures, weight: torch.Tensor, dense: bool, 
         entries = LayerFeatures(values, features.indices, features.offsets, features.num_features)
         synchronize(weight.device)
         start = time.perf_counter()
-        with forced(dense):
+        with force(dense):
             out, _ = add_decoded(torch.zeros_like(grad), entries, weight, slice(0, num_targets))
             out.backward(grad)
         synchronize(weight.device)

@@ -23,7 +23,7 @@ from hf_clt.harvest.buffer import ActivationBuffer
 from hf_clt.harvest.harvester import Harvester, check_context_size, load_language_model
 from hf_clt.harvest.normalization import estimate_statistics, set_firing_rate
 from hf_clt.harvest.tokens import open_text
-from hf_clt.hub.plots import BLUE, GREEN, GREY, INK, ORANGE, PLOT_STYLE, VIOLET
+from hf_clt.hub.plots import BLUE, GREEN, GREY, INK, ORANGE, VIOLET
 from hf_clt.kernels.encode import multiplies_bfloat16
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
@@ -34,6 +34,7 @@ from hf_clt.training.setup import fill_device_defaults, prepare_cpu
 from .dense_reference import dense_losses_of
 from .machine import device_name, versions
 from .measure import RATE_SAMPLE
+from .output import align, draw_figure
 
 
 THRESHOLD_BATCHES = 8  # on which batchtopk's threshold for the evaluation is set
@@ -361,12 +362,7 @@ def format_comparison(record: dict) -> str:
             cells[5:] = [f"{v:.1e}" for v in (differences[0], max(differences[:EARLY_STEPS]), max(differences))]
             cells.append(f"{result['parameter_difference']:.1e}")
         table.append(cells)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]]).rstrip()
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return align([table[0], None, *table[1:]])
 
 
 def plot_comparison(record: dict, path: Path) -> None:
@@ -380,18 +376,11 @@ def plot_comparison(record: dict, path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('the plot needs matplotlib; install it with `pip install "hf_clt[plots]"`') from error
-    from matplotlib.figure import Figure
-
     results = record["variants"]
     dense = results["dense"]
     steps = range(1, len(dense["loss"]) + 1)
     others = [name for name in results if name != "dense"]
-    with matplotlib.rc_context(PLOT_STYLE):
-        figure = Figure(figsize=(12.6, 4.6), layout="constrained")
+    with draw_figure(path, (12.6, 4.6)) as figure:
         curves, differences, ends = figure.subplots(1, 3, width_ratios=(4, 4, 3))
         for name, result in results.items():
             colour, style, width = STYLES[name]
@@ -430,7 +419,6 @@ def plot_comparison(record: dict, path: Path) -> None:
         ends.set_xlabel("% above dense")
         handles, labels = curves.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), handlelength=4)
-        figure.savefig(path, dpi=150)
 
 
 __all__ = [

@@ -35,7 +35,7 @@ from .crossover import random_entries
 from .dense_reference import dense_losses_of
 from .gpu_report import attempt
 from .machine import measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize
-from .measure import Clock, batches, make_clt
+from .measure import Clock, make_batches, make_clt
 from .update import Update
 
 
@@ -149,7 +149,7 @@ def step_check(case: Case, dead: float) -> dict:
 def step_errors(case: Case, dead_share: float) -> tuple[dict[str, float], bool]:
     """Relative errors of the loss and of each kind of gradient, and whether a second step had the same bits."""
     clt = make_clt(case, None)
-    inputs, labels = next(batches(case, None))
+    inputs, labels = next(make_batches(case, None))
     dead = None
     with torch.no_grad():
         for encoder in clt.encoders:
@@ -346,7 +346,7 @@ def measure_side(case: Case, side: str, steps: int) -> dict:
     device = torch.device(case.device)
     reset_peak_memory(device)
     before = memory_in_use(device)
-    update, data, clocks = Update(case, side), batches(case, None), []
+    update, data, clocks = Update(case, side), make_batches(case, None), []
     for _ in range(2):
         update(*next(data))
     synchronize(device)

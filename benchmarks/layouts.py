@@ -6,6 +6,7 @@ the features. The trainer itself, on an activation cache, so that no language mo
 `RESULT-<rank>.json`.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -53,14 +54,18 @@ def measure_run(job: dict) -> dict:
     trainer = TimedTrainer(args, CLTConfig(**job["config"]))
     endless, marks = trainer.buffer.endless, []
 
-    def marking():
+    def mark():
+        trainer._read_clocks()  # else it does so when it logs
+        marks.append((time.perf_counter(), trainer.seconds["clt"]))
+
+    def mark_batches():
         for batch in endless():
-            marks.append((time.perf_counter(), trainer.seconds["clt"]))
+            mark()
             yield batch
 
-    trainer.buffer.endless = marking
+    trainer.buffer.endless = mark_batches
     trainer.train()
-    marks.append((time.perf_counter(), trainer.seconds["clt"]))
+    mark()
     walls, steps = (
         [b - a for a, b in zip(c[WARMUP:], c[WARMUP + 1 :], strict=False)] for c in zip(*marks, strict=True)
     )
@@ -146,11 +151,14 @@ def format_layouts(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    job, result = sys.argv[1:]
-    found = measure_run(json.loads(Path(job).read_text()))
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path, help="JSON file with the arguments and the CLT of the run")
+    parser.add_argument("result", help="beginning of the name of the JSON file that it writes")
+    options = parser.parse_args(argv)
+    found = measure_run(json.loads(options.job.read_text()))
     rank = os.environ.get("RANK", "0")
-    Path(f"{result}-{rank}.json").write_text(json.dumps(found))
+    Path(f"{options.result}-{rank}.json").write_text(json.dumps(found))
     gc.collect()  # a group lives while a DistributedDataParallel refers to it
     if dist.is_initialized():
         dist.destroy_process_group()  # its threads can abort the process while the interpreter exits

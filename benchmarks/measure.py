@@ -5,6 +5,7 @@ One measurement in one process: a training step of one side, the rates of the ma
 side gets a process of its own, so that neither finds the other's memory, nor do both have to fit at once.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -138,8 +139,8 @@ def set_normal_firing_rate(clt: CrossLayerTranscoder, rate: float) -> None:
 
 
 @torch.no_grad()
-def silenced(clt: CrossLayerTranscoder, case: Case) -> Tensor:
-    """Makes a share of the features never fire; which ones, (L, F) bool."""
+def silence(clt: CrossLayerTranscoder, case: Case) -> Tensor:
+    """Makes a share of the features never fire; returns which, (L, F) bool."""
     generator = torch.Generator().manual_seed(case.seed)
     dead = (torch.rand(case.num_layers, case.num_features, generator=generator) < case.dead).to(clt.device)
     for encoder, silent in zip(clt.encoders, dead, strict=True):
@@ -147,7 +148,7 @@ def silenced(clt: CrossLayerTranscoder, case: Case) -> Tensor:
     return dead
 
 
-def batches(case: Case, pool: dict[str, Tensor] | None):
+def make_batches(case: Case, pool: dict[str, Tensor] | None):
     """Endless inputs and labels, (N, L, D) each: fresh normal numbers, or the pool's tokens in turn."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     if pool is None:
@@ -193,10 +194,10 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         )
     else:
         optimizer = torch.optim.Adam(clt.parameters(), lr=case.learning_rate, fused=True)
-    dead = silenced(clt, case) if case.dead > 0 and side == "ours" else None
+    dead = silence(clt, case) if case.dead > 0 and side == "ours" else None
     reset_peak_memory(device)
 
-    data = batches(case, pool)
+    data = make_batches(case, pool)
     features = None
 
     def step(clock: Clock, read_features: bool = False) -> Tensor:
@@ -216,7 +217,7 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
         optimizer.zero_grad()
         clock.mark()
         if read_features and side == "ours":
-            features = feature_counts(output.features)
+            features = count_features(output.features)
         return loss.detach()
 
     result = {"side": side, **{phase: [] for phase in PHASES}}
@@ -242,11 +243,11 @@ def measure_step(case: Case, side: str, activations: str | None = None, profile:
     result["peak_bytes"] = None if peak is None else peak - before
     result["parameter_bytes"] = sum(p.numel() * p.element_size() for p in clt.parameters())
     result["optimizer_bytes"] = optimizer_bytes(optimizer)
-    result["ranges"] = profiled_ranges(lambda: step(Clock(device)), device) if profile and side == "ours" else {}
+    result["ranges"] = profile_ranges(lambda: step(Clock(device)), device) if profile and side == "ours" else {}
     return result
 
 
-def feature_counts(features) -> dict[str, list]:
+def count_features(features) -> dict[str, list]:
     """Active and listed features per token in each layer, and how many different ones there are."""
     return {
         "l0": features.l0_per_layer().tolist(),
@@ -262,7 +263,7 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def profiled_ranges(step, device: torch.device) -> dict[str, float]:
+def profile_ranges(step, device: torch.device) -> dict[str, float]:
     """Seconds per step inside each range whose name begins with `clt::`, measured by torch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -461,15 +462,18 @@ def measure(job: dict) -> dict:
     return functions[job["kind"]](**arguments)
 
 
-def main() -> int:
-    job_file, result_file = map(Path, sys.argv[1:])
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", type=Path, help="JSON file with a job, see `measure`")
+    parser.add_argument("result", type=Path, help="JSON file for what was measured, or for the error")
+    options = parser.parse_args(argv)
     try:
-        result = measure(json.loads(job_file.read_text()))
+        result = measure(json.loads(options.job.read_text()))
     except (ValueError, OSError, FloatingPointError) as error:  # what a user can mend
         result = {"error": " ".join(str(error).split())}
     except torch.OutOfMemoryError as error:
         result = {"error": f"out of memory on the GPU: {' '.join(str(error).split())[:200]}; give a smaller shape"}
-    result_file.write_text(json.dumps(result))
+    options.result.write_text(json.dumps(result))
     return 0
 
 

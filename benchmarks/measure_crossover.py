@@ -11,6 +11,7 @@ from hf_clt.training.setup import prepare_cpu
 
 from .crossover import measure_crossover
 from .machine import device_name
+from .output import check_folders
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,8 +31,7 @@ def run(argv: list[str] | None) -> None:
     for name in ("tokens", "num_features", "targets", "d_model"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} is not positive; give at least 1")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise ValueError(f"{options.json}: there is no folder {options.json.parent}; make it first")
+    check_folders(options.json)
     if options.device == "cpu":
         prepare_cpu()
     shape = (options.tokens, options.num_features, options.targets, options.d_model)

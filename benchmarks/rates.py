@@ -42,7 +42,7 @@ PROBE = {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8, "num
 PROBE |= {"num_key_value_heads": 4, "intermediate_size": 1408, "vocab_size": 4096}
 
 
-def scaled(base: Case, shares: dict[str, float]) -> Case:
+def scale(base: Case, shares: dict[str, float]) -> Case:
     """`base` with some of its numbers multiplied."""
     changed = {name: max(1, round(getattr(base, name) * share)) for name, share in shares.items()}
     return replace(base, **changed)
@@ -84,7 +84,7 @@ def measure_rates(
         `tuple[dict, list, list]`: The rates that [`seconds`] takes, those of a language model too; and the measured
         steps beside what the rates give for them, see [`compare_step`], of both groups of shapes.
     """
-    all_cases = [scaled(base, shares) for shares in CALIBRATION + CHECKS]
+    all_cases = [scale(base, shares) for shares in CALIBRATION + CHECKS]
     all_runs = []
     for turn in range(rounds):
         for number, case in enumerate(all_cases):
@@ -135,7 +135,7 @@ def check_run(
         prompts=source.prompts,
         buffer_batches=run["buffer_batches"],
     )
-    return compared(case, plan, case.tokens / run["tokens_per_second"], run["peak_bytes"], rates) | {
+    return compare(case, plan, case.tokens / run["tokens_per_second"], run["peak_bytes"], rates) | {
         "source": source.model
     }
 
@@ -150,10 +150,10 @@ def compare_step(case: Case, run: dict, rates: dict[str, float]) -> dict:
         the number of listed features that was measured, which is no matter of the formulas.
     """
     measured = sum(min(run[phase]) for phase in PHASES)
-    return compared(case, plan_of(case, run), measured, run["peak_bytes"], rates)
+    return compare(case, plan_of(case, run), measured, run["peak_bytes"], rates)
 
 
-def compared(case: Case, plan: Plan, measured_seconds: float, measured_bytes: int | None, rates: dict) -> dict:
+def compare(case: Case, plan: Plan, measured_seconds: float, measured_bytes: int | None, rates: dict) -> dict:
     figures = {"seconds": (measured_seconds, seconds(plan, rates)["total"])}
     if measured_bytes is not None:
         figures["bytes"] = (measured_bytes, memory(plan)["total"])

@@ -3,11 +3,12 @@
 from pathlib import Path
 from statistics import median
 
-from hf_clt.hub.plots import BLUE, ORANGE, PLOT_STYLE
+from hf_clt.hub.plots import BLUE, ORANGE
 
 from .cases import GROWTH, Case
 from .costs import active_costs, dense_flops, limit_seconds
 from .measure import PHASES
+from .output import align, draw_figure
 
 
 STAGES = ("encode", "select", "decode")  # ranges of the forward pass that have a line of their own
@@ -55,7 +56,7 @@ def summarize(case: Case, rates: dict[str, float], runs: list[dict], source: dic
         "l0_first": mean(ours_runs[0]["l0_first"]),
         "l0_last": mean(last["l0_last"]),
         "listed_share": mean(last["listed_last"]) / case.num_features,
-        "split_seconds": split(ours, ours_runs[0]["ranges"]),
+        "split_seconds": split_seconds(ours, ours_runs[0]["ranges"]),
         "rates": rates,
         "counts": {**costs, "dense_flops": flops},
         "limit_seconds": limit,
@@ -106,7 +107,7 @@ def step_seconds(run: dict) -> list[float]:
     return [sum(phases) for phases in zip(*(run[phase] for phase in PHASES), strict=True)]
 
 
-def split(ours: dict, ranges: dict[str, float]) -> dict[str, float | None]:
+def split_seconds(ours: dict, ranges: dict[str, float]) -> dict[str, float | None]:
     """
     Seconds of a step by what they are spent on. The stages of the forward pass come from the profiler (None where the
     model opens no such range), the rest from the clock.
@@ -159,70 +160,59 @@ def format_table(rows: list[dict]) -> str:
     add("L0 per layer, last", lambda r: f"{r['l0_last']:.1f}")
     add("listed entries (% of F)", lambda r: f"{100 * r['listed_share']:.2f}")
     rule()
-    add("dense step (ms)", lambda r: r["dense"] and ms(r["dense"]["step_seconds"]["median"]))
-    add("  min - max", lambda r: r["dense"] and span(r["dense"]["step_seconds"]))
-    add("  of GEMM rate (%)", lambda r: percent(r.get("dense_share_of_gemm_rate")))
-    add("our step (ms)", lambda r: ms(r["ours"]["step_seconds"]["median"]))
-    add("  min - max", lambda r: span(r["ours"]["step_seconds"]))
+    add("dense step (ms)", lambda r: r["dense"] and format_ms(r["dense"]["step_seconds"]["median"]))
+    add("  min - max", lambda r: r["dense"] and format_span(r["dense"]["step_seconds"]))
+    add("  of GEMM rate (%)", lambda r: format_percent(r.get("dense_share_of_gemm_rate")))
+    add("our step (ms)", lambda r: format_ms(r["ours"]["step_seconds"]["median"]))
+    add("  min - max", lambda r: format_span(r["ours"]["step_seconds"]))
     add("ratio dense / ours", lambda r: None if r["dense"] is None else f"{r['ratio']:.2f}")
     add("  by round", lambda r: None if r["dense"] is None else " ".join(f"{v:.2f}" for v in r["ratio_per_round"]))
-    add("limit (ms)", lambda r: ms(r["limit_seconds"]["total"]))
-    add("share of the limit (%)", lambda r: percent(r["share_of_limit"]))
+    add("limit (ms)", lambda r: format_ms(r["limit_seconds"]["total"]))
+    add("share of the limit (%)", lambda r: format_percent(r["share_of_limit"]))
     rule()
-    add("harvest (ms)", lambda r: ms(r["split_seconds"]["harvest"]))
-    add("forward (ms)", lambda r: ms(r["split_seconds"]["forward"]))
+    add("harvest (ms)", lambda r: format_ms(r["split_seconds"]["harvest"]))
+    add("forward (ms)", lambda r: format_ms(r["split_seconds"]["forward"]))
     for stage in STAGES:
-        lines.append([f"  {stage} (ms)", *[ms(row["split_seconds"][stage]) or "-" for row in rows]])
-    add("backward (ms)", lambda r: ms(r["split_seconds"]["backward"]))
-    add("optimizer (ms)", lambda r: ms(r["split_seconds"]["optimizer"]))
+        lines.append([f"  {stage} (ms)", *[format_ms(row["split_seconds"][stage]) or "-" for row in rows]])
+    add("backward (ms)", lambda r: format_ms(r["split_seconds"]["backward"]))
+    add("optimizer (ms)", lambda r: format_ms(r["split_seconds"]["optimizer"]))
     rule()
     add("tokens/s, ours", lambda r: f"{r['ours']['tokens_per_second']:,.0f}")
     add("tokens/s, dense", lambda r: r["dense"] and f"{r['dense']['tokens_per_second']:,.0f}")
     add(
         "tokens/s with harvest, ours",
-        lambda r: number(r.get("end_to_end", {}).get("tokens_per_second")),
+        lambda r: format_number(r.get("end_to_end", {}).get("tokens_per_second")),
     )
-    add("tokens/s with harvest, dense", lambda r: number(r.get("dense_end_to_end_tokens_per_second")))
-    add("parameters, grads, Adam (GB)", lambda r: gigabytes(r["ours"]["state_bytes"]))
-    add("peak memory, ours (GB)", lambda r: gigabytes(r["ours"]["peak_bytes"]))
-    add("  of parameters, grads, Adam", lambda r: times(r["ours"]["peak_over_state"]))
-    add("peak memory, dense (GB)", lambda r: r["dense"] and gigabytes(r["dense"]["peak_bytes"]))
+    add("tokens/s with harvest, dense", lambda r: format_number(r.get("dense_end_to_end_tokens_per_second")))
+    add("parameters, grads, Adam (GB)", lambda r: format_gigabytes(r["ours"]["state_bytes"]))
+    add("peak memory, ours (GB)", lambda r: format_gigabytes(r["ours"]["peak_bytes"]))
+    add("  of parameters, grads, Adam", lambda r: format_times(r["ours"]["peak_over_state"]))
+    add("peak memory, dense (GB)", lambda r: r["dense"] and format_gigabytes(r["dense"]["peak_bytes"]))
 
-    cells = [line for line in lines if line is not None]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(rows) + 1)]
-    text = []
-    for line in lines:
-        if line is None:
-            text.append("-" * (sum(widths) + 2 * len(rows)))
-        else:
-            first, *others = line
-            text.append(
-                "  ".join([first.ljust(widths[0]), *[c.rjust(w) for c, w in zip(others, widths[1:], strict=True)]])
-            )
-    return "\n".join(text)
+    return align(lines)
 
 
-def ms(seconds: float | None) -> str | None:
+def format_ms(seconds: float | None) -> str | None:
     return None if seconds is None else f"{1000 * seconds:,.1f}"
 
 
-def span(seconds: dict) -> str:
+def format_span(seconds: dict) -> str:
     return f"{1000 * seconds['min']:,.0f} - {1000 * seconds['max']:,.0f}"
 
 
-def percent(share: float | None) -> str | None:
+def format_percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.0f}"
 
 
-def gigabytes(size: int | None) -> str | None:
+def format_gigabytes(size: int | None) -> str | None:
     return None if size is None else f"{size / 1e9:.2f}"
 
 
-def times(factor: float | None) -> str | None:
+def format_times(factor: float | None) -> str | None:
     return None if factor is None else f"{factor:.2f} x"
 
 
-def number(value: float | None) -> str | None:
+def format_number(value: float | None) -> str | None:
     return None if value is None else f"{value:,.0f}"
 
 
@@ -251,14 +241,7 @@ def plot_growth(rows_by_axis: dict[str, list[dict]], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('the plot needs matplotlib; install it with `pip install "hf_clt[plots]"`') from error
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(PLOT_STYLE):
-        figure = Figure(figsize=(4.2 * len(rows_by_axis), 3.4), layout="constrained")
+    with draw_figure(path, (4.2 * len(rows_by_axis), 3.4)) as figure:
         panels = figure.subplots(1, len(rows_by_axis), squeeze=False)[0]
         for panel, (axis, rows) in zip(panels, rows_by_axis.items(), strict=True):
             values = [row["case"][GROWTH[axis][0]] for row in rows]
@@ -277,12 +260,11 @@ def plot_growth(rows_by_axis: dict[str, list[dict]], path: Path) -> None:
             panel.minorticks_off()
             panel.set_xlabel(AXIS_LABELS[axis])
             panel.set_ylabel("step (ms)")
-            panel.set_title(others(rows[0]["case"], axis))
+            panel.set_title(title_of_others(rows[0]["case"], axis))
         panels[0].legend()
-        figure.savefig(path, dpi=150)
 
 
-def others(case: dict, axis: str) -> str:
+def title_of_others(case: dict, axis: str) -> str:
     """What stays while one axis grows, as a title."""
     shown = {"L": "num_layers", "D": "d_model", "F": "num_features", "N": "tokens", "k": "l0"}
     short = ", ".join(f"{name} {case[field]:,}" for name, field in shown.items() if name != axis)

@@ -20,6 +20,7 @@ from hf_clt.command import one_line_errors
 
 from .cases import CASE_FIELDS, GROWTH, PRESETS, Case, grown_cases, preset_cases
 from .measure import Source
+from .output import check_folders
 from .report import format_machine, format_table, plot_growth
 from .run import run_case, run_harvest
 
@@ -93,9 +94,7 @@ def benchmark(argv: list[str] | None = None) -> None:
         source = Source(**real)
     if options["preset"] and options["grow"]:
         raise ValueError("--preset and --grow are two sets of shapes; give one of them")
-    for path in (options["json"], options["plot"] if options["grow"] else None):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    check_folders(options["json"], options["plot"] if options["grow"] else None)
 
     command = shlex.join(["python", "-m", "benchmarks.steps", *(sys.argv[1:] if argv is None else argv)])
 

@@ -10,7 +10,7 @@ from hf_clt.training.optimizers import make_optimizer
 
 from .cases import Case
 from .dense_reference import dense_losses_of
-from .measure import make_clt, silenced
+from .measure import make_clt, silence
 
 
 class Update:
@@ -30,7 +30,7 @@ class Update:
             self.optimizer = make_optimizer(self.clt, arguments)
         else:
             self.optimizer = torch.optim.Adam(self.clt.parameters(), lr=case.learning_rate, fused=True)
-        self.dead = silenced(self.clt, case) if case.dead > 0 and self.is_ours else None
+        self.dead = silence(self.clt, case) if case.dead > 0 and self.is_ours else None
         shape = case.num_layers, case.num_features
         self.steps_since_fired = torch.zeros(shape, dtype=torch.int64, device=case.device)
 

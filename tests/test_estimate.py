@@ -120,7 +120,7 @@ def test_jumprelu_lists_more_than_is_active():
 
 def test_rates_are_found_again():
     base = Case(num_layers=12, d_model=64, num_features=4096, tokens=512, l0=32, activation_fn="jumprelu")
-    plans = [rates.plan_of(rates.scaled(base, shares)) for shares in rates.CALIBRATION]
+    plans = [rates.plan_of(rates.scale(base, shares)) for shares in rates.CALIBRATION]
     true = {"products": 1e11, "select": 2e10, "gather_forward": 3e9, "norms_forward": 5e9}
     true |= {"gather_backward": 2e9, "gradients": 1e10, "norms_backward": 4e9, "update": 2e10}
     true |= {"language_model": math.inf, "shared": math.inf, "averaged": math.inf}

@@ -6,6 +6,8 @@ import mmap
 import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from benchmarks.measure import Source, make_clt, measure_step
 from benchmarks.report import check_same_loss, format_table, summarize
 
 
+ROOT = Path(__file__).parents[2]
+PROGRAMS = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
 SMALL = {"num_layers": 3, "d_model": 16, "num_features": 256, "tokens": 64, "l0": 8, "rounds": 1, "steps": 2}
 FLAGS = "--layers 3 --d-model 16 --num-features 256 --tokens 64 --l0 8 --rounds 1 --steps 2"
 REAL_FLAGS = "--num-features 128 --tokens 64 --l0 8 --rounds 1 --steps 2 --context-size 16 --prompts 4"
@@ -35,6 +39,13 @@ def script(monkeypatch):
         function = getattr(run, name)
         monkeypatch.setattr(steps, name, lambda *a, function=function, **k: function(*a, **k, measure=here))
     return steps
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_says_what_it_is_for(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        import_module(f"benchmarks.{name}").main(["--help"])
+    assert "usage: " in capsys.readouterr().out
 
 
 def check_row(row, dense=True):
