@@ -27,7 +27,7 @@ from ..sharding import gather_tokens, sum_over
 from . import publishing
 from .arguments import CLTTrainingArguments
 from .checkpoints import find_checkpoint, read_state
-from .heldout import evaluate_heldout, gather_sums
+from .evaluation import evaluate_heldout, gather_sums
 from .optimizers import clip_grad_norm, make_optimizer
 from .output_folder import check_output_dir, prepare_output_dir
 from .preparation import initialize_from_data, open_activations

@@ -19,9 +19,9 @@ from datasets.utils import file_utils
 from safetensors.torch import save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
-from hf_clt.training import heldout, processes
+from hf_clt.training import evaluation, processes
 from hf_clt.training.checkpoints import optimizer_tensors
-from hf_clt.training.heldout import read_in_lockstep
+from hf_clt.training.evaluation import read_in_lockstep
 from hf_clt.training.setup import load_initial_clt
 from tests.distributed.launch import leave_group
 from tests.distributed.sharded_model import check_model
@@ -94,7 +94,7 @@ def record_heldout() -> dict:
             recorded.update({f"heldout.{n}.{number}": tensor for n, tensor in batch.items()})
             yield batch
 
-    heldout.read_in_lockstep = recording
+    evaluation.read_in_lockstep = recording
     return recorded
 
 
