@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_clt.hub.report import PLOT_STYLE, import_matplotlib
+from hf_clt.hub.plots import PLOT_STYLE, import_matplotlib
 
 
 def check_folders(*paths: Path | None) -> None:
