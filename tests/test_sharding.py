@@ -34,7 +34,7 @@ def test_without_a_shard_nothing_is_exchanged():
 
 def test_slices_cover_the_features():
     assert [FeatureShard(rank, 3).rows(12) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
-    with pytest.raises(ValueError, match="num_features=10 cannot be split over feature_parallel_size=3"):
+    with pytest.raises(ValueError, match=r"num_features=10.*feature_parallel_size=3"):
         FeatureShard(0, 3).rows(10)
     with pytest.raises(ValueError, match="num_features=10 "):
         check_shard(CLTConfig(num_layers=2, d_model=4, num_features=10, k=2), 3, None)
@@ -42,7 +42,7 @@ def test_slices_cover_the_features():
 
 def test_a_whole_clt_is_not_trained_in_slices():
     clt = CrossLayerTranscoder(CLTConfig(num_layers=2, d_model=4, num_features=8, k=2))
-    with pytest.raises(ValueError, match="feature_parallel_size=2, but each process has 1/1 of the model's features"):
+    with pytest.raises(ValueError, match=r"feature_parallel_size=2.*1/1"):
         check_shard(clt.config, 2, clt)
 
 
@@ -50,13 +50,13 @@ def test_the_number_of_processes_is_a_multiple():
     class One:
         process_index, num_processes = 0, 1
 
-    with pytest.raises(ValueError, match="feature_parallel_size=2 does not divide the number of processes, 1"):
+    with pytest.raises(ValueError, match=r"feature_parallel_size=2.* 1"):
         make_layout(One, 2)
     assert make_layout(One, 1).shard is None
 
 
 def test_half_precision_that_needs_scaled_gradients_is_refused():
-    with pytest.raises(ValueError, match="mixed_precision='fp16' does not go with feature_parallel_size=2"):
+    with pytest.raises(ValueError, match=r"mixed_precision='fp16'.*feature_parallel_size=2"):
         CLTTrainingArguments(mixed_precision="fp16", feature_parallel_size=2)
 
 
@@ -65,11 +65,11 @@ def test_what_a_slice_cannot_do_says_so(tmp_path):
     CrossLayerTranscoder(config).save_pretrained(tmp_path)
     clt = CrossLayerTranscoder.from_pretrained(tmp_path, shard=FeatureShard(1, 2))
     assert clt.num_held == 4
-    with pytest.raises(ValueError, match="inputs require a gradient"):
+    with pytest.raises(ValueError, match=r"inputs.*gradient"):
         clt(torch.zeros(3, 2, 4, requires_grad=True))
-    with pytest.raises(ValueError, match="push_to_hub on a CLT with a shard"):
+    with pytest.raises(ValueError, match=r"push_to_hub.*shard"):
         clt.push_to_hub("user/clt")
-    with pytest.raises(ValueError, match="lazy is given with shard"):
+    with pytest.raises(ValueError, match=r"lazy.*shard"):
         CrossLayerTranscoder.from_pretrained(tmp_path, shard=FeatureShard(0, 2), lazy=True)
 
 

@@ -138,21 +138,21 @@ def test_real_activations(script, tiny_gpt2, text_file, tmp_path, fresh_accelera
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-features", "16", "--l0", "17"], "error: l0=17 does not fit num_features=16"),
-        (["--device", "tpu"], "error: device='tpu': hf_clt runs on CPUs and NVIDIA GPUs"),
-        (["--preset", "x"], "error: preset='x' is unknown; choose from issue"),
-        (["--grow", "x"], "error: grow='x' is unknown; choose from L, F, N, k"),
-        (["--preset", "issue", "--grow", "F"], "error: --preset and --grow are two sets of shapes"),
-        (["--model", "gpt2"], "error: real activations need both --model and --dataset"),
-        (["--model", "gpt2", "--dataset", "x", "--grow", "F"], "leave --preset and --grow out"),
-        (["--model", "gpt2", "--dataset", "x", "--prompts", "0"], "error: prompts=0 is not positive"),
-        (["--json", "no/such/figures.json"], "there is no folder no/such; make it first"),
+        (["--num-features", "16", "--l0", "17"], "l0=17.*num_features=16"),
+        (["--device", "tpu"], "device='tpu'"),
+        (["--preset", "x"], "preset='x'.*issue"),
+        (["--grow", "x"], "grow='x'.*L, F, N, k"),
+        (["--preset", "issue", "--grow", "F"], "--preset.*--grow"),
+        (["--model", "gpt2"], "--model.*--dataset"),
+        (["--model", "gpt2", "--dataset", "x", "--grow", "F"], "--model.*--preset.*--grow"),
+        (["--model", "gpt2", "--dataset", "x", "--prompts", "0"], "prompts=0"),
+        (["--json", "no/such/figures.json"], "no/such/figures.json.*no/such"),
     ],
 )
 def test_wrong_options_give_one_line(script, flags, message, capsys):
     assert script.main(flags) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert re.match(f"error: .*{message}", error)
     assert error.count("\n") == 1
 
 
@@ -164,7 +164,7 @@ def test_a_shape_that_does_not_fit_the_language_model(script, tiny_gpt2, text_fi
 
 def test_a_text_that_is_too_short(tiny_gpt2, small_text_file, tmp_path):
     job = {"source": {"model": tiny_gpt2, "dataset": small_text_file}, "tokens": 4096, "device": "cpu"}
-    with pytest.raises(ValueError, match=r"tokens that count; give a text of over 16384"):
+    with pytest.raises(ValueError, match=r"dataset=.*16384"):
         measure.measure({"kind": "harvest", **job, "path": str(tmp_path / "activations")})
 
 
@@ -186,15 +186,13 @@ def test_the_script_measures_in_processes_of_their_own(tmp_path):
 @pytest.mark.slow
 def test_what_a_process_finds_wrong_is_raised():
     case = Case(**SMALL).to_dict()
-    with pytest.raises(ValueError, match="tokens=0 is not positive"):
+    with pytest.raises(ValueError, match="tokens=0"):
         run.measure_in_process({"kind": "machine", "case": {**case, "tokens": 0}})
 
 
 def test_a_process_that_dies_is_named(monkeypatch):
     monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, -9))
-    with pytest.raises(
-        RuntimeError, match=r"measures step ended with status -9 \(killed, most likely for want of mem"
-    ):
+    with pytest.raises(RuntimeError, match=r"step.* -9 .*killed.*memory"):
         run.measure_in_process({"kind": "step"})
 
 
@@ -243,7 +241,7 @@ def test_memory_of_this_process():
 def test_different_losses_stop_the_comparison():
     check_same_loss(100.2, 100.0)
     for ours in (102.0, math.nan):
-        with pytest.raises(RuntimeError, match="they do not compute the same"):
+        with pytest.raises(RuntimeError, match="loss"):
             check_same_loss(ours, 100.0)
 
 
@@ -286,5 +284,5 @@ def test_medians_ratio_and_table():
 
 
 def test_source_wants_whole_blocks():
-    with pytest.raises(ValueError, match="context_size=2 leaves hardly a token"):
+    with pytest.raises(ValueError, match="context_size=2"):
         Source("model", "dataset", context_size=2)

@@ -1,6 +1,7 @@
 """Fast training is dense training: the same curve and the same weights in float64; and the comparison end to end."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -142,18 +143,18 @@ def test_a_comparison_on_a_language_model(tiny_gpt2, text_file, tmp_path, activa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--variants", "dense", "fast"], "error: variants: 'fast' is unknown; choose from dense, dense_reversed"),
-        (["--variants", "ours"], "error: variants: 'dense', which the others are compared with, is missing"),
-        (["--eval-tokens", "0"], "error: eval_tokens=0 leaves no tokens to compare on"),
-        (["--steps", "0"], "error: training_steps=0 is not positive"),
-        (["--k", "65"], "error: k=65 is larger than num_features=64"),
-        (["--json", "no/such/curves.json"], "there is no folder no/such; make it first"),
+        (["--variants", "dense", "fast"], "variants.*'fast'.*dense, dense_reversed"),
+        (["--variants", "ours"], "variants.*'dense'"),
+        (["--eval-tokens", "0"], "eval_tokens=0"),
+        (["--steps", "0"], "training_steps=0"),
+        (["--k", "65"], "k=65.*num_features=64"),
+        (["--json", "no/such/curves.json"], "no/such/curves.json.*no/such"),
     ],
 )
 def test_wrong_options_give_one_line(tiny_gpt2, text_file, more, message, capsys):
     assert compare_training.main(flags(tiny_gpt2, text_file, *more)) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert re.match(f"error: .*{message}", error)
     assert error.count("\n") == 1
 
 
