@@ -20,7 +20,8 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTransc
 from hf_clt.commands import cache as cache_activations
 from hf_clt.evaluation.evaluate import measure
 from hf_clt.harvest.cache import ActivationCache
-from tests.distributed.launch import ROOT, launch, leave_group
+from hf_clt.training.processes import disconnect
+from tests.distributed.launch import ROOT, launch
 
 
 MODEL, TEXT = "quickstart/first-10-layers", "quickstart/text.jsonl"
@@ -167,6 +168,6 @@ def main(table: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "work":
         work(*sys.argv[2:])
-        leave_group()
+        disconnect()
     else:
         main(sys.argv[1])

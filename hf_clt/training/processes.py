@@ -7,6 +7,7 @@ GPUs too: they do not wait for a GPU, a peer whose connection breaks is noticed 
 they wait long for text that is retried or a release that is written, while the timeout of gradients stays short.
 """
 
+import gc
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -47,10 +48,12 @@ def connect_hosts(accelerator) -> None:
 
 def disconnect() -> None:
     """
-    Ends the connections at the end of a program. Left to the interpreter's shutdown, their threads may find Python
-    gone and abort a process that has done all its work.
+    Ends the connections, as the last act of a program. A thread of gloo may still hold the tensor of the last exchange;
+    if it lets go of it while the interpreter shuts down, that aborts a process which has done all its work. A
+    DistributedDataParallel model that is alive keeps the threads, so the caller must hold none.
     """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

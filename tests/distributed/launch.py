@@ -1,12 +1,9 @@
 """Starts several processes that know of each other, on a machine without a GPU."""
 
-import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import torch.distributed as dist
 
 
 ROOT = Path(__file__).parents[2]
@@ -25,14 +22,3 @@ def launch(num_processes: int, script: Path, *arguments: str, timeout: int = 300
         timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-6000:]
-
-
-def leave_group() -> None:
-    """
-    What a launched process does last. A thread of gloo that still holds a tensor when the interpreter exits aborts the
-    process ("terminate called without an active exception"). Destroying the group ends its threads, but not while a
-    DistributedDataParallel refers to it.
-    """
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()

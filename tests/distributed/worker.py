@@ -22,8 +22,8 @@ from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
 from hf_clt.training import evaluation, processes
 from hf_clt.training.checkpoints import optimizer_tensors
 from hf_clt.training.evaluation import read_in_lockstep
+from hf_clt.training.processes import disconnect
 from hf_clt.training.setup import load_initial_clt
-from tests.distributed.launch import leave_group
 from tests.distributed.sharded_model import check_model
 
 
@@ -202,7 +202,7 @@ def main(folder: str, runs: str) -> None:
         tensors = {n: tensor.contiguous().clone() for n, tensor in report.pop("tensors").items()}
         save_file(tensors, Path(folder) / f"{name}-{rank}.safetensors")
         (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(report))
-    leave_group()
+    disconnect()
 
 
 if __name__ == "__main__":
