@@ -114,7 +114,7 @@ class Plan:
     dead: float = 0.0  # share of the features that are dead and revived
     clt_dtype: str = "float32"
     model_dtype: str = "bfloat16"
-    buffer_dtype: str | None = None
+    buffer_dtype: str | None = None  # None: as the model
     product_dtype: str = "float32"  # of the encoders' matrix products (mixed precision)
     optimizer: str = "adam"
     context_size: int = 128

@@ -73,7 +73,7 @@ def test_other_column_names(tmp_path):
         load_text_dataset(path)
 
 
-def test_files_of_other_kinds_are_left_out_aloud(tmp_path, caplog):
+def test_files_of_other_kinds_are_left_out_with_a_warning(tmp_path, caplog):
     write(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "README.md").write_text("about")
     assert read(load_text_dataset(tmp_path)) == TEXTS

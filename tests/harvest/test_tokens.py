@@ -469,7 +469,7 @@ WRONG = [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), ValueError("bad"
 
 
 @pytest.mark.parametrize("error", WRONG, ids=lambda error: type(error).__name__)
-def test_what_is_wrong_in_the_text_is_told_as_it_is(error):
+def test_errors_in_the_text_itself_are_raised_unchanged(error):
     with pytest.raises((type(error), ValueError)):
         list(TokenStream(breaking(odd_texts(), {30: 1}, error), TOKENIZER, context_size=16))
 
