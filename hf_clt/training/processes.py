@@ -48,9 +48,9 @@ def connect_hosts(accelerator) -> None:
 
 def disconnect() -> None:
     """
-    Ends the connections, as the last act of a program. A thread of gloo may still hold the tensor of the last exchange;
-    if it lets go of it while the interpreter shuts down, that aborts a process which has done all its work. A
-    DistributedDataParallel model that is alive keeps the threads, so the caller must hold none.
+    Ends the connections, as the last act of a program. A thread of gloo may still hold the tensor of the last
+    exchange; if it lets go of it while the interpreter shuts down, that aborts a process which has done all its work.
+    A DistributedDataParallel model that is alive keeps the threads, so the caller must hold none.
     """
     if dist.is_available() and dist.is_initialized():
         gc.collect()
