@@ -6,8 +6,10 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
+from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -28,7 +30,7 @@ class OneLineParser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([expand_home(word) for word in args], namespace)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(message[0].lower() + message[1:] + "; see --help")
 
 
@@ -37,7 +39,7 @@ def expand_home(word: str) -> str:
     return flag + equals + (os.path.expanduser(value) if value.startswith("~") else value)
 
 
-def one_line_errors(*others: type[Exception], interrupted: str | None = None):
+def one_line_errors(*others: type[Exception], interrupted: str | None = None) -> Callable:
     """
     A decorator of a command's `main(argv)`: what a user can mend becomes one line on stderr and the status 2. Any
     other error is a bug and keeps its traceback, and all of them do where the environment has `HF_CLT_DEBUG=1`.
@@ -75,7 +77,7 @@ def one_line_errors(*others: type[Exception], interrupted: str | None = None):
 
 
 @contextmanager
-def sigterm_as_ctrl_c():
+def sigterm_as_ctrl_c() -> Iterator[None]:
     """SIGTERM, which clusters send before they take a machine back, raises KeyboardInterrupt as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():  # where no handler can be set
         yield

@@ -4,6 +4,7 @@ import os
 import re
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -70,7 +71,7 @@ def prompts_by_memory(block_bytes: int, memory: int) -> int:
 
 
 @contextmanager
-def rounded_products(device: torch.device, allowed: bool):
+def rounded_products(device: torch.device, allowed: bool) -> Iterator[None]:
     """On a GPU, allows float32 products within the block in TF32: ten bits of precision, several times as fast."""
     before = torch.get_float32_matmul_precision()
     try:
@@ -91,7 +92,7 @@ class Stopwatch:
         self.device, self.seconds, self.events = device, 0.0, deque()
 
     @contextmanager
-    def running(self):
+    def running(self) -> Iterator[None]:
         if self.device.type != "cuda":
             start = time.perf_counter()
             try:

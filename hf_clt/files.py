@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def local_or_hub(name: str) -> str:
@@ -19,7 +21,7 @@ def local_or_hub(name: str) -> str:
 
 
 @contextmanager
-def replacing(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """
     Yields the name of a temporary file, which replaces `path` when the block succeeds, flushed to disk, and is removed
     when it raises.
@@ -43,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def as_json(record, indent: int | None = 1) -> str:
+def as_json(record: Any, indent: int | None = 1) -> str:
     """
     A record as JSON that every reader accepts, with a line end: what is not finite is null. With an indent, a list of
     numbers or texts stays on one line.
@@ -62,12 +64,12 @@ def as_json(record, indent: int | None = 1) -> str:
     return lists.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text) + "\n"
 
 
-def write_json(path: Path, record, indent: int | None = 1) -> None:
+def write_json(path: Path, record: Any, indent: int | None = 1) -> None:
     """Writes a record as a JSON file, see [`as_json`], whole or not at all."""
     write_text(path, as_json(record, indent))
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """
     What is in a JSON file.
 

@@ -6,10 +6,18 @@ them in its weights: the same function, without statistics. All is computed in f
 activation function.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from .configuration_clt import CLTConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 STATISTICS = ("mean_in", "std_in", "mean_out", "std_out")
@@ -83,7 +91,7 @@ def unfold_statistics(
 # -- of a CLT ---------------------------------------------------------------------------------------------------------
 
 
-def check_statistics(clt, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_statistics(clt: "PreTrainedModel", given: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     The given statistics, (L, D) each, on the CLT's device. A dimension that does not vary, whose standard deviation is
     rounding (at most 1e-6, or 1e-6 of its mean), is scaled as the median dimension of its layer (by 1 where none
@@ -110,7 +118,7 @@ def check_statistics(clt, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_statistics(clt, given: dict[str, Tensor], reparametrize: bool) -> None:
+def set_statistics(clt: "PreTrainedModel", given: dict[str, Tensor], reparametrize: bool) -> None:
     """See [`CrossLayerTranscoder.set_normalization`]."""
     if clt.lazy:
         raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to normalise it")
@@ -129,7 +137,7 @@ def set_statistics(clt, given: dict[str, Tensor], reparametrize: bool) -> None:
         setattr(clt, name, value.to(at_least_float32(clt.dtype), copy=True))
 
 
-def fold(clt) -> None:
+def fold(clt: "PreTrainedModel") -> None:
     """See [`CrossLayerTranscoder.fold_normalization`]."""
     if clt.mean_in is not None:
         fold_into(clt, statistics_of(clt))
@@ -137,25 +145,25 @@ def fold(clt) -> None:
             setattr(clt, name, None)
 
 
-def statistics_of(clt) -> dict[str, Tensor]:
+def statistics_of(clt: "PreTrainedModel") -> dict[str, Tensor]:
     """Those of a CLT that has some, in float64."""
     return {name: getattr(clt, name).double() for name in STATISTICS}
 
 
-def narrow_tensors(clt, layer: int) -> dict[str, Tensor]:
+def narrow_tensors(clt: "PreTrainedModel", layer: int) -> dict[str, Tensor]:
     """The parameters of one layer that are folded, named as on disk, without its decoder, nearly all of it."""
     encoder = clt.encoders[layer]
     tensors = {"W_enc": encoder.weight, "b_enc": encoder.bias, "b_dec": clt.decoders[layer].bias}
     return {**tensors, "W_skip": clt.skips[layer].weight} if clt.config.skip_connection else tensors
 
 
-def scales_untie(config, std_out: Tensor) -> bool:
+def scales_untie(config: CLTConfig, std_out: Tensor) -> bool:
     """Whether a row that a `per_source` decoder writes to all its targets would have to carry several scales."""
     return config.decoder_tying == "per_source" and not (std_out == std_out[0]).all()
 
 
 @torch.no_grad()
-def fold_into(clt, statistics: dict[str, Tensor]) -> None:
+def fold_into(clt: "PreTrainedModel", statistics: dict[str, Tensor]) -> None:
     """Folds statistics into the weights in place; unties a decoder whose row they would scale in several ways."""
     config = clt.config
     if scales_untie(config, statistics["std_out"]):
@@ -173,7 +181,7 @@ def fold_into(clt, statistics: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def folded(clt):
+def folded(clt: "PreTrainedModel") -> Iterator[None]:
     """
     The CLT as its release has it, for measuring that: folded while the block runs, then exactly what it was. The
     weights wait in main memory.

@@ -8,8 +8,11 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 
 # No `from __future__ import annotations` here: it would make `config_class` a string, and `from_pretrained` fail.
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,10 @@ from .losses import (
 from .selection import largest_dead, select, shares_budget, within_budget
 from .sharding import FeatureShard, any_over, min_over, rows_of, sum_over, uniform_
 from .sparsity import LayerFeatures, SparseFeatures, activate, sparse_from_dense, window_floor
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
@@ -552,7 +559,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         """
         folding.fold(self)
 
-    def folded(self):
+    def folded(self) -> AbstractContextManager[None]:
         """A context in which the CLT is as its release has it; see [`hf_clt.folding.folded`]."""
         return folding.folded(self)
 
@@ -605,7 +612,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         layers: list[int] | None = None,
         shard: FeatureShard | None = None,
         **kwargs,
-    ):
+    ) -> "CrossLayerTranscoder":
         """
         Loads a CLT from a folder or from the Hub, or a folder that has circuit-tracer's files alone.
 
@@ -632,13 +639,13 @@ class CrossLayerTranscoder(PreTrainedModel):
         name, read_whole = str(pretrained_model_name_or_path), super().from_pretrained
         return files.load(cls, read_whole, name, config, lazy, layers, shard, *args, **kwargs)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "CrossLayerTranscoder":
         """Sets training mode; a CLT loaded with `lazy=True` refuses, since a step would copy its files to memory."""
         if mode and self.lazy:
             raise ValueError("this CLT was loaded with lazy=True, for analysis; load it without lazy to train it")
         return super().train(mode)
 
-    def to_jumprelu(self, batches, progress: bool = False):
+    def to_jumprelu(self, batches: Iterable[dict], progress: bool = False) -> tuple["CrossLayerTranscoder", dict]:
         """
         A calibrated jumprelu CLT from this topk or batchtopk CLT, which stays as it is, and the figures of both; see
         [`hf_clt.evaluation.calibration.to_jumprelu`].
@@ -648,7 +655,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         self._check_whole("to_jumprelu")
         return to_jumprelu(self, batches, progress)
 
-    def push_to_hub(self, repo_id: str, **kwargs):
+    def push_to_hub(self, repo_id: str, **kwargs) -> "CommitInfo":
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""
         from .hub.push import push_to_hub
 

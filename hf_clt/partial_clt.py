@@ -67,7 +67,7 @@ class PartialCLT(CrossLayerTranscoder):
         features = [self.encode_layer(s, x[:, s]) if s in self.layers else none for s in layers]
         return SparseFeatures(features, inputs.shape[:-2])
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "PartialCLT":
         return self._refuse() if mode else super().train(False)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -33,6 +34,10 @@ from .configuration_clt import CLT_CONFIG_HELP, WITH_THRESHOLD, CLTConfig
 from .files import read_json, replacing, write_json, write_text
 from .folding import at_least_float32
 from .sharding import FeatureShard, collect_rows, rows_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -471,7 +476,7 @@ PER_FEATURE = ("W_enc", "b_enc", "W_dec", "threshold")  # what has a row per fea
 
 
 @torch.no_grad()
-def released_layer(clt, layer: int) -> dict[str, Tensor]:
+def released_layer(clt: "PreTrainedModel", layer: int) -> dict[str, Tensor]:
     """
     The tensors of one layer of a CLT as they are released: named as on disk, on the CPU, statistics folded in. Where
     the features are spread over a group, all its processes call this, and the first gets them whole.
@@ -496,7 +501,7 @@ def released_layer(clt, layer: int) -> dict[str, Tensor]:
     return {f"{name}_{layer}": tensor for name, tensor in tensors.items()}
 
 
-def write_clt(clt, folder: Path, is_main_process: bool) -> CLTConfig | None:
+def write_clt(clt: "PreTrainedModel", folder: Path, is_main_process: bool) -> CLTConfig | None:
     """Writes a CLT's release; its configuration in the process that wrote it, None in others."""
     layers = (released_layer(clt, layer) for layer in range(clt.config.num_layers))
     if clt.shard is not None and clt.shard.rank > 0:
@@ -544,7 +549,7 @@ def load_slices(cls, folder: Path, config: CLTConfig, shard, name: str, lazy: bo
     return (clt, info) if with_info else clt
 
 
-def fill(clt, state: dict[str, Tensor], name: str) -> None:
+def fill(clt: "PreTrainedModel", state: dict[str, Tensor], name: str) -> None:
     """Gives a CLT without weights those of `state`, which has all of them, and the `name` that it was loaded by."""
     clt.load_state_dict(state, assign=True)
     clt.config.name_or_path = clt.name_or_path = name
@@ -552,7 +557,7 @@ def fill(clt, state: dict[str, Tensor], name: str) -> None:
     clt.eval()
 
 
-def with_weights(clt, state_dict: dict[str, Tensor]):
+def with_weights(clt: "PreTrainedModel", state_dict: dict[str, Tensor]) -> "PreTrainedModel":
     """A CLT as `clt` that holds the given weights, and statistics where there are some."""
     with torch.device("meta"):
         other = type(clt)(copy.deepcopy(clt.config), clt.shard)
@@ -562,7 +567,7 @@ def with_weights(clt, state_dict: dict[str, Tensor]):
     return other
 
 
-def check_half_range(clt) -> None:
+def check_half_range(clt: "PreTrainedModel") -> None:
     """Raises ValueError if a weight in float16 is not finite."""
     for name, weight in clt.named_parameters():
         if weight.dtype == torch.float16 and not weight.isfinite().all():
@@ -571,7 +576,7 @@ def check_half_range(clt) -> None:
 
 
 def save(
-    clt,
+    clt: "PreTrainedModel",
     save_directory: str | Path,
     is_main_process: bool,
     state_dict: dict[str, Tensor] | None,

@@ -23,7 +23,7 @@ USER_ERRORS = (
 
 
 @one_line_errors()
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     # Each process may fail for a reason of its own (its text, its memory), so the others speak too, by rank.
     rank = os.environ.get("RANK", "0")
     who = "" if rank == "0" else f"[rank {rank}] "
@@ -47,7 +47,7 @@ def main(argv=None) -> int:
         return 2
 
 
-def train(argv=None) -> int:
+def train(argv: list[str] | None = None) -> int:
     args, config_kwargs = parse_train_args(argv)
     from ..evaluation.evaluate import format_replacement  # --help answers without these
     from ..hub.report import format_metrics_table

@@ -113,7 +113,7 @@ def activations(
 
 
 @contextmanager
-def eval_mode(clt: CrossLayerTranscoder):
+def eval_mode(clt: CrossLayerTranscoder) -> Iterator[None]:
     """Eval mode while the block runs, then the mode that was."""
     was_training = clt.training
     clt.eval()

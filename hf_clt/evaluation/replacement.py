@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..folding import at_least_float32
@@ -460,7 +461,7 @@ def prediction_sums(original: Tensor, replaced: Tensor, ablated: Tensor, targets
 
 @torch.no_grad()
 def replacement_metrics(
-    model,
+    model: PreTrainedModel,
     clt: CrossLayerTranscoder | Callable,
     batches: Iterable[dict[str, Tensor]],
     layers: Iterable[int] | None = None,

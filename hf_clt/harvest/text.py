@@ -143,7 +143,7 @@ class StreamError(OSError):
 
 
 @contextmanager
-def reading_text(retries: int):
+def reading_text(retries: int) -> Iterator[None]:
     """
     While text is read: datasets tries `retries` times again, 5 seconds apart, what it reads over the network; what
     fails all the same is raised as a [`StreamError`].

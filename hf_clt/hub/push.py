@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
@@ -31,6 +32,10 @@ from ..release import CIRCUIT_TRACER_FILE, INDEX_FILE, is_release_file
 from .card import card_from_folder, is_human_edited, save_model_card, set_loading_name, tells_unknown_training
 from .facts import FACTS_FILE, check_license, make_facts, read_facts
 from .plots import PLOTS, PLOTS_FOLDER
+
+
+if TYPE_CHECKING:
+    from ..modeling_clt import CrossLayerTranscoder
 
 
 logger = logging.getLogger(__name__)
@@ -323,7 +328,7 @@ def _clear_errors(repo_id: str | None, token: str | None, revision: str | None):
 
 
 def push_to_hub(
-    clt,
+    clt: "CrossLayerTranscoder",
     repo_id: str,
     *,
     metrics: dict | None = None,

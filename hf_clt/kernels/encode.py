@@ -32,7 +32,7 @@ def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.addmm(bias[:, None], weight, x.T).T
 
 
-def autocast_where_fast(device: torch.device):
+def autocast_where_fast(device: torch.device) -> torch.autocast:
     """A context without autocast on a CPU that would emulate bfloat16 products; elsewhere it changes nothing."""
     slow = device.type == "cpu" and not multiplies_bfloat16()
     return torch.autocast("cpu", enabled=False) if slow else nullcontext()

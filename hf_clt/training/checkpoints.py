@@ -22,6 +22,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -150,7 +151,7 @@ def save_checkpoint(
     step: int,
     shared: dict,
     own: dict,
-    accelerator,
+    accelerator: Accelerator,
     keep: int | None,
     shard: FeatureShard | None = None,
 ) -> Path:
@@ -361,7 +362,9 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def load_optimizer_tensors(model, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
     """
     Restores what `optimizer_tensors` gave.
 

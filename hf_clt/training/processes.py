@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..harvest.buffer import ActivationBuffer
 
 
@@ -40,7 +42,7 @@ class OtherProcessGone(RuntimeError):
     """Another process of the run does not answer, so nothing can be done together any more, not even a checkpoint."""
 
 
-def connect_hosts(accelerator) -> None:
+def connect_hosts(accelerator: "Accelerator") -> None:
     """Makes the group of these exchanges; all processes call this once, right after the accelerator is made."""
     several = accelerator.num_processes > 1
     accelerator.hosts = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
@@ -57,7 +59,7 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def together(accelerator, function):
+def together(accelerator: "Accelerator", function: Callable[[], Any]) -> Any:
     """
     Calls `function` in every process. If it fails in one, it raises in all, once all are through with it.
 
@@ -94,17 +96,17 @@ def together(accelerator, function):
     return result
 
 
-def any_process(accelerator, found: bool) -> bool:
+def any_process(accelerator: "Accelerator", found: bool) -> bool:
     """Whether it was found in any process."""
     return bool(_exchange(accelerator, [found], "MAX")[0])
 
 
-def smallest(accelerator, number: int) -> int:
+def smallest(accelerator: "Accelerator", number: int) -> int:
     """The smallest number of all processes."""
     return _exchange(accelerator, [number], "MIN")[0]
 
 
-def wait_for_all(accelerator) -> None:
+def wait_for_all(accelerator: "Accelerator") -> None:
     """Returns when all processes have come here."""
     _exchange(accelerator, [0], "MAX")
 

@@ -24,6 +24,7 @@ from .processes import OtherProcessGone, StopRequested, any_process
 
 
 if TYPE_CHECKING:
+    from ..modeling_clt import CrossLayerTranscoder
     from .trainer import CLTTrainer
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def checkpoint_on_failure(
-    trainer: "CLTTrainer", optimizer, before: tuple[dict, dict] | None = None, alone: bool = False
+    trainer: "CLTTrainer",
+    optimizer: torch.optim.Optimizer,
+    before: tuple[dict, dict] | None = None,
+    alone: bool = False,
 ) -> Iterator[None]:
     """
     If the block fails, in all processes, a checkpoint is written, and a note on the error says what to go on from.
@@ -68,7 +72,7 @@ def moving_state(trainer: "CLTTrainer") -> tuple[dict, dict]:
     return {"values": values, "tensors": tensors}, buffers
 
 
-def save_run(trainer: "CLTTrainer", optimizer, before: tuple[dict, dict] | None = None) -> Path:
+def save_run(trainer: "CLTTrainer", optimizer: torch.optim.Optimizer, before: tuple[dict, dict] | None = None) -> Path:
     """
     Writes a checkpoint; with the state `before` the update that is going on, if that is given. One of weights that
     are not finite would in time take the place of the last good one: it raises [`CheckpointError`].
@@ -155,7 +159,7 @@ def restore_run(trainer: "CLTTrainer") -> torch.optim.Optimizer:
     return optimizer
 
 
-def restore_weights(clt, tensors: dict[str, torch.Tensor]) -> None:
+def restore_weights(clt: "CrossLayerTranscoder", tensors: dict[str, torch.Tensor]) -> None:
     """The weights and statistics of a checkpoint."""
     if "mean_in" in tensors:
         clt.set_normalization(*(tensors[name] for name in ("mean_in", "std_in", "mean_out", "std_out")))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import set_seed
+from huggingface_hub import CommitInfo
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
@@ -409,7 +410,7 @@ class CLTTrainer:
     def _release(self) -> None:
         publishing.write_release(self, self.output_dir)
 
-    def push_to_hub(self, repo_id: str | None = None, **kwargs):
+    def push_to_hub(self, repo_id: str | None = None, **kwargs) -> "CommitInfo | None":
         """
         Pushes the finished CLT in `output_dir`, which [`train`] wrote, and its measured card; all processes may call
         this, and the first pushes.
