@@ -5,7 +5,7 @@
 import logging
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -149,14 +149,19 @@ class CLTConfig(PreTrainedConfig):
         return [name for name in names if name not in known and not name.startswith("_")]
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As [`from_values`]; transformers calls it."""
+        from . import modeling_clt  # noqa: F401  AutoModel looks for the class of a configuration, and finds it then
+
+        return cls.from_values(config_dict, **kwargs)
+
+    @classmethod
+    def from_values(cls, config_dict: dict[str, Any], **kwargs):
         """
         The configuration in a file, with fields overridden by `kwargs`. If these change the activation function,
         values that are only the defaults of the file's are replaced by those of the new one. A key that is not a
         field, of a newer version or another tool, is kept, with a warning.
         """
-        from . import modeling_clt  # noqa: F401  AutoModel looks for the class of a configuration, and finds it then
-
         values = {**config_dict}
         saved = derived_defaults(values.get("activation_fn", cls.activation_fn), values.get("d_model"))
         for name, default in saved.items():

@@ -363,12 +363,13 @@ def read_config(folder: Path, overrides: dict) -> CLTConfig:
     """
     path = folder / "config.json"
     if path.is_file():
-        found = read_json(path).get("model_type")
+        values = read_json(path)
+        found = values.get("model_type")
         if found != CLTConfig.model_type:
             raise ValueError(
                 f"{folder} holds a model_type={found!r}, not {CLTConfig.model_type!r}; give a CLT's folder"
             )
-        return CLTConfig.from_pretrained(folder, **overrides)
+        return CLTConfig.from_values(values, **overrides)
     names = [path.name for path in folder.iterdir()]
     return config_from_headers(folder, folder, names, lambda file: read_header(folder, file), overrides)
 

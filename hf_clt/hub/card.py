@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -121,10 +120,18 @@ def is_hub_name(name: str | None) -> bool:
 
 def count_parameters(config: CLTConfig) -> int:
     """Number of trainable parameters of a CLT of this configuration (a tied decoder counts once)."""
-    from ..modeling_clt import CrossLayerTranscoder
-
-    with torch.device("meta"):
-        return CrossLayerTranscoder(config).num_parameters()
+    num_layers, d_model, num_features = config.num_layers, config.d_model, config.num_features
+    if config.decoder_tying == "none":
+        decoders = sum(config.num_targets(source) for source in range(num_layers))
+    else:
+        decoders = num_layers
+    total = num_layers * num_features * (d_model + 1)  # W_enc, b_enc
+    total += decoders * num_features * d_model + num_layers * d_model  # W_dec, b_dec
+    if config.activation_fn == "jumprelu":
+        total += num_layers * num_features
+    if config.skip_connection:
+        total += num_layers * d_model * d_model
+    return total
 
 
 def circuit_tracer_gaps(config: CLTConfig) -> list[str]:
