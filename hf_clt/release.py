@@ -17,7 +17,7 @@ import logging
 import mmap
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,7 @@ def is_release_file(path: Path) -> bool:
 
 
 @contextmanager
-def open_weights(folder: Path, file: str):
+def open_weights(folder: Path, file: str) -> Iterator[safe_open]:
     """
     A weight file, opened with `safe_open`.
 
@@ -520,7 +520,16 @@ def write_clt(clt: "PreTrainedModel", folder: Path, is_main_process: bool) -> CL
     return config
 
 
-def load_slices(cls, folder: Path, config: CLTConfig, shard, name: str, lazy: bool, dtype=None, **kwargs):
+def load_slices(
+    cls,
+    folder: Path,
+    config: CLTConfig,
+    shard: FeatureShard | None,
+    name: str,
+    lazy: bool,
+    dtype: torch.dtype | str | None = None,
+    **kwargs,
+):
     """A CLT of which only the rows of `shard` are read, or, with `lazy`, none before they are used."""
     with_info = kwargs.pop("output_loading_info", False)
     given = [argument for argument, value in {**kwargs, "lazy": lazy and shard is not None}.items() if value]

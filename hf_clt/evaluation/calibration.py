@@ -106,7 +106,7 @@ def to_jumprelu(
 
 
 def read_rows(
-    clt: CrossLayerTranscoder, batches, title: str, progress: bool, num_tokens: int | None = None
+    clt: CrossLayerTranscoder, batches: Iterable, title: str, progress: bool, num_tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Raw inputs and labels, (N, L, D) each, of one pass, which must have `num_tokens` tokens, any number if None."""
     seen = 0
@@ -134,7 +134,7 @@ def pre_activations(clt: CrossLayerTranscoder, inputs: Tensor) -> Iterator[Tenso
         yield encoder(x[:, s]).float()
 
 
-def find_thresholds(clt: CrossLayerTranscoder, batches, progress: bool) -> tuple[MetricSums, Tensor]:
+def find_thresholds(clt: CrossLayerTranscoder, batches: Iterable, progress: bool) -> tuple[MetricSums, Tensor]:
     """The sums of the original, and the thresholds (L,) with which each layer is as active as in the original."""
     config = clt.config
     layers = range(config.num_layers)

@@ -183,7 +183,7 @@ def piece_bytes(piece: str) -> bytes | None:
     return None
 
 
-def short_name(value) -> str:
+def short_name(value: object) -> str:
     """A name for readers: of a local file or folder only its last part."""
     path = Path(str(value)).expanduser()
     return path.absolute().name if path.exists() else str(value)

@@ -36,7 +36,7 @@ QUOTED_PATH = re.compile(r"""(['"])/[^'"\n]*?([^'"\n/]+)/?\1""")
 PLAIN_PATH = re.compile(r"""(?<![^\s=:,])/(?:[^\s/'"]+/)*([^\s/'",]+)/?(?![^\s,])""")
 
 
-def without_private(value):
+def without_private(value: object) -> object:
     """
     A text, or the texts in dicts and lists, without Hub tokens and folders of this machine: an absolute path becomes
     its last part.

@@ -6,6 +6,7 @@ released CLT as it is, and its own CLTs have these files and no others. Source: 
 safety-research/circuit-tracer.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def read(folder: Path, **overrides) -> Checkpoint:
     return config, layers()
 
 
-def with_full_reach(config: CLTConfig, layers) -> Checkpoint:
+def with_full_reach(config: CLTConfig, layers: Iterable[dict]) -> Checkpoint:
     """
     The same function with decoders that reach the last layer, as circuit-tracer takes every decoder to do: zeros
     behind the reach, and no ties.

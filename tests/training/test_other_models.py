@@ -444,9 +444,7 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_so():
     assert in_a_process(code, **environment)[:2] == ["ACTIVE", "77"]
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["info", CARD]], ids=str
-)
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "--help"], ["info", CARD]], ids=str)
 def test_help_and_info_import_nothing_heavy(words):
     code = (
         "import contextlib, io, sys\n"
