@@ -30,13 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with sigterm_as_ctrl_c():  # until training starts there is nothing to save
             status = train(argv)
-        disconnect()
-        return status
     except KeyboardInterrupt as stop:
         # The trainer says at which step it stopped once its checkpoint is written; earlier there is nothing to keep.
         written = f" ({stop}); continue with --resume-from-checkpoint latest" if str(stop) else ""
         print(f"{who}interrupted{written}", file=sys.stderr)
-        return 130
+        status = 130
     except BrokenPipeError:
         raise
     except USER_ERRORS as error:
@@ -45,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         text = "; ".join([str(error), *getattr(error, "__notes__", [])])  # the trainer notes what to go on from
         print(f"{who}error: {' '.join(text.split())}", file=sys.stderr)
         return 2
+    disconnect()  # here, where no error holds the trainer; after a failure of one, others may still wait for it
+    return status
 
 
 def train(argv: list[str] | None = None) -> int:

@@ -128,3 +128,22 @@ def test_a_folder_is_written_to_by_one_run(tmp_path):
     os.close(held)
     os.close(lock_folder(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_connections_end_with_the_model_that_holds_them():
+    """Else a thread of gloo may abort a process at its exit."""
+    code = """
+import weakref, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from hf_clt.training.processes import disconnect
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = DistributedDataParallel(torch.nn.Linear(2, 2))
+model.cycle = [model]
+found = weakref.ref(model)
+del model
+assert found() is not None
+disconnect()
+assert found() is None and not dist.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
