@@ -49,7 +49,7 @@ CHECKED, TINY = (4, 256, 8192, 1024, 16), (3, 16, 256, 64, 4)
 FORMATS = {
     "float32": {},
     "autocast": {"autocast": "bfloat16"},
-    "bfloat16": {"dtype": "bfloat16", "optimizer": "adam_compact"},
+    "bfloat16": {"autocast": "bfloat16", "dtype": "bfloat16", "optimizer": "adam_compact"},
 }
 # Shape, format, and about how many seconds ours and the dense side take, and ours with dead features.
 UPDATES = [("A", "autocast", 15, 8), ("B", "autocast", 15, 8), ("A", "bfloat16", 12, 8), ("C", "bfloat16", 30, 20),
