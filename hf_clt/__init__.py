@@ -31,6 +31,7 @@ __getattr__, __dir__ = lazy_names(
         "CLTTrainer": "training.trainer",
         "CLTTrainingArguments": "training.arguments",
         "CrossLayerTranscoder": "modeling_clt",
+        "attribute": "attribution.tracing",
     },
 )
 
@@ -42,4 +43,5 @@ __all__ = [
     "CLTTrainer",
     "CLTTrainingArguments",
     "CrossLayerTranscoder",
+    "attribute",
 ]

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 
@@ -52,6 +53,11 @@ def values_at_hand(tensor: torch.Tensor) -> bool:
 def total_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory."""
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine's memory."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def usual_model_dtype(device: torch.device) -> str | None:
@@ -127,6 +133,7 @@ __all__ = [
     "Stopwatch",
     "check_kind",
     "chosen_device",
+    "free_memory",
     "prompts_by_memory",
     "rounded_products",
     "total_memory",

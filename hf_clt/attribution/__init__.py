@@ -9,7 +9,7 @@ __getattr__, __dir__ = lazy_names(
         "AttributionGraph": "graph",
         "FeatureTarget": "graph",
         "TokenTarget": "graph",
-        "attribute": "attribute",
+        "attribute": "tracing",
         "freeze": "frozen",
     },
 )

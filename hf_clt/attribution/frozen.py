@@ -362,7 +362,9 @@ def freeze_norm(module: nn.Module, x: Tensor, y: Tensor, name: str, dtype: torch
             smallest = error
             best = Norm(gain.to(dtype), bias.to(dtype), scale.to(dtype), centred)
     if not smallest <= STEP_TOLERANCE[x.dtype]:
-        raise FreezingError(f"{name} ({type(module).__name__}) is no norm with one scale per token: off by {smallest:.1e}")
+        raise FreezingError(
+            f"{name} ({type(module).__name__}) is no norm with one scale per token: off by {smallest:.1e}"
+        )
     return best
 
 
