@@ -16,6 +16,7 @@ prompt, and every step is then compared with what the model computed ([`check_st
 import copy
 import inspect
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -143,6 +144,8 @@ class FrozenModel:
         head_bias (`Tensor` of shape `(V,)`, *optional*): Of the head; it is in no row.
         logits (`Tensor` of shape `(P, V)`): What the model gave, softcap included.
         error (`float`): The largest relative error of a step, see [`check_steps`].
+        norms (`list[tuple[Module, Norm]]`): The model's norms on the paths.
+        writers (`list[Module]`): The modules whose output is what the CLT reconstructs, layer by layer.
     """
 
     input_ids: Tensor
@@ -153,7 +156,9 @@ class FrozenModel:
     unembedding: Tensor
     head_bias: Tensor | None
     logits: Tensor
-    error: float = 0.0
+    error: float
+    norms: list[tuple[nn.Module, Norm]]
+    writers: list[nn.Module]
 
     @property
     def num_tokens(self) -> int:
@@ -254,24 +259,30 @@ def freeze(
         raise ValueError(f"input_ids has {len(input_ids)} tokens; give two or more, nothing is traced at position 0")
     check_context_size(model.config, len(input_ids))
     decoder = model.get_decoder()
-    streams, outputs = resolve_sites(model, "hook_resid_mid", output_hook)
+    streams, writers = resolve_sites(model, "hook_resid_mid", output_hook)
     mlps = resolve_sites(model, "mlp.hook_in", "mlp.hook_out")[1]
     adders = resolve_sites(model, "hook_resid_mid", "hook_mlp_out")[1]
     blocks = [model.get_submodule(site.path.rpartition(".")[0]) for site in mlps]
     inner = [m for block in blocks for m in block.modules()]
     watched = [*inner, *decoder.children(), head]
     seen, attended, logits = run_recorded(model, input_ids, watched)
+    norms = {}
+
+    def norm_of(module, name):
+        if module not in norms:
+            norms[module] = freeze_norm(module, *seen[module], name, dtype)
+        return norms[module]
 
     frozen, error = [], 0.0
     for layer, block in enumerate(blocks):
         get = model.get_submodule
         mlp, adder, reader = get(mlps[layer].path), get(adders[layer].path), get(streams[layer].path)
-        found = freeze_block(block, mlp, adder, reader, seen, attended, f"layer {layer}", dtype)
+        found = freeze_block(block, mlp, adder, reader, seen, attended, norm_of, f"layer {layer}", dtype)
         if input_hook == "mlp.hook_in":
-            norm = freeze_norm(reader, *seen[reader], f"layer {layer}, the norm in front of the MLP", dtype)
+            norm = norm_of(reader, f"layer {layer}, the norm in front of the MLP")
             found = replace(found, read=seen[mlp][0].to(dtype), read_norm=norm)
         if output_hook == "mlp.hook_out" and adder is not mlp:
-            norm = freeze_norm(adder, *seen[adder], f"layer {layer}, the norm behind the MLP", dtype)
+            norm = norm_of(adder, f"layer {layer}, the norm behind the MLP")
             found = replace(found, written=seen[mlp][1].to(dtype), post=norm)
         error = max(error, check_steps(found, f"layer {layer}", model.dtype))
         frozen.append(found)
@@ -280,10 +291,10 @@ def freeze(
     if frozen[0].start.shape != tokens.shape or head not in seen:
         raise FreezingError(f"{type(model).__name__}: its head or its embedding was not run; it cannot be traced")
     given = seen[head][0]
-    norms = [m for m in decoder.children() if m in seen and torch.equal(seen[m][1], given) and m not in blocks]
-    if not norms:
+    last = [m for m in decoder.children() if m in seen and same(seen[m][1], given) and m not in blocks]
+    if not last:
         raise FreezingError(f"{type(model).__name__}: no module gives what the head reads; it cannot be traced")
-    final = freeze_norm(norms[0], *seen[norms[0]], "the norm in front of the head", dtype)
+    final = norm_of(last[0], "the norm in front of the head")
     result = FrozenModel(
         input_ids=input_ids,
         blocks=frozen,
@@ -294,12 +305,24 @@ def freeze(
         head_bias=None if head.bias is None else head.bias.to(dtype),
         logits=logits.to(dtype),
         error=error,
+        norms=list(norms.items()),
+        writers=[model.get_submodule(site.path) for site in writers],
     )
     check_logits(result, seen[head][1].to(dtype), model.dtype)
     return result
 
 
-def freeze_block(block, mlp, adder, reader, seen: dict, attended: dict, name: str, dtype: torch.dtype) -> Block:
+def freeze_block(
+    block: nn.Module,
+    mlp: nn.Module,
+    adder: nn.Module,
+    reader: nn.Module,
+    seen: dict,
+    attended: dict,
+    norm_of: Callable[[nn.Module, str], Norm],
+    name: str,
+    dtype: torch.dtype,
+) -> Block:
     """One layer, from what its modules were given and gave."""
     start, end = seen[block]
     stream = seen[reader][0]
@@ -316,9 +339,9 @@ def freeze_block(block, mlp, adder, reader, seen: dict, attended: dict, name: st
     # A dropout that does nothing reads it as well.
     post = [m for m in children if same(seen[m][0], gave) and not same(seen[m][1], gave)]
     weights = freeze_attention(attention, given, value, taken, seen, name, dtype)
-    behind = freeze_norm(post[0], *seen[post[0]], f"{name}, the norm behind the attention", dtype) if post else None
+    behind = norm_of(post[0], f"{name}, the norm behind the attention") if post else None
     maps = Attention(pattern=pattern.to(dtype), post=behind, **weights)
-    norm = freeze_norm(pre[0], *seen[pre[0]], f"{name}, the norm in front of the attention", dtype)
+    norm = norm_of(pre[0], f"{name}, the norm in front of the attention")
     bias = norm.bias.expand(len(start), -1)
     added = seen[adder][1]
     return Block(
