@@ -41,7 +41,7 @@ DEVICES = {
 }
 # Shares of the data sheet that are assumed: of products, of all else, of memory in adam_compact. The last is what an
 # H200 reached (benchmarks/gpu_check_h200.json: 4 to 8 %, hundreds of small kernels). The others were chosen before
-# anything was measured. There single kernels reached up to 70 and 89 %, but an update also has gaps and small kernels,
+# anything was measured. There single kernels reached up to 71 and 89 %, but an update also has gaps and small kernels,
 # and rows that come from a cache: it took 0.8 to 1.0 times what the model says of 32 active features, 0.6 of 200.
 ASSUMED = {"products": 0.4, "streams": 0.6, "compact": 0.08}
 GPUS_PER_NODE = 8
