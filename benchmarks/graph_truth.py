@@ -136,9 +136,10 @@ def main(argv: list[str] | None = None) -> int:
         rows["graphs"] += graphs_of(options, name, clt, model, tokenizer)
         write_json(options.json, rows)
         if name == "clt":
-            ids = tokenizer(" ".join(PROMPTS) * 4, return_tensors="pt").input_ids
-            inputs, _ = Harvester(model)(ids)
-            rows["graphs"] += graphs_of(options, "random", random_clt(clt, inputs[0, 1:].float()), model, tokenizer)
+            read = Harvester(model)
+            ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+            inputs = torch.cat([read(prompt)[0][0, 1:] for prompt in ids])
+            rows["graphs"] += graphs_of(options, "random", random_clt(clt, inputs), model, tokenizer)
         del clt, trainer
     write_json(options.json, rows)
     print(f"figures: {options.json}")
