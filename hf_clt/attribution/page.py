@@ -45,8 +45,8 @@ def page_data(
     graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = (), influence: Tensor | None = None
 ) -> dict[str, Any]:
     """
-    What the page is made of. Edges come with the most influential first, in base64: `ends`, source and target of each by
-    place in `nodes`, uint16, and `weights`, float32. The influence of one is its |weight| times the target's `scale`.
+    What the page is made of. Edges come with the most influential first, in base64: `ends`, source and target of each
+    by place in `nodes`, uint16, and `weights`, float32. The influence of one is |weight| times the target's `scale`.
 
     Raises:
         ValueError: For more nodes than can be numbered.

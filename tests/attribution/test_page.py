@@ -237,7 +237,8 @@ class Browser:
     def move(self, selector):
         self.place = self.run(
             f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'nearest'}});"
-            "const b = (e.querySelector('.shape') || e).getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            "const b = (e.querySelector('.shape') || e).getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         self.send("Input.dispatchMouseEvent", type="mouseMoved", x=self.place[0], y=self.place[1])
 
@@ -269,9 +270,8 @@ class Browser:
         asked = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         faults = [url for url in asked if not url.startswith(("file:", "about:", "blob:"))]
         faults += [e["params"] for e in self.events if e["method"] == "Runtime.exceptionThrown"]
-        return faults + [
-            e["params"]["entry"] for e in self.events if e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] == "error"
-        ]  # fmt: skip
+        logged = [e["params"]["entry"] for e in self.events if e["method"] == "Log.entryAdded"]
+        return faults + [entry for entry in logged if entry["level"] == "error"]
 
     def close(self):
         self.session = None
