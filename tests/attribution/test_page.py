@@ -219,14 +219,19 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def wait(self, expression):
+        end = time.monotonic() + 10
+        while not self.run(expression):
+            assert time.monotonic() < end, f"never came: {expression}"
+            time.sleep(0.02)
+
     def open(self, address, width=1400, height=900, dark=False):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=scheme)
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=address)
-        while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
-            time.sleep(0.02)
+        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def click(self, selector, **more):
         self.move(selector)
@@ -404,6 +409,7 @@ def test_groups_by_hand_with_the_mouse(opened, graph, tmp_path):
     opened.click("#group")
     opened.type("say <b>")
     opened.press("Enter")
+    opened.wait("state.groups.length")
     assert opened.run("state.groups.map(g => [g.name, ...g.ids])") == [["say <b>", first, second, third]]
     text = panel(opened)
     assert "say <b>" in text and "1 of 2 signs agree" in text and "not checked" in text
@@ -421,8 +427,7 @@ def test_groups_by_hand_with_the_mouse(opened, graph, tmp_path):
     opened.open(address)
     assert opened.run("[state.collapsed, state.groups[0].ids.length, state.selected]") == [True, 3, "group 0"]
     opened.run("location.hash = ''")
-    time.sleep(0.1)
-    assert opened.run("state.groups.length") == 0
+    opened.wait("!state.groups.length")
     assert first in address and "supernodes" in address
 
 
@@ -455,6 +460,7 @@ def test_with_the_keyboard_alone(opened, graph):
     assert opened.run("[...marked]") == [name]
     opened.press("g")
     opened.press("Enter")  # the name that was proposed
+    opened.wait("state.groups.length")
     assert opened.run("state.groups[0].ids") == [name]
     for _ in range(3):
         opened.press("Escape")
@@ -521,9 +527,8 @@ def test_state_in_a_file(opened, graph, tmp_path):
     opened.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     opened.click("#save")
     path = tmp_path / "graph_state.json"
-    for _ in range(200):
-        if path.exists() and path.stat().st_size:
-            break
+    end = time.monotonic() + 10
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < end:
         time.sleep(0.02)
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["pinnedIds"] == [first] and record["supernodes"] == [["x", second]]
@@ -534,7 +539,7 @@ def test_state_in_a_file(opened, graph, tmp_path):
         document = opened.send("DOM.getDocument")["root"]["nodeId"]
         node = opened.send("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
         opened.send("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
-        time.sleep(0.2)
+        opened.wait("document.querySelector('[role=alert]')")
 
     opened.open((tmp_path / "page.html").as_uri())
     load(json.dumps(record))
