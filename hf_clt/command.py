@@ -6,10 +6,10 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -23,10 +23,12 @@ class OneLineParser(argparse.ArgumentParser):
     user's folder in `--output=~/clt` too, where no shell expands it. The description is printed as it is written.
     """
 
-    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+    def __init__(self, *args: Any, formatter_class: type = argparse.RawDescriptionHelpFormatter, **kwargs: Any):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([expand_home(word) for word in args], namespace)
 
@@ -89,7 +91,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def print_next(*words) -> None:
+def print_next(*words: object) -> None:
     """Names the command that usually comes next; capital words are for the user to fill in."""
     print(f"Next: {shlex.join(['hf-clt', *map(str, words)])}")
 

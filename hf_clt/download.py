@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -19,7 +20,7 @@ from .release import CIRCUIT_TRACER_FILE, INDEX_FILE
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
-def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = None, **hub) -> Path:
+def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = None, **hub: Any) -> Path:
     """
     The folder with a CLT's files; downloaded from the Hub, where they are not in the cache yet.
 

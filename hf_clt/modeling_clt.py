@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -581,7 +581,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """
         Writes the released CLT, statistics folded into the weights, and a model card. The live model is left as it
@@ -606,12 +606,12 @@ class CrossLayerTranscoder(PreTrainedModel):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        *args,
+        *args: Any,
         config: CLTConfig | None = None,
         lazy: bool = False,
         layers: list[int] | None = None,
         shard: FeatureShard | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "CrossLayerTranscoder":
         """
         Loads a CLT from a folder or from the Hub, or a folder that has circuit-tracer's files alone.
@@ -655,7 +655,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         self._check_whole("to_jumprelu")
         return to_jumprelu(self, batches, progress)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> "CommitInfo":
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> "CommitInfo":
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""
         from .hub.push import push_to_hub
 

@@ -8,6 +8,7 @@ must call them in the same order.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,13 +62,13 @@ class _SumOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, part, group):
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -7,6 +7,7 @@ there (`activate`).
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,13 +216,13 @@ class JumpReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pre_activation, threshold, bandwidth):
+    def forward(ctx: Any, pre_activation: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_activation, threshold)
         ctx.bandwidth = bandwidth
         return pre_activation * (pre_activation > threshold)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         pre_activation, threshold = ctx.saved_tensors
         inside = in_window(pre_activation, threshold, ctx.bandwidth)
         grad_threshold = -(threshold / ctx.bandwidth) * inside * grad
@@ -235,12 +236,12 @@ class AtEntries(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, vector: Tensor, features: LayerFeatures) -> Tensor:
+    def forward(ctx: Any, vector: Tensor, features: LayerFeatures) -> Tensor:
         ctx.features = features
         return vector[features.indices]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return sum_by_feature(ctx.features, grad), None
 
 

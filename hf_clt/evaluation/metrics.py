@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..harvest.statistics import Moments
+from ..sparsity import SparseFeatures
 
 
 # log10 of the share of tokens on which a feature is active: four bins per decade; -10 stands for never
@@ -60,16 +61,14 @@ class MetricSums(Moments):
         return *self.mean.shape, self.active_counts.shape[1]
 
     @torch.no_grad()
-    def update(self, labels: torch.Tensor, reconstruction: torch.Tensor, acts) -> None:
+    def update(self, labels: torch.Tensor, reconstruction: torch.Tensor, acts: torch.Tensor | SparseFeatures) -> None:
         """
         Adds a batch of tokens.
 
         Args:
             labels (`torch.Tensor` of shape `(N, L, D)`): Raw targets y.
             reconstruction (`torch.Tensor` of shape `(N, L, D)`): Raw reconstruction ŷ.
-            acts (`torch.Tensor` of shape `(N, L, F)`, or sparse):
-                Activations of the same tokens. Sparse is anything whose `active_counts()` gives the number of these
-                tokens on which each feature is above zero, of shape `(L, F)`.
+            acts (`torch.Tensor` of shape `(N, L, F)`, or [`SparseFeatures`]): Activations of the same tokens.
 
         Raises:
             `ValueError`: A shape is another.

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -259,7 +260,9 @@ class ReplacementModel:
             if a layer is out of range.
     """
 
-    def __init__(self, model, clt: CrossLayerTranscoder | Callable, layers: Iterable[int] | None = None):
+    def __init__(
+        self, model: PreTrainedModel, clt: CrossLayerTranscoder | Callable, layers: Iterable[int] | None = None
+    ):
         config = model.config.get_text_config()
         if model.get_output_embeddings() is None:
             raise ValueError(
@@ -323,7 +326,7 @@ class ReplacementModel:
         attention_mask: Tensor | None = None,
         counted: Tensor | None = None,
         interventions: Iterable[Intervention] = (),
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """
         Continues prompts with the replacement model. Generated tokens are replaced as well, whatever they are.

@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from nnsight import NNsight
@@ -21,6 +22,9 @@ from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
 from .text import one_line
 
+
+if TYPE_CHECKING:
+    from .cache import ActivationCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_NUMBERS = 2**16  # of each weight
@@ -126,7 +130,9 @@ def check_context_size(model_config: PreTrainedConfig, context_size: int) -> Non
         )
 
 
-def check_fit(clt_config: CLTConfig, harvester, model_name: str = "the language model") -> None:
+def check_fit(
+    clt_config: CLTConfig, harvester: "Harvester | ActivationCache", model_name: str = "the language model"
+) -> None:
     """
     Raises ValueError if a CLT has other layers, another width or other hooks than a [`Harvester`] or
     [`ActivationCache`]; the message calls its language model `model_name`.

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -23,7 +24,7 @@ class BackgroundPush:
         kwargs: Passed to [`push_folder`].
     """
 
-    def __init__(self, repo_id: str, **kwargs):
+    def __init__(self, repo_id: str, **kwargs: Any):
         self.repo_id, self.kwargs = repo_id, kwargs
         self._api, self._future = HfApi(library_name="hf_clt"), None
 

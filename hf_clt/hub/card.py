@@ -17,6 +17,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -325,7 +326,7 @@ def save_model_card(
     name: str | None = None,
     evaluation: dict | None = None,
     history: list[dict] | None = None,
-    **others,
+    **others: Any,
 ) -> Path:
     """
     Writes the model card to `folder/README.md`, what it is made from to `folder/metrics.json`, and its plots to

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..files import as_json, read_json, write_json
 
@@ -86,7 +87,7 @@ def _rounded(value):
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def make_facts(**facts) -> dict:
+def make_facts(**facts: Any) -> dict:
     """
     The content of `metrics.json`: those of `KEYS` that are known, without private names, as JSON returns them (None
     where a number is not finite).

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
@@ -336,7 +336,7 @@ def push_to_hub(
     command: str | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> CommitInfo:
     """
     Saves a CLT with a generated card into a temporary folder and pushes that. To publish a folder with the measured

@@ -81,7 +81,7 @@ class SettingsLoader(yaml.SafeLoader):
     (so that `mixed_precision: no` is the text "no"), and dates are text. A key given twice is refused.
     """
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [str(self.construct_object(key, deep=True)).replace("-", "_") for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -149,7 +149,7 @@ HF_CLT_DEBUG=1 in the environment shows the traceback of an error.
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows each option once, with dashes, and keeps option names in texts whole."""
 
-    def __init__(self, prog):
+    def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=119)
 
     def _split_lines(self, text, width):

@@ -176,7 +176,7 @@ class AgreedBatches:
         per_update (`int`): Batches per optimizer update.
     """
 
-    def __init__(self, accelerator, buffer: "ActivationBuffer", per_update: int):
+    def __init__(self, accelerator: "Accelerator", buffer: "ActivationBuffer", per_update: int):
         self.accelerator, self.buffer, self.per_update = accelerator, buffer, per_update
         self.num_agreed = 0  # batches that all have ready, of those agreed on last
         self._last_agreed = 0

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from accelerate.utils import set_seed
 from huggingface_hub import CommitInfo
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..configuration_clt import CLTConfig
 from ..device import Stopwatch, rounded_products
@@ -79,7 +81,7 @@ class CLTTrainer:
         model: CrossLayerTranscoder | None = None,
         *,
         harvester: Harvester | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         if (harvester is None) != (tokenizer is None):
             raise ValueError("harvester and tokenizer belong together; give both, or neither to have model loaded")
@@ -410,7 +412,7 @@ class CLTTrainer:
     def _release(self) -> None:
         publishing.write_release(self, self.output_dir)
 
-    def push_to_hub(self, repo_id: str | None = None, **kwargs) -> "CommitInfo | None":
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> "CommitInfo | None":
         """
         Pushes the finished CLT in `output_dir`, which [`train`] wrote, and its measured card; all processes may call
         this, and the first pushes.
