@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .files import one_line
+
 
 USER_ERRORS = (ValueError, OSError, StrictDataclassError)
 
@@ -70,7 +72,7 @@ def one_line_errors(*others: type[Exception], interrupted: str | None = None) ->
             except (*USER_ERRORS, *others) as error:
                 if os.environ.get("HF_CLT_DEBUG") == "1":
                     raise
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"error: {one_line(error)}", file=sys.stderr)
                 return 2
 
         return decorated

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .files import one_line
 from .release import CIRCUIT_TRACER_FILE, INDEX_FILE
 
 
@@ -67,7 +68,7 @@ def download(name: str, patterns: list[str], hub: dict) -> Path:
     except RevisionNotFoundError as error:
         raise OSError(f"revision={str(revision)!r} is no branch, tag or commit of {name}") from error
     except LocalEntryNotFoundError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise FileNotFoundError(
             f"{name} ({revision}) is not in the cache, or not all of it, and cannot be downloaded now ({reason})"
         ) from error

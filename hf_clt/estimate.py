@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_clt import TOPK_FAMILY, CLTConfig
+from .files import one_line
 from .sharding import FeatureShard
 from .training.optimizers import GPU_BLOCK
 
@@ -74,9 +75,8 @@ def read_language_model(name: str, context_size: int) -> LanguageModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"model={name!r} is not known ({reason}); give a folder, a Hub name, or one of {', '.join(SHAPES)}"
+            f"model={name!r} is not known ({one_line(error, 200)}); give a folder, a Hub name, or one of {', '.join(SHAPES)}"
         ) from error
     config = config.get_text_config()
     return LanguageModel(

@@ -82,7 +82,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); restore it, or move it away") from None
 
 
-# -- numbers in words -------------------------------------------------------------------------------------------------
+# -- messages and numbers in words -------------------------------------------------------------------------------------------------
+
+
+def one_line(message: object, longest: int | None = None) -> str:
+    """An error, or a text, on one line, cut after `longest` characters; the type of an error that says nothing."""
+    text = " ".join(str(message).split()) or type(message).__name__
+    return text if longest is None or len(text) <= longest else f"{text[:longest]}..."
 
 
 def format_number(value: float | None, spec: str) -> str:
@@ -113,6 +119,7 @@ __all__ = [
     "format_number",
     "format_size",
     "local_or_hub",
+    "one_line",
     "read_json",
     "replacing",
     "write_json",

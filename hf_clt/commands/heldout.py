@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from ..device import chosen_device, usual_model_dtype
+from ..files import one_line
 from ..training.arguments import CLTTrainingArguments
 from ..training.options import kind_of
 
@@ -104,9 +105,8 @@ def load_clt(options: argparse.Namespace) -> "CrossLayerTranscoder":
     try:
         return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({reason})"
+            f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({one_line(error)})"
         ) from error
 
 

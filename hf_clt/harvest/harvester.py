@@ -18,9 +18,9 @@ from transformers import (
 
 from ..configuration_clt import CLTConfig
 from ..device import Stopwatch
+from ..files import one_line
 from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
-from .text import one_line
 
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ def _from_pretrained(what: str, auto: type, name: str, **options):
     try:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # the many ways of the network, the Hub and a repository's files
-        reason = one_line(error)
-        reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+        reason = one_line(error, 300)
         if isinstance(error, OSError) and not Path(name).is_dir():
             reason = (
                 "it is no local folder, and the Hub does not give it. Check the name, the revision and the network, "

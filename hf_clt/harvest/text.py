@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import datasets
 
+from ..files import one_line
+
 
 logger = logging.getLogger(__name__)
 
@@ -172,11 +174,6 @@ def is_reading_error(error: Exception) -> bool:
         return False
     modules = {base.__module__.partition(".")[0] for base in type(error).__mro__}
     return isinstance(error, OSError) or not modules.isdisjoint(NETWORK)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from ..files import one_line
 from .push import push_folder
 
 
@@ -51,8 +52,9 @@ class BackgroundPush:
         try:
             info = push_folder(folder, self.repo_id, commit_message=commit_message, **self.kwargs)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            logger.warning("%s: pushing %r failed, training goes on (%s)", self.repo_id, commit_message, reason)
+            logger.warning(
+                "%s: pushing %r failed, training goes on (%s)", self.repo_id, commit_message, one_line(error)
+            )
         else:
             logger.info("%s: pushed %r as %s", self.repo_id, commit_message, info.oid)
         finally:

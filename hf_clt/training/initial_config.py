@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from ..configuration_clt import CLTConfig
+from ..files import one_line
 from .arguments import CLTTrainingArguments
 
 
@@ -84,9 +85,8 @@ def _load_model_config(args: CLTTrainingArguments):
             args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise OSError(
-            f"model={args.model!r} cannot be loaded; check the name and the connection ({reason})"
+            f"model={args.model!r} cannot be loaded; check the name and the connection ({one_line(error)})"
         ) from error
     return config.get_text_config()
 

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..command import OneLineParser
 from ..configuration_clt import ACTIVATION_DEFAULTS, CLT_CONFIG_HELP, CLTConfig
+from ..files import one_line
 from .arguments import CACHED, CLTTrainingArguments
 from .options import as_text, check_value, kind_of
 
@@ -109,7 +110,7 @@ def read_settings(path: str, options: dict[str, Option]) -> list[str]:
         with open(path, encoding="utf-8") as file:
             settings = yaml.load(file, Loader=SettingsLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"not valid YAML: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"it holds a {type(settings).__name__}; write lines of the form name: value")
     words = []

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from ..files import one_line
+
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,7 +121,7 @@ def _exchange(accelerator, numbers: list[int], reduction: str) -> list[int]:
     try:
         dist.all_reduce(numbers, op=getattr(dist.ReduceOp, reduction), group=accelerator.hosts)
     except RuntimeError as failure:  # of the connection
-        reason = " ".join(str(failure).split())[:200]
+        reason = one_line(failure, 200)
         raise OtherProcessGone(f"another process of this run was killed, or failed alone ({reason})") from failure
     return numbers.tolist()
 
