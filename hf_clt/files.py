@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); restore it, or move it away") from None
 
 
-# -- messages and numbers in words -------------------------------------------------------------------------------------------------
+# -- messages and numbers in words ------------------------------------------------------------------------------------
 
 
 def one_line(message: object, longest: int | None = None) -> str:

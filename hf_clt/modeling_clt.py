@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from . import folding
 from . import release as files
 from .configuration_clt import TOPK_FAMILY, CLTConfig
-from .device import values_at_hand
+from .device import is_on_cpu
 from .folding import STATISTICS, at_least_float32
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
@@ -455,7 +455,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         is_topk = config.activation_fn in TOPK_FAMILY
         if not (config.aux_coef > 0 and config.aux_k > 0 if is_topk else config.preactivation_coef > 0):
             return False
-        if is_topk and not values_at_hand(dead):
+        if is_topk and not is_on_cpu(dead):
             return True
         return any_over(self.shard, bool(dead.any()), dead.device)
 

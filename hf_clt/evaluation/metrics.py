@@ -11,7 +11,8 @@ from ..sparsity import SparseFeatures
 # log10 of the share of tokens on which a feature is active: four bins per decade; -10 stands for never
 DENSITY_FLOOR = -10.0
 DENSITY_BINS = 40
-ROUNDING = 1e-6  # a spread below this share of the mean, or a difference below it of the value, is that of float32
+# A spread below this share of the mean, or a difference below it of the value, is that of float32.
+FLOAT32_ROUNDING = 1e-6
 
 
 def density_histogram(active_counts: torch.Tensor, num_tokens: int) -> dict[str, list]:
@@ -146,7 +147,7 @@ class MetricSums(Moments):
                 "no tokens to evaluate on: the held-out text gave none; raise eval_tokens or give more text"
             )
         deviation = self.squared_deviation.sum(1)
-        varies = deviation > ROUNDING**2 * self.count * self.mean.square().sum(1)
+        varies = deviation > FLOAT32_ROUNDING**2 * self.count * self.mean.square().sum(1)
         nmse = torch.where(varies, self.squared_error / deviation, torch.nan).tolist()
         nmse = [None if math.isnan(value) else value for value in nmse]
         l0 = (self.active_counts.sum(1).double() / num_tokens).tolist()
@@ -177,7 +178,7 @@ def mean_of_defined(values: list[float | None]) -> float | None:
 def ce_recovered(original: float, replaced: float, ablated: float) -> float | None:
     """(ce_ablated - ce_replaced) / (ce_ablated - ce_original); None where the ablation does nothing but rounding."""
     lost = ablated - original
-    return (ablated - replaced) / lost if abs(lost) > ROUNDING * original else None
+    return (ablated - replaced) / lost if abs(lost) > FLOAT32_ROUNDING * original else None
 
 
 __all__ = ["MetricSums", "ce_recovered", "density_histogram", "mean_of_defined"]

@@ -28,7 +28,7 @@ from ..configuration_clt import CLTConfig
 from ..files import format_duration, format_number, write_text
 from .facts import FACTS_FILE, as_curves, make_facts, read_facts, without_private, write_facts
 from .plots import PLOTS, PLOTS_FOLDER, draw_plots
-from .report import note_missing_nmse
+from .report import is_dense, note_missing_nmse
 
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def build_model_card(
         "gaps": circuit_tracer_gaps(config),
         "missing_nmse": note_missing_nmse(metrics),
         "worst_layer": max(range(len(nmse)), key=lambda layer: nmse[layer] or 0.0) if len(nmse) > 1 else None,
-        "dense_layers": [layer for layer, value in enumerate(l0) if value > config.num_features / 10],
+        "dense_layers": [layer for layer, value in enumerate(l0) if is_dense(value, config.num_features)],
     }
     return _sign(str(ModelCard(_template().render(facts, card_data=header.to_yaml()))))
 

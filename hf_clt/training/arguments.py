@@ -46,7 +46,7 @@ class CLTTrainingArguments:
     trust_remote_code: bool = _arg(
         "model",
         False,
-        "Run Python code that the repository of --model or --dataset brings. Only for authors you trust.",
+        "Run Python code that the repository of --model brings. Only for authors you trust.",
     )
 
     # The text

@@ -204,7 +204,7 @@ class CLTTrainer:
         else:
             optimizer = restore_run(self)
         together(accelerator, partial(prepare_output_dir, self))
-        self.last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
+        self.last_written = last_evaluated_step(self.output_dir)
         model, optimizer = self._distribute(optimizer)
         start_trackers(accelerator, args, self.config, self.run_id, self.step, self.goes_on)
         # An evaluation that failed after its update was checkpointed is made up for.
@@ -237,7 +237,7 @@ class CLTTrainer:
                     if not is_last and is_due(self.step, args.checkpoint_interval):
                         save_run(self, optimizer)
                     if not is_last and is_due(self.step, args.hub_push_interval):
-                        publishing.push_meanwhile(self)
+                        publishing.push_in_background(self)
             self._evaluate_and_write(optimizer)
             self.model.eval()
             # The first two are accelerate's, which round to half precision.
