@@ -35,12 +35,12 @@ def test_wrong_values_are_refused_by_name(fields, message):
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="device='cuda', but no GPU is available"):
+    with pytest.raises(ValueError, match=r"device='cuda'.*give cpu"):
         Case(**SMALL, device="cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert Case(**SMALL, device="cuda:1").device == "cuda:1"
-    with pytest.raises(ValueError, match="device='cuda:2' is GPU 2, but there are 2"):
+    with pytest.raises(ValueError, match=r"device='cuda:2'.* 2,"):
         Case(**SMALL, device="cuda:2")
 
 
@@ -58,7 +58,7 @@ def test_presets(monkeypatch):
         6, 256, 8192, 32, "topk"
     )  # fmt: skip
     assert (second.num_layers, second.d_model, second.num_features, second.tokens) == (12, 768, 6144, 512)
-    with pytest.raises(ValueError, match="preset='x' is unknown; choose from issue"):
+    with pytest.raises(ValueError, match=r"preset='x'.*issue"):
         preset_cases("x", {})
 
 
@@ -73,7 +73,7 @@ def test_growth_changes_one_field():
         (4, 3),
         (8, 3),
     ]
-    with pytest.raises(ValueError, match="grow='D' is unknown; choose from L, F, N, k"):
+    with pytest.raises(ValueError, match=r"grow='D'.*L, F, N, k"):
         grown_cases(base, "D")
 
 

@@ -357,9 +357,9 @@ def test_a_state_from_other_settings_or_text_is_refused():
     stream = TokenStream(as_dataset(texts), TOKENIZER, context_size=16)
     next(iter(stream))
     state = stream.state_dict()
-    with pytest.raises(ValueError, match="context_size=16, and now context_size=32"):
+    with pytest.raises(ValueError, match=r"context_size=16.*context_size=32"):
         TokenStream(as_dataset(texts), TOKENIZER, context_size=32).load_state_dict(state)
-    with pytest.raises(ValueError, match="rank=0, and now rank=1"):
+    with pytest.raises(ValueError, match=r"rank=0.*rank=1"):
         TokenStream(as_dataset(texts), TOKENIZER, context_size=16, rank=1, world_size=2).load_state_dict(state)
     with pytest.raises(ValueError, match="holds other tokens now"):
         TokenStream(as_dataset(["other"] + texts), TOKENIZER, context_size=16).load_state_dict(state)
@@ -564,7 +564,7 @@ def test_too_little_text_is_refused():
     available = num_counted(list(TokenStream(as_dataset(TEXTS), TOKENIZER)))
     options = {"heldout_tokens": available}
     assert num_counted(list(TokenStream(as_dataset(TEXTS), TOKENIZER, heldout=True, **options))) == available
-    with pytest.raises(ValueError, match=rf"{available} tokens are held out, and 0 of 1 processes have text left"):
+    with pytest.raises(ValueError, match=rf"{available} tokens .*0 of 1 "):
         TokenStream(as_dataset(TEXTS), TOKENIZER, **options)
     # one token that falls on position 0 trains nothing
     word = next(word for word in WORDS if len(encode(word)) == 1)
