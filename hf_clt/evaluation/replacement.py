@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..folding import at_least_float32
-from ..harvest.harvester import Harvester, check_context_size, check_fit
+from ..harvest.harvester import Harvester, check_fit
 from ..harvest.sites import default_hooks
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, SparseFeatures, features_at
@@ -371,11 +371,6 @@ class ReplacementModel:
 
     def _prepare(self, input_ids, attention_mask, counted):
         """Arguments of the model's forward, token positions (P, T) and, as bool (P, T), what is not excluded."""
-        if self.model.training:
-            raise ValueError(
-                "the language model is in training mode, so dropout changes its activations: call model.eval()."
-            )
-        config = self.model.config.get_text_config()
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (prompts, tokens), one at least")
         for name, mask in (("attention_mask", attention_mask), ("counted", counted)):
@@ -383,7 +378,6 @@ class ReplacementModel:
                 raise ValueError(
                     f"{name} has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
                 )
-        check_context_size(config, input_ids.shape[1])
         if attention_mask is not None:
             attention_mask = attention_mask.long()
         arguments = self._harvester._arguments(input_ids, attention_mask)

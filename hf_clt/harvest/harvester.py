@@ -327,11 +327,6 @@ class Harvester:
         self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Inputs and outputs, each (N, L, D), at the positions `rows` (N,) of the flattened (P * T,), or at all."""
-        if self.model.training:
-            raise ValueError(
-                "the language model is in training mode, so dropout changes its activations: call model.eval()."
-            )
-        check_context_size(self.model.config, input_ids.shape[1])
         arguments = self._arguments(input_ids, attention_mask)
         count = input_ids.numel() if rows is None else len(rows)
         device = self.model.device
@@ -349,7 +344,15 @@ class Harvester:
         return inputs, outputs
 
     def _arguments(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict:
-        """What the model's forward takes; raises ValueError for tokens that are not in its vocabulary."""
+        """
+        What the model's forward takes; raises ValueError in training mode, and for tokens that are too many or not in
+        its vocabulary.
+        """
+        if self.model.training:
+            raise ValueError(
+                "the language model is in training mode, so dropout changes its activations: call model.eval()."
+            )
+        check_context_size(self.model.config, input_ids.shape[1])
         embedding = self.model.get_input_embeddings().weight
         device = embedding.device
         if attention_mask is None:

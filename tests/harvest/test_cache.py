@@ -218,7 +218,7 @@ def test_damage_is_found(cached, tiny_gpt2, text_file, tmp_path, capsys):
     with pytest.raises(ValueError, match="the manifest says"):
         ActivationCache(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="missing or damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.json .*JSON"):
         ActivationCache(folder)
 
 
