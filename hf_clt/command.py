@@ -96,6 +96,3 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 def print_next(*words: object) -> None:
     """Names the command that usually comes next; capital words are for the user to fill in."""
     print(f"Next: {shlex.join(['hf-clt', *map(str, words)])}")
-
-
-__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors", "print_next", "sigterm_as_ctrl_c"]

@@ -121,15 +121,3 @@ class Stopwatch:
             self._add_first()
         taken, self.seconds = self.seconds, 0.0
         return taken
-
-
-__all__ = [
-    "Stopwatch",
-    "check_kind",
-    "chosen_device",
-    "prompts_by_memory",
-    "rounded_products",
-    "total_memory",
-    "usual_model_dtype",
-    "is_on_cpu",
-]

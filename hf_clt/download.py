@@ -80,6 +80,3 @@ def download(name: str, patterns: list[str], hub: dict) -> Path:
         if error.response.status_code == 401:
             raise OSError(f"{name}: the Hub refuses the token; run `hf auth login`, or set HF_TOKEN") from error
         raise
-
-
-__all__ = ["HUB_ARGUMENTS", "download", "find_folder"]

@@ -351,19 +351,3 @@ def smallest_that_fits(plan: Plan, available: float, tokens_at_once: int | None 
                 return wider
         n *= 2
     return None
-
-
-__all__ = [
-    "ASSUMED",
-    "DEVICES",
-    "SHAPES",
-    "LanguageModel",
-    "Plan",
-    "data_sheet_rates",
-    "flops_per_token",
-    "memory",
-    "read_language_model",
-    "seconds",
-    "smallest_that_fits",
-    "work",
-]

@@ -111,17 +111,3 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-__all__ = [
-    "as_json",
-    "format_duration",
-    "format_number",
-    "format_size",
-    "local_or_hub",
-    "one_line",
-    "read_json",
-    "replacing",
-    "write_json",
-    "write_text",
-]

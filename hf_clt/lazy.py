@@ -23,6 +23,3 @@ def lazy_names(package: str, origins: dict[str, str]) -> tuple[Callable, Callabl
         return sorted({*vars(sys.modules[package]), *origins})
 
     return getattr_, dir_, list(origins)
-
-
-__all__ = ["lazy_names"]

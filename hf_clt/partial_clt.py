@@ -126,6 +126,3 @@ def load_layers(
     fill(clt, state, name)
     check_half_range(clt)
     return clt.requires_grad_(False)
-
-
-__all__ = ["PartialCLT", "load_layers"]

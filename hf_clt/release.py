@@ -665,29 +665,3 @@ def load(
     clt.config.name_or_path = clt.name_or_path = name
     check_half_range(clt)
     return loaded
-
-
-__all__ = [
-    "load",
-    "save",
-    "check_files",
-    "check_half_range",
-    "check_mapped",
-    "config_from_headers",
-    "fill",
-    "foreign_files",
-    "layer_files",
-    "load_slices",
-    "read_ahead",
-    "read_config",
-    "read_header",
-    "read_state",
-    "read_tensor",
-    "released_layer",
-    "remove_release",
-    "remove_weights",
-    "with_weights",
-    "write_clt",
-    "write_release",
-    "write_tensors",
-]

@@ -238,16 +238,3 @@ def largest(values: Tensor, count: int) -> Tensor:
         if candidates.numel() >= count:
             return candidates[values[candidates].topk(count, sorted=False).indices]
     return values.topk(count, sorted=False).indices
-
-
-__all__ = [
-    "among_largest",
-    "keep_largest",
-    "largest",
-    "largest_dead",
-    "positions_batchtopk",
-    "positions_topk",
-    "select",
-    "shares_budget",
-    "within_budget",
-]

@@ -194,17 +194,3 @@ def collect_rows(shard: FeatureShard | None, rows: Tensor) -> Tensor:
         dist.recv(received, src=dist.get_global_rank(shard.group, rank), group=shard.group)
         whole[rank * len(rows) : (rank + 1) * len(rows)] = received
     return whole
-
-
-__all__ = [
-    "FeatureShard",
-    "any_over",
-    "collect_rows",
-    "gather_candidates",
-    "gather_parts",
-    "gather_tokens",
-    "min_over",
-    "rows_of",
-    "sum_over",
-    "uniform_",
-]

@@ -279,17 +279,3 @@ def activate(h: LayerFeatures, theta: Tensor | float, config: CLTConfig, trainin
             passes[h.first[1] :] = True
         values = values * passes
     return h.with_values(values)
-
-
-__all__ = [
-    "AtEntries",
-    "JumpReLU",
-    "LayerFeatures",
-    "SparseFeatures",
-    "activate",
-    "entries_at",
-    "features_at",
-    "sparse_from_dense",
-    "sum_by_feature",
-    "true_positions",
-]

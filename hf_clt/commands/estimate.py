@@ -214,6 +214,3 @@ def main(argv: list[str] | None = None) -> None:
         print_scale(options)
     else:
         estimate(options)
-
-
-__all__ = ["main", "make_parser"]

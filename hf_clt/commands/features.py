@@ -74,6 +74,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Open {options.output / 'index.html'} in a browser; {options.output / 'features'} is for circuit-tracer.")
     folder = options.clt if Path(options.clt).is_dir() else "FOLDER"
     print_next("push", folder, "USER/REPO", "--features", options.output)
-
-
-__all__ = ["main", "make_parser"]

@@ -151,6 +151,3 @@ def settings_of(options: argparse.Namespace, clt: "CrossLayerTranscoder") -> dic
     settings = {name: getattr(options, name) for name in names}
     settings["model"] = options.model or clt.config.base_model_name_or_path
     return settings
-
-
-__all__ = ["add_fields", "add_heldout_options", "add_text_options", "load_clt", "open_heldout", "settings_of"]

@@ -70,6 +70,3 @@ def train(argv: list[str] | None = None) -> int:
         print(f"The CLT is in {args.output_dir}")
         print_next("evaluate", args.output_dir, "--dataset", args.dataset or "TEXT", "--replacement")
     return 0
-
-
-__all__ = ["main"]

@@ -269,6 +269,3 @@ def format_calibration(figures: dict) -> str:
         )
     lines.append(f"measured on {figures['num_tokens']:,} held-out tokens, those of the calibration")
     return "\n".join(lines)
-
-
-__all__ = ["format_calibration", "to_jumprelu"]

@@ -179,6 +179,3 @@ def ce_recovered(original: float, replaced: float, ablated: float) -> float | No
     """(ce_ablated - ce_replaced) / (ce_ablated - ce_original); None where the ablation does nothing but rounding."""
     lost = ablated - original
     return (ablated - replaced) / lost if abs(lost) > FLOAT32_ROUNDING * original else None
-
-
-__all__ = ["MetricSums", "ce_recovered", "density_histogram", "mean_of_defined"]

@@ -156,6 +156,3 @@ def _check_tokens(features: SparseFeatures, tokens: list[str]) -> int:
             f"tokens has {len(tokens)} entries, but the features are on {num_tokens} tokens; give those of one prompt"
         )
     return num_tokens
-
-
-__all__ = ["active_per_token", "plot_prompt_features", "prompt_features", "top_features"]

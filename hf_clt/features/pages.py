@@ -420,15 +420,3 @@ def build_feature_pages(
     write_index(output / "features", config.num_layers)  # last: where it is, everything is
     file.unlink(missing_ok=True)
     return activity
-
-
-__all__ = [
-    "build_feature_pages",
-    "feature_record",
-    "pack_record",
-    "prepare_output",
-    "read_records",
-    "round_digits",
-    "token_string",
-    "write_index",
-]

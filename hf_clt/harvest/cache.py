@@ -422,6 +422,3 @@ class CachedTokens:
             self.load_state_dict({**state, "settings": own})
         read = min(s["position"] * s["settings"]["world_size"] + s["settings"]["rank"] for s in states)
         self.position = max(0, -(-(read - self.rank) // self.world_size))
-
-
-__all__ = ["ActivationCache", "CachedTokens", "read_manifest", "write_cache"]

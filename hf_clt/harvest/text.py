@@ -298,6 +298,3 @@ def _text_of(row: dict, text_column: str, document: int) -> str:
             "must name a column of strings."
         )
     return text or ""
-
-
-__all__ = ["Piece", "StreamError", "load_text_dataset", "read_groups", "reading_text", "split_document"]

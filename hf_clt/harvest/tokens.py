@@ -438,6 +438,3 @@ def _position_in(start: dict, ids: np.ndarray, documents: np.ndarray, **place) -
 
 def _digest(ids: np.ndarray, documents: np.ndarray) -> str:
     return hashlib.sha256(ids.tobytes() + documents.tobytes()).hexdigest()
-
-
-__all__ = ["TokenStream", "open_text"]

@@ -60,6 +60,3 @@ class BackgroundPush:
         finally:
             if shows_bars:
                 enable_progress_bars()
-
-
-__all__ = ["BackgroundPush"]

@@ -474,19 +474,3 @@ def update_card(folder: str | Path, metrics: dict, evaluation: dict) -> list[str
     if gone:
         lines.append(f"Not measured again and left out: {', '.join(gone)}")
     return lines
-
-
-__all__ = [
-    "TRAINING_KEYS",
-    "build_model_card",
-    "card_from_folder",
-    "check_update",
-    "circuit_tracer_gaps",
-    "count_parameters",
-    "is_human_edited",
-    "save_model_card",
-    "set_loading_name",
-    "tells_unknown_training",
-    "update_card",
-    "write_card",
-]

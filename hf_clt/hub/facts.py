@@ -138,15 +138,3 @@ def write_facts(folder: str | Path, facts: dict) -> None:
         write_json(path, facts)
     elif path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace"):
         path.unlink()
-
-
-__all__ = [
-    "FACTS_FILE",
-    "as_curves",
-    "as_history",
-    "check_license",
-    "make_facts",
-    "read_facts",
-    "without_private",
-    "write_facts",
-]

@@ -155,6 +155,3 @@ def _group_files(files: dict[str, int]) -> list[tuple[int, str]]:
             layers = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{min(sizes)}"
             rows.append((sum(sizes.values()), f"W_{kind}_N.safetensors, N = {layers}, {len(sizes)} files"))
     return rows
-
-
-__all__ = ["describe_clt", "format_info"]

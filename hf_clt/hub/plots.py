@@ -230,6 +230,3 @@ def _feature_density(metrics):
     axis.set_xticks(ticks, [f"$10^{{{tick}}}$" if tick else "1" for tick in ticks])
     axis.yaxis.set_major_formatter(_percent)
     return figure
-
-
-__all__ = ["PLOTS", "PLOTS_FOLDER", "PLOT_STYLE", "draw_plots", "import_matplotlib", "plot_metrics"]

@@ -359,6 +359,3 @@ def push_to_hub(
         config = type(clt.config).from_pretrained(folder)
         save_model_card(folder, config, metrics, training, command, name=repo_id, license=license, tags=tags)
         return push_folder(folder, repo_id, **kwargs)
-
-
-__all__ = ["check_push_access", "feature_files", "push_folder", "push_to_hub", "release_files"]

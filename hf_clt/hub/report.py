@@ -96,6 +96,3 @@ def read_history(name: str | Path, was_killed: bool = False) -> list[dict]:
                 f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
             ) from None
     return rows
-
-
-__all__ = ["align_rows", "format_metrics_table", "is_dense", "note_missing_nmse", "read_history"]

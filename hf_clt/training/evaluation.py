@@ -110,6 +110,3 @@ def gather_sums(trainer: "CLTTrainer", sums: MetricSums) -> MetricSums:
     if trainer.shard is not None:
         parts = MetricSums.with_joined_features(parts, trainer.shard.size)
     return MetricSums.from_gathered(parts)
-
-
-__all__ = ["evaluate_heldout", "gather_sums", "measure_replacement", "read_in_lockstep"]

@@ -83,6 +83,3 @@ def _load_model_config(args: CLTTrainingArguments):
             f"model={args.model!r} cannot be loaded; check the name and the connection ({one_line(error)})"
         ) from error
     return config.get_text_config()
-
-
-__all__ = ["build_config"]

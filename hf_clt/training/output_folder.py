@@ -136,6 +136,3 @@ def remove_run(output_dir: Path) -> None:
     files.remove_release(output_dir)
     write_facts(output_dir, {})
     draw_plots(output_dir, {})
-
-
-__all__ = ["check_output_dir", "foreign_files", "lock_folder", "prepare_output_dir", "remove_run"]

@@ -276,6 +276,3 @@ def parse_train_args(argv: list[str] | None = None) -> tuple[CLTTrainingArgument
                 f"{getattr(args, name)!r}; leave {name} out, or write another cache"
             )
     return args, {name: value for name, value in values.items() if name in CLT_CONFIG_HELP}
-
-
-__all__ = ["SettingsLoader", "all_options", "parse_train_args"]

@@ -111,6 +111,3 @@ def read_statistics(trainer: "CLTTrainer") -> dict | None:
         trainer.skip_bad,
         partial(together, trainer.accelerator),
     )
-
-
-__all__ = ["initialize_from_data", "open_activations", "read_statistics"]

@@ -219,18 +219,3 @@ class AgreedBatches:
             self.num_agreed = self._last_agreed = number
             self._asked_at = now
         return batch
-
-
-__all__ = [
-    "AgreedBatches",
-    "OtherProcessFailed",
-    "OtherProcessGone",
-    "StopRequested",
-    "StopSignals",
-    "any_process",
-    "connect_hosts",
-    "disconnect",
-    "smallest",
-    "together",
-    "wait_for_all",
-]

@@ -88,6 +88,3 @@ def training_facts(trainer: "CLTTrainer") -> dict:
         "settings": settings,
         "versions": versions(),
     }
-
-
-__all__ = ["push_finished", "push_in_background", "training_facts", "write_release"]

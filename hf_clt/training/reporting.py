@@ -152,17 +152,3 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on."""
     others = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {"python": platform.python_version(), "hf_clt": __version__} | others
-
-
-__all__ = [
-    "command_line",
-    "hardware",
-    "last_evaluated_step",
-    "non_default_config",
-    "progress_figures",
-    "truncate_metrics",
-    "versions",
-    "warn_if_dense",
-    "warn_if_wide",
-    "write_row",
-]

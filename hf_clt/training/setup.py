@@ -285,21 +285,3 @@ def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
         raise ValueError(
             f"initial_k={initial_k} is outside k={config.k} to num_features={config.num_features}; give one between"
         )
-
-
-__all__ = [
-    "check_gpus",
-    "check_launch",
-    "check_num_processes",
-    "check_shard",
-    "Layout",
-    "load_initial_clt",
-    "make_accelerator",
-    "make_layout",
-    "keep_freed_memory",
-    "prepare_cpu",
-    "keep_device_choices",
-    "gpu_defaults",
-    "fill_device_defaults",
-    "take_device",
-]

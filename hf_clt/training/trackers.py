@@ -154,6 +154,3 @@ def tracked_values(row: dict) -> tuple[dict[str, int | float], dict[str, dict]]:
         elif isinstance(value, dict):
             histograms[prefix + name] = value
     return scalars, histograms
-
-
-__all__ = ["check_trackers", "finish_trackers", "log_row", "start_trackers", "tracked_values"]
