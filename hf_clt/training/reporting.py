@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from .. import __version__
-from ..configuration_clt import TOPK_FAMILY, CLTConfig
+from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from ..files import as_json, format_number, write_text
 from ..hub.report import is_dense, read_history
 from ..sparsity import SparseFeatures
@@ -103,15 +103,10 @@ def last_evaluated_step(output_dir: Path) -> int | None:
 
 def non_default_config(config: CLTConfig) -> dict:
     """Fields of the configuration that were chosen, for the model card."""
-    plain = CLTConfig(
-        num_layers=config.num_layers,
-        d_model=config.d_model,
-        num_features=config.num_features,
-        activation_fn=config.activation_fn,
-        k=min(CLTConfig.k, config.num_features),
-    )
-    names = ("k", "k_scope", "jumprelu_threshold", "jumprelu_bandwidth", "decoder_reach", "decoder_tying")
-    names += ("skip_connection", "sparsity_lambda", "sparsity_c", "preactivation_coef", "aux_coef", "aux_k")
+    of_model = [name for name in CLT_CONFIG_HELP if name.startswith(("base_model", "feature_"))]
+    given = {name: getattr(config, name) for name in ("num_layers", "d_model", "num_features", "activation_fn")}
+    plain = CLTConfig(**given, k=min(CLTConfig.k, config.num_features))
+    names = [name for name in CLT_CONFIG_HELP if name not in (*of_model, *given)]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(plain, name)}
     return {"num_features": config.num_features, "activation_fn": config.activation_fn, **chosen}
 

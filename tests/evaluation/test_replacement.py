@@ -360,16 +360,16 @@ def test_intervention_on_a_layer_that_is_not_replaced_acts_on_later_ones():
 @pytest.mark.parametrize(
     ("intervention", "message"),
     [
-        ((3, 1, 0, 1.0), r"interventions\[1\]=\(3, 1, 0, 1.0\): layer 3 is outside 0 to 2"),
-        ((-1, 1, 0, 1.0), "layer -1 is outside 0 to 2"),
-        ((0, 1, 24, 1.0), "feature 24 is outside 0 to 23"),
-        ((0, 1, 0, math.inf), "value inf is not finite"),
-        ((0, 1, 0), r"give \(layer, position, feature, value\)"),
-        ((0, 1.5, 0, 1.0), r"give \(layer, position, feature, value\)"),
+        ((3, 1, 0, 1.0), r"interventions\[1\]=\(3, 1, 0, 1.0\): layer 3 .*0 to 2"),
+        ((-1, 1, 0, 1.0), "layer -1 .*0 to 2"),
+        ((0, 1, 24, 1.0), "feature 24 .*0 to 23"),
+        ((0, 1, 0, math.inf), "value inf "),
+        ((0, 1, 0), r"\(layer, position, feature, value\)"),
+        ((0, 1.5, 0, 1.0), r"\(layer, position, feature, value\)"),
         ((0, 0, 0, 1.0), "no row .*replaced"),
         ((0, 9, 0, 1.0), "no row"),
         ((0, -1, 0, 1.0), "no row"),
-        ((2, 1, 0, 1.0), r"layer 2 writes to layers 2 to 2, none of which is replaced \(layers=\[0, 1\]\)"),
+        ((2, 1, 0, 1.0), r"layer 2 .*layers=\[0, 1\]"),
     ],
 )
 def test_interventions_that_cannot_work_are_refused(intervention, message):
@@ -481,8 +481,8 @@ def test_clts_that_cannot_be_read_layer_by_layer_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 2}, "num_layers=2 does not fit the language model, which has 3"),
-        ({"d_model": 8}, "d_model=8 does not fit the language model, which has 16"),
+        ({"num_layers": 2}, "num_layers=2 .*num_layers=3"),
+        ({"d_model": 8}, "d_model=8 .*d_model=16"),
     ],
 )
 def test_clt_of_another_model_is_refused(fields, message):

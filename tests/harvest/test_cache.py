@@ -192,7 +192,7 @@ def test_a_cache_that_does_not_fit_is_refused(cached, tiny_gpt2, text_file, tmp_
     for options, message in (
         (["--context-size", "64"], "context_size=64, but activation_cache"),
         (["--context-size", "128"], "context_size=128, but activation_cache"),  # the default, but asked for
-        (["--on-bad-activations", "skip"], "has no effect with activation_cache"),
+        (["--on-bad-activations", "skip"], "on_bad_activations='skip' .*activation_cache"),
         (["--model", "other/model"], "model='other/model', but activation_cache"),
         (["--dataset", "other.txt"], "dataset='other.txt'"),
         (["--num-layers", "3"], "num_layers=3 does not fit"),

@@ -532,8 +532,8 @@ def test_streams_on_one_dataset_do_not_disturb_each_other():
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"context_size": 2}, "context_size is 2: it must be at least 3"),
-        ({"context_size": 1, "prepend_bos": False}, "context_size is 1: it must be at least 2"),
+        ({"context_size": 2}, "context_size is 2: .*at least 3"),
+        ({"context_size": 1, "prepend_bos": False}, "context_size is 1: .*at least 2"),
         ({"prompts_per_batch": 0}, "prompts_per_batch is 0"),
         ({"heldout_tokens": -1}, "heldout_tokens is -1"),
         ({"heldout": True}, "heldout_tokens is 0"),
@@ -541,7 +541,7 @@ def test_streams_on_one_dataset_do_not_disturb_each_other():
         ({"heldout_tokens": 10**6}, r"too small.*1000000.*gives \d+ tokens"),
         ({"heldout_tokens": 10**6, "heldout": True}, r"too small.*1000000.*gives \d+ tokens"),
         ({"rank": 0, "world_size": 4}, "3 of 4 processes"),
-        ({"text_column": "content"}, "document 0 .*no column 'content'.*: text_column must be one of text"),
+        ({"text_column": "content"}, "document 0 .*'content'.*text_column"),
     ],
 )
 def test_bad_stream_options_are_refused(options, match):

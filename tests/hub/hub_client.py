@@ -492,9 +492,9 @@ def check_pull_with_options(work):
 def check_pull_refusals(work):
     """pull what is not there (404), without a token, with a wrong one (401): one line that says what to do"""
     for name, kwargs, message in (
-        ("tester/absent", {}, "tester/absent is neither a folder here nor on the Hub"),
-        ("tester/first", {"revision": "absent"}, "revision='absent' is no branch, tag or commit of tester/first"),
-        ("tester/first", {"token": "hf_wrong"}, "tester/first: the Hub refuses the token"),
+        ("tester/absent", {}, "tester/absent .*folder"),
+        ("tester/first", {"revision": "absent"}, "revision='absent' .*tester/first"),
+        ("tester/first", {"token": "hf_wrong"}, "tester/first.*token"),
     ):
         with pytest.raises(OSError, match=message):
             CrossLayerTranscoder.from_pretrained(name, cache_dir=work / "none", **kwargs)
@@ -523,7 +523,7 @@ def check_some_layers(work):
     rest = AutoModel.from_pretrained("tester/layers", layers=[1, 2], cache_dir=work / "auto")
     parts = [some.decode(some.encode_sparse(inputs), inputs) for some in (part, rest)]
     torch.testing.assert_close(sum(parts), clt.decode(whole, inputs), rtol=1e-4, atol=1e-5)
-    for layers, message in (([0, 4], "give different ones from 0 to 3"), ([], "give different ones")):
+    for layers, message in (([0, 4], "from 0 to 3"), ([], "give different ones")):
         with pytest.raises(ValueError, match=message):
             pull("tester/layers", work, layers=layers)
     with pytest.raises(ValueError, match=r"loaded with layers=\[0, 3\]"):

@@ -140,10 +140,10 @@ def test_after_a_resume_from_an_older_checkpoint_the_newest_is_the_one_written_l
 def test_a_resume_with_another_configuration_is_refused(make, tmp_path):
     make(training_steps=4, checkpoint_interval=2).train()
     for config, message in (
-        ({"num_features": 80}, "num_features=80, but checkpoint-2 was trained with num_features=96"),
+        ({"num_features": 80}, "num_features=80.*checkpoint-2.*num_features=96"),
         (
             {"activation_fn": "topk"},
-            "activation_fn='topk', but checkpoint-2 was trained with activation_fn='jumprelu'",
+            "activation_fn='topk'.*checkpoint-2.*activation_fn='jumprelu'",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -279,9 +279,9 @@ def test_k_is_annealed(make, tmp_path, activation_fn, k_scope):
 
 def test_an_initial_k_that_does_not_fit_is_refused(make):
     for config, initial_k, message in [
-        ({"activation_fn": "relu"}, 9, "initial_k=9 has no effect with activation_fn='relu'"),
-        ({"activation_fn": "topk", "k": 4}, 3, "initial_k=3 is outside k=4 to num_features="),
-        ({"activation_fn": "topk", "k": 4}, 10**6, "initial_k=1000000 is outside k=4 to num_features="),
+        ({"activation_fn": "relu"}, 9, "initial_k=9 .*activation_fn='relu'"),
+        ({"activation_fn": "topk", "k": 4}, 3, "initial_k=3 .*k=4 "),
+        ({"activation_fn": "topk", "k": 4}, 10**6, "initial_k=1000000 .*num_features="),
     ]:
         with pytest.raises(ValueError, match=message):
             make(config, initial_k=initial_k)
@@ -799,17 +799,17 @@ def test_either_a_configuration_or_a_model(make, tiny_gpt2):
 @pytest.mark.parametrize(
     "config, arguments, message",
     [
-        ({"num_layers": 3}, {}, r"num_layers=3 does not fit .*, which has 2; give num_layers=2"),
-        ({"d_model": 32}, {}, r"d_model=32 does not fit .*, which has 64; give d_model=64"),
-        ({}, {"context_size": 256}, r"context_size is 256, and the language model has 128 positions: use at most 128"),
+        ({"num_layers": 3}, {}, r"num_layers=3 .*give num_layers=2"),
+        ({"d_model": 32}, {}, r"d_model=32 .*give d_model=64"),
+        ({}, {"context_size": 256}, r"context_size is 256.*at most 128"),
         (
             {},
             {"eval_tokens": 100_000},
-            r"too small: heldout_tokens \(eval_tokens\) is 100000, and all its text gives \d+",
+            r"eval_tokens.*100000.* \d+ tokens",
         ),
-        ({}, {"dataset": None}, r"dataset=None: give a Hub name or a local"),
-        ({}, {"model": None}, r"model=None: give the Hub name or folder"),
-        ({}, {"device": "cuda"}, r"device='cuda', but no GPU is available"),
+        ({}, {"dataset": None}, r"dataset=None"),
+        ({}, {"model": None}, r"model=None"),
+        ({}, {"device": "cuda"}, r"device='cuda'.*give cpu"),
     ],
 )
 def test_misfits_are_found_before_any_work(make, tmp_path, config, arguments, message):
