@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from .files import one_line
-from .release import CIRCUIT_TRACER_FILE, INDEX_FILE
+from .release import SMALL_FILES
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -42,7 +42,7 @@ def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = N
         if folder.is_absolute() or name.startswith((".", "~")):
             raise FileNotFoundError(f"{name}: there is no such folder; give a CLT's folder or its name on the Hub")
         weights = [f"W_*_{layer}.safetensors" for layer in ("*" if layers is None else layers)]
-        patterns = ["config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, *weights]
+        patterns = [*SMALL_FILES, *weights]
         folder = download(name, [f"{subfolder}/{p}" if subfolder else p for p in patterns], hub)
         if layers is not None and not (folder / subfolder / "config.json").is_file():
             raise ValueError(

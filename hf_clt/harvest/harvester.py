@@ -70,8 +70,6 @@ def load_language_model(
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
-        if not (folder / "config.json").exists():  # transformers would build a default tokenizer for it
-            raise ValueError(f"model folder {name!r} has no config.json: give the folder that save_pretrained wrote.")
     elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
         raise ValueError(f"model {name!r}: there is no such folder; give one that exists, or a Hub name.")
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -4,23 +4,18 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
+from .. import release
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download, find_folder
 from ..files import format_number, format_size
-from ..release import (
-    CIRCUIT_TRACER_FILE,
-    INDEX_FILE,
-    WEIGHT_FILE,
-    config_from_headers,
-    read_config,
-)
+from ..release import WEIGHT_FILE, config_from_headers, read_config
 from .card import SCALARS, count_parameters
 from .facts import FACTS_FILE, read_facts
 from .plots import PLOTS, PLOTS_FOLDER
 from .report import TABLE_COLUMNS, format_metrics_table
 
 
-SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, FACTS_FILE, "README.md")
+SMALL_FILES = (*release.SMALL_FILES, FACTS_FILE, "README.md")
 
 
 def describe_clt(name: str, revision: str | None = None, subfolder: str = "", token: str | None = None) -> dict:

@@ -1,5 +1,6 @@
 """The configuration of a new CLT: what was given, completed from the language model."""
 
+import os
 from typing import Any
 
 from ..configuration_clt import CLTConfig
@@ -74,6 +75,9 @@ def _load_model_config(args: CLTTrainingArguments):
     """The language model's own configuration (the text part where a model has several)."""
     from transformers import AutoConfig
 
+    looks_local = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
+    if looks_local and not os.path.isdir(args.model):
+        raise OSError(f"model={args.model!r} is no folder; give a Hub name or an existing folder")
     try:
         config = AutoConfig.from_pretrained(
             args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code

@@ -528,7 +528,7 @@ class TestBuildConfig:
             assert part in str(error.value)
 
     def test_unknown_model(self, tmp_path):
-        with pytest.raises(OSError, match=r"model='.*nowhere'"):
+        with pytest.raises(OSError, match=r"model='.*nowhere'.*existing folder"):
             build_config(CLTTrainingArguments(model=str(tmp_path / "nowhere")), {"num_features": 8})
         with pytest.raises(OSError, match=r"model='.*config\.json"):
             build_config(CLTTrainingArguments(model=str(tmp_path)), {"num_features": 8})
