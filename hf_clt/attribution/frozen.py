@@ -100,8 +100,8 @@ class Attention:
         r = r.permute(2, 1, 0, 3).reshape(self.num_heads, length, -1)
         r = self.pattern[:, :length, :length].transpose(1, 2) @ r
         num_kv = len(self.value) // self.head_size
-        r = r.view(num_kv, -1, length, batch, self.head_size).sum(dim=1)
-        return r.permute(2, 1, 0, 3).reshape(batch, length, -1) @ self.value
+        r = r.view(num_kv, self.num_heads // num_kv, length, batch, self.head_size).sum(dim=1)
+        return r.permute(2, 1, 0, 3).flatten(2) @ self.value
 
     @property
     def num_heads(self) -> int:
@@ -263,7 +263,9 @@ def freeze(
     mlps = resolve_sites(model, "mlp.hook_in", "mlp.hook_out")[1]
     adders = resolve_sites(model, "hook_resid_mid", "hook_mlp_out")[1]
     blocks = [model.get_submodule(site.path.rpartition(".")[0]) for site in mlps]
-    inner = [m for block in blocks for m in block.modules()]
+    inside = {m for site in mlps for m in model.get_submodule(site.path).modules()}  # large, and not needed
+    inside -= {model.get_submodule(site.path) for site in mlps}
+    inner = [m for block in blocks for m in block.modules() if m not in inside]
     watched = [*inner, *decoder.children(), head]
     seen, attended, logits = run_recorded(model, input_ids, watched)
     norms = {}
