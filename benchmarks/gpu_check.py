@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import TOPK_FAMILY
 from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
-from hf_clt.kernels import triton_rows
+from hf_clt.kernels import triton_adam, triton_rows
 from hf_clt.selection import largest_dead, positions_batchtopk, positions_topk
 from hf_clt.sparsity import LayerFeatures, features_at, true_positions
 from hf_clt.training.optimizers import CompactAdam
@@ -54,6 +55,7 @@ FORMATS = {
 # Shape, format, and about how many seconds ours and the dense side take, and ours with dead features.
 UPDATES = [("A", "autocast", 15, 8), ("B", "autocast", 15, 8), ("A", "bfloat16", 12, 8), ("C", "bfloat16", 30, 20),
            ("A200", "autocast", 15, 8), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 12, 8)]  # fmt: skip
+ADAM_BLOCKS = [(1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 256), (4096, 512), (8192, 512)]
 TOP = 12  # kernels that are shown
 
 
@@ -116,6 +118,43 @@ def kernel_check(name: str, work: Callable[[], Tensor], wanted: Tensor, terms: T
     error = ((found.double() - wanted).abs() / bound).max().item()
     same = torch.equal(found, work())
     return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+
+
+def check_adam(rows: list, device: torch.device) -> None:
+    """Three steps of CompactAdam's kernel beside the plain code on weights and gradients in float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1000, 9216), (100, 59904), (777, 300), (64, 7), (5000,)):
+            for beta1 in (0.9, 0.0):
+                row = {"check": "adam_step", "dtype": str(dtype).removeprefix("torch."), "shape": shape}
+                row["beta1"] = f"beta1 {beta1:g}"
+                print_check(attempt(rows, row, partial(adam_check, dtype, shape, beta1, device)))
+
+
+def adam_check(dtype: torch.dtype, shape: tuple, beta1: float, device: torch.device, steps: int = 3) -> dict:
+    start = torch.randn(shape, device=device).to(dtype)
+    gradients = [torch.randn(shape, device=device).mul_(10.0**-step).to(dtype) for step in range(steps)]
+
+    def run(wanted: torch.dtype) -> Tensor:
+        weight = torch.nn.Parameter(start.to(wanted, copy=True))
+        optimizer = CompactAdam([weight], lr=0.01, betas=(beta1, 0.999), weight_decay=0.1)
+        for gradient in gradients:
+            weight.grad = gradient.to(wanted)
+            optimizer.step()
+        return weight.detach()
+
+    found = run(dtype)
+    with plain_adam():
+        expected = run(torch.float32)
+    # The weight and, where it is stored, the quotient that is added to it are rounded at each step.
+    bound = steps * (torch.finfo(dtype).eps * (expected.abs() + 0.01) + 0.01 * 2**-8 * (beta1 > 0))
+    error = ((found - expected).abs() / bound).max().item()
+    same = torch.equal(found, run(dtype))
+    return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+
+
+def plain_adam():
+    """A context in which CompactAdam's step is the plain code, in torch's operators."""
+    return patch.object(triton_adam, "takes", lambda parameter: False)
 
 
 def print_check(row: dict) -> None:
@@ -284,18 +323,41 @@ def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
     add("transposed_row_sums, encoder", lambda: transposed(x, entries, values), 2 * (listed * D + weight.numel()))
 
 
-def time_optimizers(rows: list, device: torch.device, shape: tuple) -> None:
-    """An update of one decoder in float32, and the clipping before it."""
-    L, D, num_features, *_ = shape
-    for name, make, least in (
-        ("Adam, fused", partial(torch.optim.Adam, fused=True), 28),  # bytes per weight
-        ("CompactAdam", CompactAdam, 16),
-        ("clip_grad_norm_", None, 12),
-    ):
-        weight = torch.nn.Parameter(torch.randn(num_features, L, D, device=device))
+def time_optimizers(rows: list, device: torch.device, shapes: dict) -> None:
+    """
+    An update of the first decoder and encoder in float32, and the clipping before it; CompactAdam's kernel beside the
+    plain code and with other blocks, in both formats, and for the longest rows.
+    """
+    L, D, num_features, *_ = shapes["A"]
+    wide, half = torch.float32, torch.bfloat16
+    decoder, encoder = (num_features, L, D), (num_features, D)
+    longest = shapes["C"][2], shapes["C"][0], shapes["C"][1]
+
+    def add(name: str, make, size: tuple, dtype: torch.dtype, least: int) -> None:  # bytes per weight
+        weight = torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype))
         weight.grad = torch.randn_like(weight)
         work = partial(torch.nn.utils.clip_grad_norm_, [weight], 1.0) if make is None else make([weight]).step
         add_timing(rows, device, name, work, least * weight.numel())
+
+    adam = partial(torch.optim.Adam, fused=True)
+    add("Adam, fused", adam, decoder, wide, 28)
+    add("clip_grad_norm_", None, decoder, wide, 12)
+    add("Adam, fused, encoder", adam, encoder, wide, 28)
+    for name, size, dtype, least in (
+        ("CompactAdam", decoder, wide, 16),
+        ("CompactAdam, encoder", encoder, wide, 16),
+        ("CompactAdam, bfloat16", decoder, half, 10),
+        ("CompactAdam, bfloat16, rows of C", longest, half, 10),
+    ):
+        add(name, CompactAdam, size, dtype, least)
+        if size != longest:
+            with plain_adam():
+                add(f"{name}, plain", CompactAdam, size, dtype, least)
+        if device.type != "cuda":
+            continue
+        for columns, per_warp in ADAM_BLOCKS:
+            with patch.multiple(triton_adam, ADAM_COLUMNS=columns, ADAM_PER_WARP=per_warp):
+                add(f"    {columns} columns, {per_warp} a warp", CompactAdam, size, dtype, least)
 
 
 # -- ours beside a dense step -----------------------------------------------------------------------------------------
@@ -403,11 +465,12 @@ def main(argv: list[str] | None = None) -> int:
 
     shapes = {name: TINY if tiny else shape for name, shape in SHAPES.items()}
     piece("kernels", 25, check_kernels, device, tiny)
+    piece("adam", 5, check_adam, device)
     piece("steps", 35, check_steps, device, tiny)
     piece("rates", 6, time_rates, device, tiny)
     for name in ("A", "A200", "B"):
         piece(f"parts {name}", 5, time_parts, device, shapes[name])
-    piece("optimizers", 4, time_optimizers, device, shapes["A"])
+    piece("optimizers", 12, time_optimizers, device, shapes)
     for name, form, *seconds in UPDATES:
         for dead, about in zip((0.0, 0.3), seconds, strict=True):
             case = make_case(shapes[name], form, device, dead=dead)

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_clt.estimate import memory
 from hf_clt.files import write_text
-from hf_clt.kernels import triton_rows
+from hf_clt.kernels import triton_adam, triton_rows
 
 from .cases import Case
 from .measure import PHASES
@@ -219,8 +219,9 @@ def count(case: Case) -> dict:
         recorder.waits[f"tolist {place()}"] += 1
         return [dead] * len(tensor)
 
-    kernels = patch.multiple(triton_rows, row_sums_kernel=recorder, row_dots_kernel=recorder)
-    with kernels, patch.object(FakeTensor, "tolist", even), FakeTensorMode(), recorder:
+    of_rows = patch.multiple(triton_rows, row_sums_kernel=recorder, row_dots_kernel=recorder)
+    of_adam = patch.object(triton_adam, "adam_kernel", recorder)
+    with of_rows, of_adam, patch.object(FakeTensor, "tolist", even), FakeTensorMode(), recorder:
         update = Update(replace(case, dead=0.0))
         if dead:
             update.dead = torch.zeros(layers, features, dtype=torch.bool, device=GPU)
