@@ -219,9 +219,9 @@ def count(case: Case) -> dict:
         recorder.waits[f"tolist {place()}"] += 1
         return [dead] * len(tensor)
 
-    of_rows = patch.multiple(triton_rows, row_sums_kernel=recorder, row_dots_kernel=recorder)
-    of_adam = patch.object(triton_adam, "adam_kernel", recorder)
-    with of_rows, of_adam, patch.object(FakeTensor, "tolist", even), FakeTensorMode(), recorder:
+    of_rows = dict.fromkeys(["row_sums_kernel", "piece_sums_kernel", "row_dots_kernel"], recorder)
+    kernels = patch.multiple(triton_rows, **of_rows), patch.object(triton_adam, "adam_kernel", recorder)
+    with kernels[0], kernels[1], patch.object(FakeTensor, "tolist", even), FakeTensorMode(), recorder:
         update = Update(replace(case, dead=0.0))
         if dead:
             update.dead = torch.zeros(layers, features, dtype=torch.bool, device=GPU)
