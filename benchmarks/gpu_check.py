@@ -55,6 +55,8 @@ FORMATS = {
 # Shape, format, and about how many seconds ours and the dense side take, and ours with dead features.
 UPDATES = [("A", "autocast", 15, 8), ("B", "autocast", 15, 8), ("A", "bfloat16", 12, 8), ("C", "bfloat16", 30, 20),
            ("A200", "autocast", 15, 8), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 12, 8)]  # fmt: skip
+# Entries and columns at a time and warps of a program of posting_dots.
+POSTINGS = ((4, 512, 1), (2, 512, 1), (8, 512, 1), (4, 256, 1), (4, 512, 2), (4, 1024, 1), (4, 1024, 2), (4, 2048, 4))
 SPLITS = (32, 64, 128, 256, 512, 2**30)  # entries of a posting list that one program takes
 ADAM_BLOCKS = [(1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 256), (4096, 512), (8192, 512)]
 TOP = 12  # kernels that are shown
@@ -72,6 +74,7 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
     """The sums and dot products of gathered rows against their formulas in float64, element by element."""
     on_gpu = device.type == "cuda"
     kernels = triton_rows if on_gpu else rows_module
+    entry_dots = dots_by_posting if on_gpu else dots_by_row
     print("the Triton kernels" if on_gpu else "the CPU's ways in kernels/rows.py: Triton's kernels do not run here")
     shapes = [(1024, 8192, 32, 9216), (4096, 24576, 32, 768), (777, 1000, 5, 300), (64, 100, 3, 7)]
     torch.manual_seed(0)
@@ -86,17 +89,18 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
             grad = torch.randn(num_tokens, columns, device=device, dtype=dtype)
             wide, wide_grad, acts = decoder.double(), grad.double(), entries.values.double()
             dense = entries.dense(acts)
+            dots = (
+                rows_module.row_dots_reference(wide_grad, tokens, wide, indices),
+                rows_module.row_dots_reference(wide_grad.abs(), tokens, wide.abs(), indices),
+            )
             checks = {  # what is found, wanted, and the sum of the absolute values of its terms
                 "row_sums": (
                     partial(kernels.row_sums, decoder, indices, offsets, entries.values),
                     dense @ wide,
                     dense.abs() @ wide.abs(),
                 ),
-                "row_dots": (
-                    partial(kernels.row_dots, grad, tokens, decoder, indices),
-                    rows_module.row_dots_reference(wide_grad, tokens, wide, indices),
-                    rows_module.row_dots_reference(wide_grad.abs(), tokens, wide.abs(), indices),
-                ),
+                "row_dots": (partial(kernels.row_dots, grad, tokens, decoder, indices), *dots),
+                "entry_dots": (partial(entry_dots, grad, decoder, entries), *dots),
                 "transposed_row_sums": (
                     partial(kernels.transposed_row_sums, grad, entries, entries.values),
                     dense.T @ wide_grad,
@@ -107,6 +111,19 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
                 shape = {"tokens": num_tokens, "features": num_features, "columns": columns}
                 row = {"check": name, "dtype": str(dtype).removeprefix("torch."), **shape}
                 print_check(attempt(rows, row, partial(kernel_check, *given)))
+
+
+def dots_by_posting(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
+    """What `entry_dots` does on a GPU, whatever the density."""
+    dots = triton_rows.posting_dots(left, right, entries)
+    return torch.empty_like(dots).index_copy_(0, entries.by_feature[0], dots)
+
+
+def dots_by_row(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
+    """The same by `row_dots`, as it was done before."""
+    order, _ = entries.by_feature
+    dots = rows_module.row_dots(left, entries.tokens[order], right, entries.indices[order])
+    return torch.empty_like(dots).index_copy_(0, order, dots)
 
 
 def kernel_check(work: Callable[[], Tensor], wanted: Tensor, terms: Tensor) -> dict:
@@ -324,8 +341,8 @@ def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
 
 def time_variants(rows: list, device: torch.device, shape: tuple) -> None:
     """
-    The sums over posting lists of the first source layer with other settings of the kernels than theirs, in both
-    formats; features fire equally often, and as unequally as those of a trained CLT.
+    The sums and dot products along posting lists of the first source layer, with other settings of the kernels than
+    theirs, in both formats; features fire equally often, and as unequally as those of a trained CLT.
     """
     L, D, num_features, N, k = shape
     even, uneven = random_entries(N, num_features, k / num_features, str(device)), uneven_entries(device, shape)
@@ -344,6 +361,15 @@ def time_variants(rows: list, device: torch.device, shape: tuple) -> None:
                 with patch.object(triton_rows, "SPLIT", split):
                     size = bytes_of * C * (listed + num_features)
                     add_timing(rows, device, f"sums, {form}, split {split}", sums, size)
+            decoder = torch.randn(num_features, C, device=device, dtype=dtype)
+            dots = partial(rows_module.entry_dots, grad, decoder, entries)
+            least = bytes_of * C * (listed + num_features)  # each row of the decoder once
+            before = partial(dots_by_row, grad, decoder, entries)
+            add_timing(rows, device, f"dots, {form}, row_dots", before, 2 * bytes_of * C * listed)
+            for number, columns, warps in POSTINGS:
+                names = {"POSTING_ENTRIES": number, "POSTING_COLUMNS": columns, "POSTING_WARPS": warps}
+                with patch.multiple(triton_rows, **names):
+                    add_timing(rows, device, f"dots, {form}, {number} x {columns}, {warps} warps", dots, least)
             add_timing(rows, device, f"sums, {form}, encoder", short, bytes_of * D * (listed + num_features))
 
 
@@ -505,9 +531,9 @@ def main(argv: list[str] | None = None) -> int:
     piece("rates", 6, time_rates, device, tiny)
     for name in ("A", "A200", "B"):
         piece(f"parts {name}", 5, time_parts, device, shapes[name])
-    for name in ("A", "A200", "B"):
-        piece(f"variants {name}", 4, time_variants, device, shapes[name])
-    piece("optimizers", 12, time_optimizers, device, shapes)
+    for name, about in (("A", 30), ("A200", 10), ("B", 8)):
+        piece(f"variants {name}", about, time_variants, device, shapes[name])
+    piece("optimizers", 20, time_optimizers, device, shapes)
     for name, form, *seconds in UPDATES:
         for dead, about in zip((0.0, 0.3), seconds, strict=True):
             case = make_case(shapes[name], form, device, dead=dead)

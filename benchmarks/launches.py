@@ -219,7 +219,8 @@ def count(case: Case) -> dict:
         recorder.waits[f"tolist {place()}"] += 1
         return [dead] * len(tensor)
 
-    of_rows = dict.fromkeys(["row_sums_kernel", "piece_sums_kernel", "row_dots_kernel"], recorder)
+    names = ("row_sums_kernel", "piece_sums_kernel", "row_dots_kernel", "posting_dots_kernel")
+    of_rows = dict.fromkeys(names, recorder)
     kernels = patch.multiple(triton_rows, **of_rows), patch.object(triton_adam, "adam_kernel", recorder)
     with kernels[0], kernels[1], patch.object(FakeTensor, "tolist", even), FakeTensorMode(), recorder:
         update = Update(replace(case, dead=0.0))

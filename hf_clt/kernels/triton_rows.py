@@ -34,6 +34,8 @@ L2_BYTES = 16 * 2**20
 SPLIT = 128
 # A program of row_dots: this many entries times this many columns at a time.
 DOT_ENTRIES, DOT_COLUMNS, DOT_WARPS = 4, 512, 4
+# A program of posting_dots: in each round this many entries times this many columns, the only ones that it sees.
+POSTING_ENTRIES, POSTING_COLUMNS, POSTING_WARPS = 4, 512, 1
 
 
 if triton is not None:
@@ -155,6 +157,44 @@ if triton is not None:
         # Not tl.sum: triton.language's own functions are interpreted only if all of Triton was imported so.
         tl.store(out + entries, tl.reduce(products, 1, add), mask=listed)
 
+    @triton.jit
+    def posting_dots_kernel(
+        left,
+        right,
+        tokens,
+        indices,
+        order,
+        offsets,
+        out,
+        num_features,
+        num_entries,
+        num_columns,
+        left_stride,
+        right_stride,
+        SPLIT: tl.constexpr,
+        BLOCK_E: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        # The first pieces of all posting lists, then the later ones; and all of them pass over one column tile of
+        # `left` while it is in the L2 cache.
+        piece, tile = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+        columns = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        inside = columns < num_columns
+        if piece < num_features:
+            feature = piece
+            start = tl.load(offsets + feature)
+            end = tl.minimum(tl.load(offsets + feature + 1), start + SPLIT)
+        else:
+            feature, start, end = later_piece(piece - num_features, indices, order, offsets, SPLIT)
+        # The row of `right` is read once for all entries of a piece, and not for none.
+        row = tl.load(right + feature * right_stride + columns, mask=inside & (start < end), other=0.0).to(tl.float32)
+        for first in range(start, end, BLOCK_E):
+            entries = first + tl.arange(0, BLOCK_E)
+            listed = entries < end
+            rows = left + tl.load(tokens + entries, mask=listed, other=0)[:, None] * left_stride
+            a = tl.load(rows + columns[None, :], mask=listed[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            tl.store(out + tile * num_entries + entries, tl.reduce(a * row[None, :], 1, add), mask=listed)
+
 
 def available(tensor: Tensor) -> bool:
     """
@@ -269,6 +309,60 @@ def row_dots(left: Tensor, left_indices: Tensor, right: Tensor, right_indices: T
     return out
 
 
+def posting_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
+    """
+    <left[n], right[f]> at the listed entries (n, f), summed in float32, as `row_dots` of them, but that each row of
+    `right` is read once for up to `SPLIT` entries of its posting list, and `left` in tiles of columns that stay in the
+    L2 cache.
+
+    Args:
+        left: (N, C) bfloat16, float16 or float32, contiguous in the last dimension.
+        right: (F, C), likewise; its dtype may be another.
+        features: Lists the entries; its values are not read.
+
+    Returns:
+        (nnz,) float32, in the order of `features.by_feature`.
+
+    Raises:
+        ValueError: A dtype, shape or stride that the kernel does not take.
+    """
+    check_rows("left", left)
+    check_rows("right", right)
+    if left.shape[1] != right.shape[1]:
+        raise ValueError(f"left has {left.shape[1]} columns and right {right.shape[1]}: pass rows of one length")
+    given, wanted = (len(left), len(right)), (features.num_tokens, features.num_features)
+    if given != wanted:
+        raise ValueError(f"{given} rows of left and right for {wanted} tokens and features: pass one for each")
+    order, offsets = features.by_feature
+    num_entries, num_columns = order.numel(), left.shape[1]
+    if num_entries == 0 or num_columns == 0:
+        return left.new_zeros(num_entries, dtype=torch.float32)
+    block = min(POSTING_COLUMNS, triton.next_power_of_2(num_columns))
+    num_tiles = triton.cdiv(num_columns, block)
+    later = triton.cdiv(num_entries, SPLIT) if min(features.num_tokens, num_entries) > SPLIT else 0
+    out = left.new_empty(num_tiles, num_entries, dtype=torch.float32)
+    with torch.cuda.device_of(left):
+        posting_dots_kernel[(features.num_features + later, num_tiles)](
+            left,
+            right,
+            features.tokens[order],
+            features.indices.contiguous(),
+            order,
+            offsets,
+            out,
+            features.num_features,
+            num_entries,
+            num_columns,
+            left.stride(0),
+            right.stride(0),
+            SPLIT=SPLIT,
+            BLOCK_E=POSTING_ENTRIES,
+            BLOCK_C=block,
+            num_warps=POSTING_WARPS,
+        )
+    return out[0] if num_tiles == 1 else out.sum(dim=0)
+
+
 def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor) -> Tensor:
     """
     out[f] = Σ over the entries (n, f) of value · rows[n], summed in float32: the gradient of a decoder (or encoder).
@@ -347,4 +441,4 @@ def check_entries(**tensors: Tensor) -> None:
         raise ValueError(f"{shapes}: pass one element per entry, (nnz,)")
 
 
-__all__ = ["available", "row_dots", "row_sums", "transposed_row_sums"]
+__all__ = ["available", "posting_dots", "row_dots", "row_sums", "transposed_row_sums"]

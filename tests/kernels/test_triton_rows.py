@@ -73,6 +73,12 @@ def random_features(num_tokens, num_features, dtype, always=(), device="cpu", de
     return LayerFeatures(values, indices, offsets, num_features), acts
 
 
+def poisoned(like, *size, **form):
+    """Stands in for `new_empty`: NaN where nothing is written."""
+    out = like.new_zeros(*size, **form)
+    return out.fill_(torch.nan) if out.is_floating_point() else out
+
+
 def dense_bags(indices, offsets, weights, num_rows):
     """The bags as a matrix (B, R) in float64."""
     bags = torch.arange(offsets.numel() - 1).repeat_interleave(offsets.diff())
@@ -147,6 +153,32 @@ def test_row_dots_of_two_dtypes(interpreted):
     assert_within_rounding(found, products.sum(1), products.abs().sum(1), 7, torch.float32)
 
 
+@DTYPES
+@pytest.mark.parametrize("split, num_columns", [(1, 7), (3, 1), (4, 300), (5, 7), (12, 300), (128, 7)])
+def test_posting_dots(interpreted, monkeypatch, dtype, split, num_columns):
+    """Lists of all tokens, at both ends and together, of some, of one and of none, cut in pieces; columns in tiles."""
+    monkeypatch.setattr(interpreted, "SPLIT", split)
+    monkeypatch.setattr(interpreted, "POSTING_COLUMNS", 64)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    left, right = random_rows(12, num_columns, dtype, seed=1), random_rows(20, num_columns, dtype, seed=2)
+    features, _ = random_features(12, 20, dtype, always=[0, 13, 14, 19], density=0.2)
+    right[1] = torch.nan  # of a feature without entries
+    found = interpreted.posting_dots(left, right, features)
+    order, _ = features.by_feature
+    products = left.double()[features.tokens[order]] * right.double()[features.indices[order]]
+    assert_within_rounding(found, products.sum(1), products.abs().sum(1), num_columns, torch.float32)
+    assert torch.equal(interpreted.posting_dots(left, right, features), found)
+
+
+def test_dots_of_a_feature_that_is_alone_and_of_two_dtypes(interpreted, monkeypatch):
+    monkeypatch.setattr(interpreted, "SPLIT", 4)
+    left, right = random_rows(11, 7, torch.float32, seed=1), random_rows(1, 7, torch.bfloat16, seed=2)
+    features = LayerFeatures(torch.randn(11), torch.zeros(11, dtype=torch.int64), torch.arange(12), 1)
+    products = left.double() * right.double()
+    found = interpreted.posting_dots(left, right, features)
+    assert_within_rounding(found, products.sum(1), products.abs().sum(1), 7, torch.float32)
+
+
 def test_no_entries_and_no_bags(interpreted):
     rows = random_rows(3, 7, torch.float32, seed=1)
     nothing, empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
@@ -156,6 +188,7 @@ def test_no_entries_and_no_bags(interpreted):
     assert interpreted.row_dots(rows, nothing, rows, nothing).shape == (0,)
     features = LayerFeatures(empty, nothing, torch.zeros(4, dtype=torch.int64), 5)
     assert torch.equal(interpreted.transposed_row_sums(rows, features, empty), torch.zeros(5, 7))
+    assert interpreted.posting_dots(rows, torch.randn(5, 7), features).shape == (0,)
 
 
 def test_sums_do_not_depend_on_the_block_sizes(interpreted, monkeypatch):
@@ -220,10 +253,6 @@ def test_where_a_list_is_cut_depends_on_no_other(interpreted, monkeypatch):
 def test_every_entry_is_in_one_piece(interpreted, monkeypatch):
     """What lies past a piece must not enter it: each sum of one column of ones counts its feature's entries."""
 
-    def poisoned(like, *size, **form):
-        out = like.new_zeros(*size, **form)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
     generator = torch.Generator().manual_seed(0)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for split in range(1, 8):
@@ -244,7 +273,7 @@ def test_shapes_do_not_depend_on_values(interpreted, monkeypatch):
             launched.append(grid)
             return lambda *args, **kwargs: None
 
-    for name in ("piece_sums_kernel", "row_sums_kernel"):
+    for name in ("piece_sums_kernel", "row_sums_kernel", "posting_dots_kernel"):
         monkeypatch.setattr(interpreted, name, Kernel())
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     features, _ = random_features(12, 70, torch.float32)
@@ -253,7 +282,9 @@ def test_shapes_do_not_depend_on_values(interpreted, monkeypatch):
         fake = LayerFeatures(*map(mode.from_tensor, (features.values, features.indices, features.offsets)), 70)
         fake.orders["by_feature"] = mode.from_tensor(order), mode.from_tensor(starts)
         assert interpreted.transposed_row_sums(torch.empty(12, 7), fake, fake.values).shape == (70, 7)
-    assert launched == [(-(-len(order) // 4), 1), (70, 1)]
+        assert interpreted.posting_dots(torch.empty(12, 7), torch.empty(70, 7), fake).shape == order.shape
+    chunks = -(-len(order) // 4)
+    assert launched == [(chunks, 1), (70, 1), (70 + chunks, 1)]
 
 
 @DTYPES
@@ -294,6 +325,10 @@ def test_what_the_kernels_do_not_take_is_refused(interpreted):
     features, _ = random_features(5, 70, torch.float32)
     with pytest.raises(ValueError, match="rows has 4 rows for 5 tokens"):
         interpreted.transposed_row_sums(rows, features, features.values)
+    with pytest.raises(ValueError, match=r"\(4, 70\) rows of left and right for \(5, 70\) tokens and features"):
+        interpreted.posting_dots(rows, torch.randn(70, 7), features)
+    with pytest.raises(ValueError, match="left has 7 columns and right 6"):
+        interpreted.posting_dots(rows, torch.randn(70, 6), features)
 
 
 def test_available(interpreted, monkeypatch):
@@ -341,6 +376,15 @@ def test_row_dots_compile_for_an_h100(compile_for_h100, dtype):
     compile_for_h100(triton_rows.row_dots_kernel, types, constants, triton_rows.DOT_WARPS)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_posting_dots_compile_for_an_h100(compile_for_h100, dtype):
+    types = dict.fromkeys(["left", "right"], f"*{dtype}") | {"out": "*fp32"}
+    types |= dict.fromkeys(["tokens", "indices", "order", "offsets"], "*i64")
+    constants = {"SPLIT": triton_rows.SPLIT, "BLOCK_E": triton_rows.POSTING_ENTRIES}
+    constants["BLOCK_C"] = triton_rows.POSTING_COLUMNS
+    compile_for_h100(triton_rows.posting_dots_kernel, types, constants, triton_rows.POSTING_WARPS)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @DTYPES
 def test_on_a_gpu_at_a_real_size(dtype):
@@ -358,6 +402,7 @@ def test_on_a_gpu_at_a_real_size(dtype):
             triton_rows.row_sums(weight, features.indices, features.offsets, features.values),
             triton_rows.row_dots(grad, features.tokens, weight, features.indices),
             triton_rows.transposed_row_sums(grad, features, features.values),
+            triton_rows.posting_dots(grad, weight, features)[-500:],
         )
 
     assert triton_rows.available(weight)
@@ -371,7 +416,7 @@ def test_on_a_gpu_at_a_real_size(dtype):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
-    sums, dots, transposed = first
+    sums, dots, transposed, posted = first
     # Some columns of everything in float64: the first, the last, and some around the border between two tiles.
     columns = torch.tensor([*range(4), *range(508, 516), *range(num_columns - 4, num_columns)], device=device)
     rows = weight[:, columns].double()
@@ -380,6 +425,9 @@ def test_on_a_gpu_at_a_real_size(dtype):
     tokens, indices = features.tokens[-500:], features.indices[-500:]
     products = grad[tokens].double() * weight[indices].double()
     assert_within_rounding(dots[-500:], products.sum(1), products.abs().sum(1), num_columns, torch.float32)
+    order = features.by_feature[0][-500:]
+    products = grad[features.tokens[order]].double() * weight[features.indices[order]].double()
+    assert_within_rounding(posted, products.sum(1), products.abs().sum(1), num_columns, torch.float32)
     rows = grad[:, columns].double()
     exact, magnitude = acts.T @ rows, acts.abs().T @ rows.abs()
     assert_within_rounding(transposed[:, columns], exact, magnitude, num_tokens, dtype)
