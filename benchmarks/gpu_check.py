@@ -25,7 +25,7 @@ from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import TOPK_FAMILY
 from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
-from hf_clt.kernels import triton_adam, triton_rows
+from hf_clt.kernels import triton_adam, triton_rows, triton_topk
 from hf_clt.selection import largest_dead, positions_batchtopk, positions_topk
 from hf_clt.sparsity import LayerFeatures, features_at, true_positions
 from hf_clt.training.optimizers import CompactAdam
@@ -57,6 +57,7 @@ UPDATES = [("A", "autocast", 15, 8), ("B", "autocast", 15, 8), ("A", "bfloat16",
            ("A200", "autocast", 15, 8), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 12, 8)]  # fmt: skip
 # Entries and columns at a time and warps of a program of posting_dots.
 POSTINGS = ((4, 512, 1), (2, 512, 1), (8, 512, 1), (4, 256, 1), (4, 512, 2), (4, 1024, 1), (4, 1024, 2), (4, 2048, 4))
+TOPKS = ((1024, 4), (2048, 4), (4096, 8))  # columns at a time and warps of a program
 SPLITS = (32, 64, 128, 256, 512, 2**30)  # entries of a posting list that one program takes
 ADAM_BLOCKS = [(1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 256), (4096, 512), (8192, 512)]
 TOP = 12  # kernels that are shown
@@ -134,6 +135,30 @@ def kernel_check(work: Callable[[], Tensor], wanted: Tensor, terms: Tensor) -> d
     error = ((found.double() - wanted).abs() / bound).max().item()
     same = torch.equal(found, work())
     return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+
+
+def check_topk(rows: list, device: torch.device, tiny: bool) -> None:
+    """The k largest of each row, to the position, beside a stable sort, which takes the first of equal entries."""
+    shapes = [(4096, 24576, 32), (4096, 24576, 200), (777, 1000, 5), (64, 256, 4)]
+    for num_tokens, num_features, k in shapes[3 if tiny else 0 :]:
+        for dtype in (torch.float32, torch.bfloat16):
+            row = {"check": "positions_topk", "dtype": str(dtype).removeprefix("torch.")}
+            row |= {"shape": (num_tokens, num_features, k)}
+            print_check(attempt(rows, row, partial(topk_check, dtype, num_tokens, num_features, k, device)))
+
+
+def topk_check(dtype: torch.dtype, num_tokens: int, num_features: int, k: int, device: torch.device) -> dict:
+    values = torch.randn(num_tokens, num_features, device=device).to(dtype)
+    values[::2, ::3] = -torch.inf  # as of features that are not dead
+    found = positions_topk(values, k)
+    columns = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    wanted = columns + num_features * torch.arange(num_tokens, device=device)[:, None]
+    wanted = wanted.flatten()
+    if device.type != "cuda":  # where it is not said which of equal entries are taken
+        found, wanted = (values.flatten()[places].view(num_tokens, k).sort().values for places in (found, wanted))
+    other = (found != wanted).sum().item()
+    same = torch.equal(positions_topk(values, k), positions_topk(values, k))
+    return {"errors": {"other entries": other}, "same_bits": same, "passed": other == 0 and same}
 
 
 def check_adam(rows: list, device: torch.device) -> None:
@@ -321,6 +346,18 @@ def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
     h = F.linear(x, weight, bias)
     cut = h[:16].float().flatten().kthvalue(16 * (num_features - k)).values
     add("positions_topk", lambda: positions_topk(h, k), 2 * h.numel())
+    with patch.object(triton_topk, "takes", lambda values: False):
+        add("positions_topk, in torch's operators", lambda: positions_topk(h, k), 2 * h.numel())
+    if device.type == "cuda":
+        for columns, warps in TOPKS:
+            with patch.multiple(triton_topk, TOPK_COLUMNS=columns, TOPK_WARPS=warps):
+                add(f"    {columns} columns, {warps} warps", lambda: positions_topk(h, k), 2 * h.numel())
+    wide = h.float()
+    add("positions_topk, float32", lambda: positions_topk(wide, k), 4 * h.numel())
+    with patch.object(triton_topk, "takes", lambda values: False):
+        add("positions_topk, float32, in torch's operators", lambda: positions_topk(wide, k), 4 * h.numel())
+        # The largest of the whole batch in two rounds, as of one long row.
+        add("positions_batchtopk, in groups", lambda: positions_topk(h.flatten()[None], k * N), 2 * h.numel())
     add("torch.topk", lambda: h.topk(k, dim=1, sorted=False), 2 * h.numel())
     add("positions_batchtopk", lambda: positions_batchtopk(h, k * N), 2 * h.numel())
     add("true_positions of h > cut", lambda: true_positions(h > cut), 2 * h.numel())
@@ -526,6 +563,7 @@ def main(argv: list[str] | None = None) -> int:
 
     shapes = {name: TINY if tiny else shape for name, shape in SHAPES.items()}
     piece("kernels", 25, check_kernels, device, tiny)
+    piece("topk", 4, check_topk, device, tiny)
     piece("adam", 5, check_adam, device)
     piece("steps", 35, check_steps, device, tiny)
     piece("rates", 6, time_rates, device, tiny)
