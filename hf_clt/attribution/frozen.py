@@ -145,6 +145,8 @@ class FrozenModel:
         head_bias (`Tensor` of shape `(V,)`, *optional*): Of the head; it is in no row.
         logits (`Tensor` of shape `(P, V)`): What the model gave, softcap included.
         error (`float`): The largest error of a step, as a share of the stream's norm, see [`check_steps`].
+        norms (`list[tuple[Module, Norm]]`): The model's norms on the paths.
+        writers (`list[Module]`): The modules whose output is what the CLT reconstructs, layer by layer.
     """
 
     input_ids: Tensor
@@ -155,7 +157,9 @@ class FrozenModel:
     unembedding: Tensor
     head_bias: Tensor | None
     logits: Tensor
-    error: float = 0.0
+    error: float
+    norms: list[tuple[nn.Module, Norm]]
+    writers: list[nn.Module]
 
     @property
     def num_tokens(self) -> int:
@@ -261,23 +265,28 @@ def freeze(
         raise ValueError("model is in training mode, so dropout changes its activations; call model.eval()")
     input_ids = check_prompt(model, input_ids)
     decoder = model.get_decoder()
-    streams = resolve_sites(model, "hook_resid_mid", output_hook)[0]
+    streams, writers = resolve_sites(model, "hook_resid_mid", output_hook)
     mlps = resolve_sites(model, "mlp.hook_in", "mlp.hook_out")[1]
     adders = resolve_sites(model, "hook_resid_mid", "hook_mlp_out")[1]
     blocks = [model.get_submodule(site.path.rpartition(".")[0]) for site in mlps]
-    frozen, errors = [], []
+    frozen, errors, norms = [], [], {}
+
+    def norm_of(module: nn.Module, seen: dict, name: str) -> Norm:
+        if module not in norms:
+            norms[module] = freeze_norm(module, *seen[module], name, dtype)
+        return norms[module]
 
     def finish(layer: int, inner: list[nn.Module], seen: dict) -> None:
         """Freezes one block and forgets its records: those of all blocks together would take much memory."""
         attended = {m: vars(m).pop("hf_clt_recorded") for m in inner if "hf_clt_recorded" in vars(m)}
         get, name = model.get_submodule, f"layer {layer}"
         mlp, adder, reader = get(mlps[layer].path), get(adders[layer].path), get(streams[layer].path)
-        found = freeze_block(blocks[layer], mlp, adder, reader, seen, attended, name, dtype)
+        found = freeze_block(blocks[layer], mlp, adder, reader, seen, attended, norm_of, name, dtype)
         if input_hook == "mlp.hook_in":
-            norm = freeze_norm(reader, *seen[reader], f"{name}, the norm in front of the MLP", dtype)
+            norm = norm_of(reader, seen, f"{name}, the norm in front of the MLP")
             found = replace(found, read=seen[mlp][0].to(dtype), read_norm=norm)
         if output_hook == "mlp.hook_out" and adder is not mlp:
-            norm = freeze_norm(adder, *seen[adder], f"{name}, the norm behind the MLP", dtype)
+            norm = norm_of(adder, seen, f"{name}, the norm behind the MLP")
             found = replace(found, written=seen[mlp][1].to(dtype), post=norm)
         errors.append(check_steps(found, name, model.dtype))
         frozen.append(found)
@@ -293,15 +302,19 @@ def freeze(
         then[block] = partial(finish, layer, inner)
     watched += [*decoder.children(), *(m for m in decoder.modules() if isinstance(m, nn.Embedding)), head]
     seen, logits = run_recorded(model, input_ids, watched, then)
+    if len(frozen) != len(blocks):
+        raise FreezingError(
+            f"{type(model).__name__}: {len(frozen)} of {len(blocks)} layers were run and gave a tensor"
+        )
 
     tokens, positions = freeze_embeddings(model, seen, frozen[0].start, dtype)
     if frozen[0].start.shape != tokens.shape or head not in seen:
         raise FreezingError(f"{type(model).__name__}: its head or its embedding was not run; it cannot be traced")
     given = seen[head][0]
-    norms = [m for m in decoder.children() if m in seen and torch.equal(seen[m][1], given) and m not in blocks]
-    if not norms:
+    last = [m for m in decoder.children() if m in seen and same(seen[m][1], given) and m not in blocks]
+    if not last:
         raise FreezingError(f"{type(model).__name__}: no module gives what the head reads; it cannot be traced")
-    final = freeze_norm(norms[0], *seen[norms[0]], "the norm in front of the head", dtype)
+    final = norm_of(last[0], seen, "the norm in front of the head")
     result = FrozenModel(
         input_ids=input_ids,
         blocks=frozen,
@@ -312,6 +325,8 @@ def freeze(
         head_bias=None if head.bias is None else head.bias.to(dtype),
         logits=logits.to(dtype),
         error=max(errors),
+        norms=list(norms.items()),
+        writers=[model.get_submodule(site.path) for site in writers],
     )
     check_logits(result, seen[head][1], model.dtype)
     return result
@@ -334,7 +349,17 @@ def check_prompt(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return input_ids
 
 
-def freeze_block(block, mlp, adder, reader, seen: dict, attended: dict, name: str, dtype: torch.dtype) -> Block:
+def freeze_block(
+    block: nn.Module,
+    mlp: nn.Module,
+    adder: nn.Module,
+    reader: nn.Module,
+    seen: dict,
+    attended: dict,
+    norm_of: Callable[[nn.Module, dict, str], Norm],
+    name: str,
+    dtype: torch.dtype,
+) -> Block:
     """One layer, from what its modules were given and gave."""
     start, end = seen[block]
     stream = seen[reader][0]
@@ -354,9 +379,9 @@ def freeze_block(block, mlp, adder, reader, seen: dict, attended: dict, name: st
     # A dropout that does nothing reads it as well.
     post = [m for m in children if same(seen[m][0], gave) and not same(seen[m][1], gave)]
     weights = freeze_attention(attention, given, value, taken, seen, name, dtype)
-    behind = freeze_norm(post[0], *seen[post[0]], f"{name}, the norm behind the attention", dtype) if post else None
+    behind = norm_of(post[0], seen, f"{name}, the norm behind the attention") if post else None
     maps = Attention(pattern=pattern.to(dtype), post=behind, **weights)
-    norm = freeze_norm(pre[0], *seen[pre[0]], f"{name}, the norm in front of the attention", dtype)
+    norm = norm_of(pre[0], seen, f"{name}, the norm in front of the attention")
     bias = norm.bias.expand(len(start), -1)
     added = seen[adder][1]
     return Block(
@@ -386,6 +411,8 @@ def freeze_norm(module: nn.Module, x: Tensor, y: Tensor, name: str, dtype: torch
     """
     probe = 1.0 - 2.0 * (torch.arange(x.shape[1], device=x.device, dtype=torch.float64) % 2)
     wide = copy.deepcopy(module).double()
+    wide._forward_hooks.clear()
+    wide._forward_pre_hooks.clear()
     with torch.no_grad():
         plus, minus = wide(probe[None])[0].double(), wide(-probe[None])[0].double()
     bias = (plus + minus) / 2

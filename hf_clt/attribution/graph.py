@@ -143,9 +143,9 @@ class AttributionGraph:
     def scores(self) -> dict[str, float]:
         """
         `replacement`, I(tokens) / (I(tokens) + I(errors)), the share of influence that reaches tokens through features
-        alone, and `completeness`, the mean over nodes of 1 - (share of errors in the row), weighted by I + w. What went
-        to features that are no nodes counts as error; in `replacement_of_nodes` and `completeness_of_nodes` it is left
-        out, as circuit-tracer does. The two are the same where every active feature is a node.
+        alone, and `completeness`, the mean over nodes of 1 - (share of errors in the row), weighted by I + w. What
+        went to features that are no nodes counts as error; in `replacement_of_nodes` and `completeness_of_nodes` it is
+        left out, as circuit-tracer does. The two are the same where every active feature is a node.
         """
         found = {}
         for name, with_dropped in (("", True), ("_of_nodes", False)):
@@ -172,9 +172,9 @@ class AttributionGraph:
         The part that carries most of the influence.
 
         Nodes are kept until they have `node_threshold` of all influence, tokens and targets always; of the edges among
-        them, with influence computed anew, those until `edge_threshold`; then features and errors that lead nowhere and
-        features that come from nowhere go, until there are none. `info["after_pruning"]` of the result has the scores
-        where what a removed node gave is added to the error of its layer and position (Methods).
+        them, with influence computed anew, those until `edge_threshold`; then features and errors that lead nowhere
+        and features that come from nowhere go, until there are none. `info["after_pruning"]` of the result has the
+        scores where what a removed node gave is added to the error of its layer and position (Methods).
 
         Raises:
             ValueError: For a threshold that is not above 0 and at most 1.
@@ -283,8 +283,8 @@ class AttributionGraph:
 
     def save(self, folder: str | Path) -> None:
         """
-        Writes `graph.safetensors` (nodes, edges in compressed rows, rests) and `graph.json` (all else) to a folder, which
-        is made if it is missing. Each replaces one that is there as a whole.
+        Writes `graph.safetensors` (nodes, edges in compressed rows, rests) and `graph.json` (all else) to a folder,
+        which is made if it is missing. Each replaces one that is there as a whole.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -358,6 +358,12 @@ class AttributionGraph:
             labels={(layer, feature): label for layer, feature, label in header["labels"]},
             details={(layer, feature): value for layer, feature, value in header["details"]},
         )
+
+    def verify(self, model, clt, count: int = 20, **options) -> dict:
+        """Checks the strongest features in the language model; see [`hf_clt.attribution.verify.verify`]."""
+        from .verify import verify
+
+        return verify(self, model, clt, count, **options)
 
     def to_json(self, path: str | Path, **options) -> None:
         """Writes circuit-tracer's JSON; see [`hf_clt.attribution.export.to_json`]."""

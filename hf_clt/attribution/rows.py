@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..modeling_clt import CrossLayerTranscoder
 from ..release import read_ahead
-from ..sparsity import LayerFeatures
 from .frozen import Block, FrozenModel
 
 
@@ -246,31 +245,67 @@ def contract(frozen: FrozenModel, sources: Sources, gradients: Tensor, r: Tensor
     return edges
 
 
+@dataclass
+class Change:
+    """What a change of the CLT's outputs does downstream, (K, P, D) each and, but for the last, one per layer."""
+
+    starts: list[Tensor]  # of x_l
+    reads: list[Tensor]  # of what features read
+    added: list[Tensor]  # of what the MLP adds
+    final: Tensor  # of what the head reads
+
+
 @torch.no_grad()
-def push(frozen: FrozenModel, sources: Sources, written: Tensor) -> tuple[list[Tensor], Tensor]:
+def push(frozen: FrozenModel, sources: Sources, written: Tensor) -> Change:
     """
-    Columns of the graph: what a change of what the MLPs write does downstream, everything frozen.
-
-    Args:
-        written (`Tensor` of shape `(K, L, P, D)`): Changes of the CLT's outputs, K of them.
-
-    Returns:
-        The change of what features read in each layer, L tensors (K, P, D), and that of what the head reads.
+    Columns of the graph: what changes of what the CLT writes, (K, L, P, D), do downstream, everything frozen. A
+    feature's pre-activation changes by its encoder row times that of what it reads.
     """
     x = torch.zeros_like(written[:, 0])
     kept = (~sources.cleared)[:, None].to(x.dtype)
-    reads = []
+    change = Change([], [], [], x)
     for layer, block in enumerate(frozen.blocks):
         attended = block.attention.linear(block.pre.linear(x))
         stream = x if block.is_parallel else x + attended
         read = stream if block.read_norm is None else block.read_norm.linear(stream)
-        reads.append(read)
         y = written[:, layer]
         if sources.skips is not None:
             y = y + (read * kept) @ sources.skips[layer]
         y = y if block.post is None else block.post.linear(y)
-        x = (x + attended + y) if block.is_parallel else stream + y
-    return reads, frozen.final.linear(x)
+        for name, value in (("starts", x), ("reads", read), ("added", y)):
+            getattr(change, name).append(value)
+        x = x + attended + y
+    change.final = frozen.final.linear(x)
+    return change
+
+
+@torch.no_grad()
+def head_loadings(frozen: FrozenModel, sources: Sources, node: int, seed: Seeds) -> tuple[Tensor, Tensor]:
+    """
+    An edge, split by the attention head that brings it to the target's position last.
+
+    Args:
+        node (`int`): The source, a feature.
+        seed ([`Seeds`]): One target.
+
+    Returns:
+        By layer and head, (L, H); and what comes without attention, (L,), by the layer whose MLP writes it. The sum of
+        both is A[t, s].
+    """
+    change = push(frozen, sources, writes_of(sources, torch.tensor([node])))
+    layer, position, vector = int(seed.layers), int(seed.positions), seed.vectors[0]
+    heads = vector.new_zeros(len(frozen.blocks), frozen.blocks[0].attention.num_heads)
+    direct = vector.new_zeros(len(frozen.blocks))
+    for at, block in enumerate(frozen.blocks):
+        attention = block.attention
+        if at < layer:
+            direct[at] = change.added[at][0, position] @ vector
+        if at < layer or (at == layer and not block.is_parallel):
+            taken = attention.by_head(block.pre.linear(change.starts[at]))[0, position]  # (H, d_head)
+            post = None if attention.post is None else attention.post.at(torch.tensor([position]))
+            read = vector if post is None else post.transposed(vector[None])[0]
+            heads[at] = (taken * (read @ attention.output).view_as(taken)).sum(dim=1)
+    return heads, direct
 
 
 def writes_of(sources: Sources, nodes: Tensor, factors: Tensor | None = None) -> Tensor:
@@ -286,10 +321,12 @@ def writes_of(sources: Sources, nodes: Tensor, factors: Tensor | None = None) ->
 
 __all__ = [
     "RESTS",
+    "Change",
     "Seeds",
     "Sources",
     "feature_seeds",
     "find_sources",
+    "head_loadings",
     "logit_seeds",
     "pull",
     "push",

@@ -196,8 +196,8 @@ def check_memory(num_rows: int, num_columns: int, dtype: torch.dtype, device: to
     needed, free = num_rows * num_columns * torch.empty(0, dtype=dtype).element_size(), free_memory(device)
     if needed > free:
         raise ValueError(
-            f"max_feature_nodes: a graph of {num_rows:,} rows and {num_columns:,} columns takes {format_size(needed)}, "
-            f"and {format_size(free)} are free; give max_feature_nodes, of which each takes "
+            f"a graph of {num_rows:,} rows and {num_columns:,} columns takes {format_size(needed)}, and "
+            f" {format_size(free)} are free; give max_feature_nodes, of which each takes "
             f"{format_size(needed / num_rows)}"
         )
 

@@ -18,8 +18,8 @@ from tests.harvest.test_sites import ARCHITECTURES as OF_SITES
 from tests.harvest.test_sites import build
 
 
-# gptj has an attention of its own, which is refused. In the others of test_sites two heads share one key-value head, so
-# that heads could not be mixed up: some with four heads and two. Windows are shorter than the prompts.
+# gptj has an attention of its own, which is refused. In test_sites two heads share one key-value head, which says
+# nothing about which head reads which: here four heads have two. Windows are shorter than the prompts.
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2}
 WINDOW = {"sliding_window": 4}
 GEMMA3_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -96,11 +96,10 @@ class Traced:
         return torch.cat([by_feature, by_error.sum(-1).flatten(1), by_token.sum(-1)], dim=1).detach()
 
     def targets(self, tokens: list[tuple[int, int | None, int]]) -> Tensor:
-        rows = [
-            self.logits[position, token]
-            - (self.logits[position].mean() if other is None else self.logits[position, other])
-            for token, other, position in tokens
-        ]
+        rows = []
+        for token, other, position in tokens:
+            at = self.logits[position]
+            rows.append(at[token] - (at.mean() if other is None else at[other]))
         return torch.stack(rows)
 
 
@@ -126,8 +125,8 @@ def norm_forward(module: nn.Module, scales: dict | None):
 @contextlib.contextmanager
 def held(model: nn.Module, patterns: bool, norms: bool, kept: dict | None):
     """
-    Within, attention patterns and norms' denominators are constants for autograd. With a dict `kept` they are as it has
-    them, and as in the first run where it is empty.
+    Within, attention patterns and norms' denominators are constants for autograd. With a dict `kept` they are what it
+    has, and what the first run puts there.
     """
 
     def attention(module, query, key, value, mask, **options):
@@ -169,9 +168,7 @@ def parts_of(model, name: str) -> list[tuple[nn.Module, nn.Module, nn.Module]]:
     return found
 
 
-def run(
-    model, name: str, ids: Tensor, hooks: tuple[str, str], replaced: list | None, tokens: Tensor | None, hold
-) -> dict:
+def run(model, name: str, ids: Tensor, hooks: tuple, replaced: list | None, tokens: Tensor | None, hold) -> dict:
     """
     One run in which `replaced[layer](read)`, if given, is what features write to in the place of what the model has
     there. Gives `reads`, `writes` (L of (P, D)), `tokens` (P, D), `logits`.

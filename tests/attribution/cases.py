@@ -112,14 +112,14 @@ def autograd(case: Case) -> float:
 def columns(case: Case, every: int = 11) -> float:
     """Check 5: what some features push to all pre-activations is what these pull from them."""
     nodes = torch.arange(0, len(case.sources.features), every)
-    reads, _ = push(case.frozen, case.sources, writes_of(case.sources, nodes))
+    reads = push(case.frozen, case.sources, writes_of(case.sources, nodes)).reads
     pushed = at_features(case, torch.stack(reads))
     pulled = case.pulled()[0][: len(case.sources.features), nodes]
     return relative(pushed, pulled.T)
 
 
-def doubling(case: Case, every: int = 11) -> float:
-    """Check 5: a feature doubled in the model, patterns and norms as they were, moves pre-activations by its column."""
+def doubling(case: Case, every: int = 37) -> float:
+    """Check 5: a feature doubled in the model, patterns and norms held, moves pre-activations by its column."""
     pulled = case.pulled()[0][: len(case.sources.features)]
     worst = 0.0
     for node in range(0, len(case.sources.features), every):

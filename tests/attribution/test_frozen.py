@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_clt.attribution import frozen as frozen_module
@@ -56,10 +56,9 @@ def test_the_cases_have_what_goes_wrong_in_ports():
     assert frozen["phi"].head_bias.abs().max() > 0
     assert block["qwen2"].attention.value_bias.abs().max() > 0
     assert block["starcoder2"].attention.output_bias.abs().max() > 0
-    shapes = {
-        name: (b.attention.num_heads, len(b.attention.value) // b.attention.head_size) for name, b in block.items()
-    }
-    assert {name for name, (heads, kv) in shapes.items() if heads == 4 and kv == 2} >= {"llama", "qwen3", "gemma2"}
+    for name in ("llama", "qwen3", "gemma2"):
+        attention = block[name].attention
+        assert (attention.num_heads, len(attention.value) // attention.head_size) == (4, 2)
     windows = [b.attention.pattern[:, 8, 0].abs().max().item() == 0 for b in frozen["gemma3"].blocks]
     assert windows == [True, False, True]
     assert block["mistral"].attention.pattern[:, 8, 4].abs().max() == 0
@@ -156,7 +155,6 @@ def test_a_model_without_head_is_refused():
     model = build("llama", {}, AutoModel)
     with pytest.raises(ValueError, match="no head; load it with AutoModelForCausalLM"):
         freeze(model, prompt())
-    assert AutoModelForCausalLM is not AutoModel
 
 
 @pytest.mark.parametrize(
@@ -188,5 +186,5 @@ def test_a_norm_that_is_none_is_refused():
     norm = model.model.layers[2].input_layernorm
     forward = norm.forward
     norm.forward = lambda x: torch.tanh(forward(x))
-    with pytest.raises(FreezingError, match="layer 2, the norm in front of the attention .* is no norm"):
+    with pytest.raises(FreezingError, match=r"layer 2, the norm in front of the attention .* is no norm"):
         freeze(model, prompt())

@@ -54,7 +54,7 @@ def test_columns_are_exact(name):
     """Check 5 in float64: a push is the transpose of a pull, and what the model does when a feature is doubled."""
     case = make_case(name, HOOKS[3], True)
     assert cases.columns(case) < 1e-10
-    assert cases.doubling(case, every=29) < 1e-9
+    assert cases.doubling(case) < 1e-9
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -62,18 +62,31 @@ def test_float32(name):
     case = make_case(name, HOOKS[3], True, torch.float32)
     assert cases.conservation(case) < 1e-4
     assert cases.columns(case) < 1e-3
-    assert cases.doubling(case, every=29) < 1e-3
+    assert cases.doubling(case) < 1e-3
 
 
 def test_pushes_reach_logits_as_rows_say():
     case = make_case("gemma2", HOOKS[3], True)
     nodes = torch.arange(0, len(case.sources.features), 7)
-    _, streams = rows_module.push(case.frozen, case.sources, rows_module.writes_of(case.sources, nodes))
-    logits = streams @ case.frozen.unembedding.T  # (K, P, V)
+    pushed = rows_module.push(case.frozen, case.sources, rows_module.writes_of(case.sources, nodes))
+    logits = pushed.final @ case.frozen.unembedding.T  # (K, P, V)
     expected = case.pulled()[0][len(case.sources.features) :, nodes]
     for row, (token, other, position) in enumerate(cases.TARGETS):
         against = logits[:, position].mean(-1) if other is None else logits[:, position, other]
         torch.testing.assert_close(logits[:, position, token] - against, expected[row], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "phi"])
+def test_edges_split_by_head_add_up(name):
+    case = make_case(name, HOOKS[3], True)
+    features = case.sources.features
+    targets = torch.cat([features[::31], features[-1:]])
+    seeds = rows_module.feature_seeds(case.clt, case.frozen, targets)
+    edges, _ = rows_module.pull(case.frozen, case.sources, seeds)
+    for row in range(len(targets)):
+        for node in (0, len(features) // 2):
+            heads, direct = rows_module.head_loadings(case.frozen, case.sources, node, seeds.take(torch.tensor([row])))
+            assert (heads.sum() + direct.sum()).item() == pytest.approx(edges[row, node].item(), rel=1e-9, abs=1e-12)
 
 
 def test_factors_scale_what_is_written():
