@@ -40,8 +40,12 @@ for name, further in (
 NAME = "tests_detached"  # of the attention function
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float64):
-    return build(*ARCHITECTURES[name][:2]).to(dtype)
+def make_model(name: str, dtype: torch.dtype = torch.float64, **options):
+    """The same weights each time."""
+    model_type, own = ARCHITECTURES[name][:2]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build(model_type, {**own, **options}).to(dtype)
 
 
 def prompt(length: int = 9, seed: int = 1) -> Tensor:

@@ -9,9 +9,8 @@ from hf_clt import CrossLayerTranscoder
 from hf_clt.attribution import AttributionGraph, FeatureTarget, TokenTarget, attribute
 from hf_clt.attribution import tracing as tracing_module
 from hf_clt.attribution.graph import influences, threshold_at
-from tests.attribution.autograd_reference import double_throughout, prompt
+from tests.attribution.autograd_reference import double_throughout, make_model, prompt
 from tests.attribution.cases import HOOKS, make_case, model_of
-from tests.harvest.test_sites import build
 from tests.reference import random_clt, random_statistics
 
 
@@ -97,7 +96,7 @@ def test_default_targets_are_the_likely_tokens(case, graph):
     count = min(10, int((probabilities.cumsum(0) < 0.95).sum()) + 1)
     assert [target.token for target in graph.targets] == tokens[:count].tolist()
     torch.testing.assert_close(graph.target_weights, probabilities[:count])
-    sharp = build("llama", {}).double()
+    sharp = make_model("llama")
     with torch.no_grad():
         sharp.lm_head.weight *= 10
     few = attribute(sharp, case.clt, prompt(), dtype=torch.float64)
@@ -191,23 +190,35 @@ def test_nothing_is_active(nodes, tmp_path):
 
 def test_nothing_is_active_at_the_last_positions():
     model = model_of("llama", torch.float32)
-    full = attribute(model, random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval(), prompt())
-    few = attribute(model, silent_clt(float(full.activations.sort().values[-4])), prompt())
-    assert 0 < few.num_features <= 3
-    cleared = attribute(model, random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval(), prompt(),
-                        cleared=[0, 6, 7, 8])  # fmt: skip
-    assert set(cleared.features[:, 1].tolist()) == {1, 2, 3, 4, 5}
-    errors = cleared.edges[:, cleared.first_error : cleared.first_token].view(-1, 3, 9)
+    full = attribute(model, silent_clt(1e-3), prompt())
+    positions = full.features[:, 1]
+    late, early = full.activations[positions >= 7].max(), full.activations[positions < 7].max()
+    assert early > late
+    graph = attribute(model, silent_clt((early + late).item() / 2), prompt(), [5])
+    assert graph.num_features > 0
+    assert graph.features[:, 1].max() < 7
+    found = (graph.edges.sum(1) + sum(graph.rests().values()))[-1]
+    with torch.no_grad():
+        logits = model(prompt()).logits[0, -1]
+    assert found.item() == pytest.approx((logits[5] - logits.mean()).item(), rel=1e-3)
+
+
+def test_cleared_positions_have_no_nodes():
+    model, clt = model_of("llama", torch.float32), silent_clt(0.3)
+    graph, few = attribute(model, clt, prompt(), [5]), attribute(model, clt, prompt(), [5], cleared=[0, 6, 7, 8])
+    assert set(few.features[:, 1].tolist()) == {1, 2, 3, 4, 5}
+    errors = few.edges[:, few.first_error : few.first_token].view(-1, 3, 9)
     assert errors[:, :, [0, 6, 7, 8]].abs().max() == 0
-    assert (
-        cleared.rests()["MLP outputs without nodes"].abs().max()
-        > full.rests()["MLP outputs without nodes"].abs().max()
-    )
+    # what they gave is named, and all else is as it was
+    name = "MLP outputs without nodes"
+    assert few.rests()[name][-1].abs() > graph.rests()[name][-1].abs()
+    first = slice(few.first_token, None), slice(graph.first_token, None)
+    torch.testing.assert_close(few.edges[-1, first[0]], graph.edges[-1, first[1]], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [2, 128])
 def test_short_and_long_prompts(length):
-    model = build("gemma2", {"head_dim": 8, "max_position_embeddings": 128, "sliding_window": 16})
+    model = make_model("gemma2", torch.float32, max_position_embeddings=128, sliding_window=16)
     clt = random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval()
     graph = attribute(model, clt, prompt(length)[0], [5], max_feature_nodes=200)
     assert len(graph.input_ids) == length
@@ -584,7 +595,7 @@ def test_prompts_that_do_not_fit_are_refused(case):
         with pytest.raises(ValueError, match=message):
             attribute(case.model, case.clt, ids)
     with pytest.raises(ValueError, match="training mode"):
-        attribute(build("llama", {}).train(), case.clt, prompt())
+        attribute(make_model("llama").train(), case.clt, prompt())
 
 
 def test_graphs_larger_than_memory_are_refused(case, monkeypatch):
@@ -597,7 +608,7 @@ def test_graphs_larger_than_memory_are_refused(case, monkeypatch):
 
 def test_bfloat16_model():
     """The graph is that of what the model computed, whose rounding is shown."""
-    model = build("llama", {}).to(torch.bfloat16)
+    model = make_model("llama", torch.bfloat16)
     clt = random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval()
     graph = attribute(model, clt, prompt(), [5])
     assert 1e-5 < graph.info["step_error"] < 2e-2
