@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..modeling_clt import CrossLayerTranscoder
 from ..release import read_ahead
+from ..sparsity import SparseFeatures
 from .frozen import Block, FrozenModel
 
 
@@ -105,9 +106,9 @@ def find_sources(
     """The active features of a prompt, read from the language model as it is, and the errors of the CLT there."""
     inputs = torch.stack([block.read for block in frozen.blocks], dim=1).to(clt.device)
     outputs = torch.stack([block.written for block in frozen.blocks], dim=0)
-    sparse = clt.encode_sparse(inputs)
     layers, nodes, activations, rows, places = [], [], [], [], []
-    for s, found in enumerate(sparse.layers):
+    for s in range(clt.config.num_layers):
+        found = clt.encode_layer(s, clt.normalize_inputs(inputs[:, s], s))  # as in eval mode, whatever the CLT is in
         kept = ((found.values > 0) & ~cleared.to(clt.device)[found.tokens]).nonzero().squeeze(1)
         found = found.take(kept)
         layers.append(found)
@@ -116,8 +117,7 @@ def find_sources(
         activations.append(found.values)
         rows.append(decoder_rows(clt, s, unique, dtype).to(outputs.device))
         places.append(place)
-    sparse.layers = layers
-    reconstruction = clt.decode(sparse, inputs).to(outputs).transpose(0, 1)
+    reconstruction = clt.decode(SparseFeatures(layers, inputs.shape[:1]), inputs).to(outputs).transpose(0, 1)
     errors = (outputs - reconstruction).masked_fill(cleared[None, :, None], 0)
     return Sources(
         features=torch.cat(nodes).to(outputs.device),

@@ -167,6 +167,22 @@ def test_attribution_leaves_the_clt_as_it_was():
     assert clt.training == random_clt().training
 
 
+def test_a_clt_in_train_mode_gives_the_graph_of_eval_mode():
+    """A batchtopk CLT that trains selects over the batch, and one that is analysed by its threshold."""
+    model = model_of("llama", torch.float32)
+    fields = {"num_layers": 3, "d_model": 16, "num_features": 20, "activation_fn": "batchtopk", "double": False}
+    graphs = []
+    for training in (False, True):
+        clt = random_clt(**fields).train(training)
+        for part in clt.thresholds:
+            part.value.fill_(0.5)
+        graphs.append(attribute(model, clt, prompt(), [5]))
+        assert clt.training == training
+        assert clt.thresholds[0].value.item() == 0.5
+    assert torch.equal(graphs[0].features, graphs[1].features)
+    assert torch.equal(graphs[0].edges, graphs[1].edges)
+
+
 def silent_clt(threshold: float = 1e6):
     clt = random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval()
     with torch.no_grad():
@@ -220,7 +236,7 @@ def test_cleared_positions_have_no_nodes():
 def test_short_and_long_prompts(length):
     model = make_model("gemma2", torch.float32, max_position_embeddings=128, sliding_window=16)
     clt = random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval()
-    graph = attribute(model, clt, prompt(length)[0], [5], max_feature_nodes=200)
+    graph = attribute(model, clt, prompt(length)[0], [5])
     assert len(graph.input_ids) == length
     assert torch.equal(graph.input_ids, prompt(length)[0])
     found = (graph.edges.sum(1) + sum(graph.rests().values()))[-1]
@@ -228,8 +244,8 @@ def test_short_and_long_prompts(length):
         logits = model(prompt(length)).logits[0, -1]
     cap = model.config.final_logit_softcapping
     logits = cap * torch.atanh(logits.double() / cap)
-    if graph.dropped[-1] == 0:
-        assert found.item() == pytest.approx((logits[5] - logits.mean()).item(), rel=1e-3)
+    assert found.item() == pytest.approx((logits[5] - logits.mean()).item(), rel=1e-3)
+    assert graph.features[:, 1].max() == length - 1
     graph.prune().table()
 
 
