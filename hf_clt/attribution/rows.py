@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ..modeling_clt import CrossLayerTranscoder
 from ..release import read_ahead
-from ..sparsity import SparseFeatures
 from .frozen import Block, FrozenModel
 
 
@@ -103,31 +102,41 @@ def decoder_rows(clt: CrossLayerTranscoder, layer: int, features: Tensor, dtype:
 def find_sources(
     clt: CrossLayerTranscoder, frozen: FrozenModel, cleared: Tensor, dtype: torch.dtype = torch.float32
 ) -> Sources:
-    """The active features of a prompt, read from the language model as it is, and the errors of the CLT there."""
-    inputs = torch.stack([block.read for block in frozen.blocks], dim=1).to(clt.device)
-    outputs = torch.stack([block.written for block in frozen.blocks], dim=0)
-    layers, nodes, activations, rows, places = [], [], [], [], []
-    for s in range(clt.config.num_layers):
-        found = clt.encode_layer(s, clt.normalize_inputs(inputs[:, s], s))  # as in eval mode, whatever the CLT is in
+    """
+    The active features of a prompt, read from the language model as it is, and the errors of the CLT there, which has
+    no normalisation apart (see [`folded`]). What it gives is computed from its rows in `dtype`: nothing is lost between
+    these and the errors.
+    """
+    device = frozen.tokens.device
+    written = torch.stack([block.written for block in frozen.blocks])
+    biases = torch.stack([decoder.bias.to(written) for decoder in clt.decoders])
+    given = biases[:, None].expand_as(written).clone()
+    nodes, activations, rows, places = [], [], [], []
+    for s, block in enumerate(frozen.blocks):
+        found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever the CLT is in
         kept = ((found.values > 0) & ~cleared.to(clt.device)[found.tokens]).nonzero().squeeze(1)
-        found = found.take(kept)
-        layers.append(found)
-        unique, place = found.indices.unique(return_inverse=True)
-        nodes.append(torch.stack([torch.full_like(found.tokens, s), found.tokens, found.indices], dim=1))
-        activations.append(found.values)
-        rows.append(decoder_rows(clt, s, unique, dtype).to(outputs.device))
-        places.append(place)
-    reconstruction = clt.decode(SparseFeatures(layers, inputs.shape[:1]), inputs).to(outputs).transpose(0, 1)
-    errors = (outputs - reconstruction).masked_fill(cleared[None, :, None], 0)
+        unique, place = found.indices[kept].unique(return_inverse=True)
+        tokens, values = found.tokens[kept].to(device), found.values[kept].to(written)
+        nodes.append(torch.stack([torch.full_like(tokens, s), tokens, found.indices[kept].to(device)], dim=1))
+        activations.append(values)
+        rows.append(decoder_rows(clt, s, unique, dtype).to(device))
+        places.append(place.to(device))
+        if len(values):
+            at = torch.sparse_coo_tensor(torch.stack([tokens, places[s]]), values, (len(cleared), len(unique)))
+            for target in range(rows[s].shape[1]):
+                given[s + target] += torch.sparse.mm(at, rows[s][:, target])
+    skips = [skip.weight.to(written) for skip in clt.skips] if clt.config.skip_connection else None
+    for layer in range(len(given)) if skips else ():
+        given[layer] += frozen.blocks[layer].read @ skips[layer]
     return Sources(
-        features=torch.cat(nodes).to(outputs.device),
-        activations=torch.cat(activations).to(outputs),
-        errors=errors,
+        features=torch.cat(nodes),
+        activations=torch.cat(activations),
+        errors=(written - given).masked_fill(cleared[None, :, None], 0),
         cleared=cleared,
         rows=rows,
-        places=torch.cat(places).to(outputs.device),
-        biases=torch.stack([decoder.bias.to(outputs) for decoder in clt.decoders]),
-        skips=[skip.weight.to(outputs) for skip in clt.skips] if clt.config.skip_connection else None,
+        places=torch.cat(places),
+        biases=biases,
+        skips=skips,
     )
 
 

@@ -108,13 +108,14 @@ class Traced:
 
 
 def norm_forward(module: nn.Module, scales: dict | None):
-    """The forward of a norm with its denominator detached, or as `scales` has it; it is put there otherwise."""
+    """A hook: the output of a norm with its denominator detached, or as `scales` has it; it is put there otherwise."""
     kind = type(module).__name__
     is_centred = kind in ("LayerNorm", "OlmoLayerNorm")
     if not is_centred and not kind.endswith("RMSNorm"):
         return None
 
-    def forward(x):
+    def forward(_, args, output):
+        x = args[0]
         x = x - x.mean(dim=-1, keepdim=True) if is_centred else x
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5))
         scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps).detach()
@@ -148,18 +149,18 @@ def held(model: nn.Module, patterns: bool, norms: bool, kept: dict | None):
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    patched = []
+    handles = []
     for module in model.modules() if norms else ():
         forward = norm_forward(module, kept)
         if forward is not None:
-            module.forward = forward
-            patched.append(module)
+            # In front of other hooks, which replace what a norm gives.
+            handles.append(module.register_forward_hook(forward, prepend=True))
     try:
         yield
     finally:
         model.set_attn_implementation(before)
-        for module in patched:
-            del module.forward
+        for handle in handles:
+            handle.remove()
 
 
 def parts_of(model, name: str) -> list[tuple[nn.Module, nn.Module, nn.Module]]:

@@ -183,6 +183,28 @@ def test_a_clt_in_train_mode_gives_the_graph_of_eval_mode():
     assert torch.equal(graphs[0].edges, graphs[1].edges)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decoders_of_half_precision(dtype, tmp_path):
+    """Their rows are what they are, and all else is computed in float32: nothing is lost between rows and errors."""
+    model = model_of("gemma2", torch.float32)
+    clt = random_clt(num_layers=3, d_model=16, num_features=20, double=False, skip_connection=True).eval()
+    clt.cast_decoders(dtype)
+    clt.save_pretrained(tmp_path)
+    with torch.no_grad():
+        cap = model.config.final_logit_softcapping
+        logits = cap * torch.atanh(model(prompt()).logits[0, -1].double() / cap)
+    for stored in (clt, CrossLayerTranscoder.from_pretrained(tmp_path, lazy=True)):
+        assert stored.dtype == dtype
+        graph = attribute(model, stored, prompt(), [5])
+        assert graph.num_features > 50
+        found = graph.edges.sum(1) + sum(graph.rests().values())
+        assert found[-1].item() == pytest.approx((logits[5] - logits.mean()).item(), rel=1e-4)
+        inputs = torch.stack([block.read for block in make_case("gemma2", dtype=torch.float32).frozen.blocks], dim=1)
+        assert torch.equal(
+            graph.features, (stored.encode(inputs)[1:] > 0).transpose(0, 1).nonzero() + torch.tensor([0, 1, 0])
+        )
+
+
 def silent_clt(threshold: float = 1e6):
     clt = random_clt(num_layers=3, d_model=16, num_features=20, double=False).eval()
     with torch.no_grad():
