@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,7 @@ class FrozenModel:
         unembedding (`Tensor` of shape `(V, D)`): W_U.
         head_bias (`Tensor` of shape `(V,)`, *optional*): Of the head; it is in no row.
         logits (`Tensor` of shape `(P, V)`): What the model gave, softcap included.
-        error (`float`): The largest relative error of a step, see [`check_steps`].
+        error (`float`): The largest error of a step, as a share of the stream's norm, see [`check_steps`].
         norms (`list[tuple[Module, Norm]]`): The model's norms on the paths.
         writers (`list[Module]`): The modules whose output is what the CLT reconstructs, layer by layer.
     """
@@ -166,10 +167,14 @@ class FrozenModel:
 
     def rebuilt_logits(self) -> Tensor:
         """What the head gives, before a softcap, from embeddings and MLP outputs through the linear maps, (P, V)."""
+        return nn.functional.linear(self.rebuilt_stream(), self.unembedding, self.head_bias)
+
+    def rebuilt_stream(self) -> Tensor:
+        """What the head reads, from embeddings and MLP outputs through the linear maps, (P, D)."""
         x = self.tokens + self.positions
         for block in self.blocks:
             x = x + block.attention.linear(block.pre.linear(x)) + block.constant + block.added
-        return nn.functional.linear(self.final.linear(x) + self.final.bias, self.unembedding, self.head_bias)
+        return self.final.linear(x) + self.final.bias
 
 
 # -- recording --------------------------------------------------------------------------------------------------------
@@ -202,10 +207,13 @@ def recorded_attention(model: PreTrainedModel):
 
 
 @torch.no_grad()
-def run_recorded(model: PreTrainedModel, input_ids: Tensor, watched: list[nn.Module]) -> tuple[dict, dict, Tensor]:
+def run_recorded(
+    model: PreTrainedModel, input_ids: Tensor, watched: list[nn.Module], then: dict[nn.Module, Callable]
+) -> tuple[dict, Tensor]:
     """
-    One forward pass over a prompt (P,): what each watched module was given and gave, without the batch dimension; of
-    each attention its values, pattern and result; and the logits (P, V).
+    One forward pass over a prompt (P,): what each watched module was given and gave, without the batch dimension, and
+    the logits (P, V). A module of `then` has its function called, with these records, when it is through; what it
+    records of attention, its values, pattern and result, is on the attention module by then, in `hf_clt_recorded`.
     """
     seen = {}
 
@@ -214,6 +222,8 @@ def run_recorded(model: PreTrainedModel, input_ids: Tensor, watched: list[nn.Mod
         output = output[0] if isinstance(output, tuple) else output
         if torch.is_tensor(given) and torch.is_tensor(output):
             seen[module] = given.detach()[0].clone(), output.detach()[0].clone()  # streams may be added to in place
+            if module in then:
+                then[module](seen)
 
     handles = [module.register_forward_hook(keep, with_kwargs=True) for module in dict.fromkeys(watched)]
     arguments = {"input_ids": input_ids[None]}
@@ -222,11 +232,10 @@ def run_recorded(model: PreTrainedModel, input_ids: Tensor, watched: list[nn.Mod
     try:
         with recorded_attention(model):
             logits = model(**arguments).logits[0]
-            attended = {m: m.hf_clt_recorded for m in model.modules() if "hf_clt_recorded" in vars(m)}
     finally:
         for handle in handles:
             handle.remove()
-    return seen, attended, logits
+    return seen, logits
 
 
 def freeze(
@@ -254,40 +263,49 @@ def freeze(
         raise ValueError(f"model is a {type(model).__name__}, which has no head; load it with AutoModelForCausalLM")
     if model.training:
         raise ValueError("model is in training mode, so dropout changes its activations; call model.eval()")
-    input_ids = input_ids.reshape(-1).to(model.device)
-    if len(input_ids) < 2:
-        raise ValueError(f"input_ids has {len(input_ids)} tokens; give two or more, nothing is traced at position 0")
-    check_context_size(model.config, len(input_ids))
+    input_ids = check_prompt(model, input_ids)
     decoder = model.get_decoder()
     streams, writers = resolve_sites(model, "hook_resid_mid", output_hook)
     mlps = resolve_sites(model, "mlp.hook_in", "mlp.hook_out")[1]
     adders = resolve_sites(model, "hook_resid_mid", "hook_mlp_out")[1]
     blocks = [model.get_submodule(site.path.rpartition(".")[0]) for site in mlps]
-    inside = {m for site in mlps for m in model.get_submodule(site.path).modules()}  # large, and not needed
-    inside -= {model.get_submodule(site.path) for site in mlps}
-    inner = [m for block in blocks for m in block.modules() if m not in inside]
-    watched = [*inner, *decoder.children(), head]
-    seen, attended, logits = run_recorded(model, input_ids, watched)
-    norms = {}
+    frozen, errors, norms = [], [], {}
 
-    def norm_of(module, name):
+    def norm_of(module: nn.Module, seen: dict, name: str) -> Norm:
         if module not in norms:
             norms[module] = freeze_norm(module, *seen[module], name, dtype)
         return norms[module]
 
-    frozen, error = [], 0.0
-    for layer, block in enumerate(blocks):
-        get = model.get_submodule
+    def finish(layer: int, inner: list[nn.Module], seen: dict) -> None:
+        """Freezes one block and forgets its records: those of all blocks together would take much memory."""
+        attended = {m: vars(m).pop("hf_clt_recorded") for m in inner if "hf_clt_recorded" in vars(m)}
+        get, name = model.get_submodule, f"layer {layer}"
         mlp, adder, reader = get(mlps[layer].path), get(adders[layer].path), get(streams[layer].path)
-        found = freeze_block(block, mlp, adder, reader, seen, attended, norm_of, f"layer {layer}", dtype)
+        found = freeze_block(blocks[layer], mlp, adder, reader, seen, attended, norm_of, name, dtype)
         if input_hook == "mlp.hook_in":
-            norm = norm_of(reader, f"layer {layer}, the norm in front of the MLP")
+            norm = norm_of(reader, seen, f"{name}, the norm in front of the MLP")
             found = replace(found, read=seen[mlp][0].to(dtype), read_norm=norm)
         if output_hook == "mlp.hook_out" and adder is not mlp:
-            norm = norm_of(adder, f"layer {layer}, the norm behind the MLP")
+            norm = norm_of(adder, seen, f"{name}, the norm behind the MLP")
             found = replace(found, written=seen[mlp][1].to(dtype), post=norm)
-        error = max(error, check_steps(found, f"layer {layer}", model.dtype))
+        errors.append(check_steps(found, name, model.dtype))
         frozen.append(found)
+        for module in inner:
+            seen.pop(module, None)
+
+    watched, then = [], {}
+    for layer, block in enumerate(blocks):
+        mlp = model.get_submodule(mlps[layer].path)
+        inside = set(mlp.modules()) - {mlp}  # the widest streams, which nothing is compared with
+        inner = [m for m in block.modules() if m not in inside]
+        watched += inner
+        then[block] = partial(finish, layer, inner)
+    watched += [*decoder.children(), *(m for m in decoder.modules() if isinstance(m, nn.Embedding)), head]
+    seen, logits = run_recorded(model, input_ids, watched, then)
+    if len(frozen) != len(blocks):
+        raise FreezingError(
+            f"{type(model).__name__}: {len(frozen)} of {len(blocks)} layers were run and gave a tensor"
+        )
 
     tokens, positions = freeze_embeddings(model, seen, frozen[0].start, dtype)
     if frozen[0].start.shape != tokens.shape or head not in seen:
@@ -296,7 +314,7 @@ def freeze(
     last = [m for m in decoder.children() if m in seen and same(seen[m][1], given) and m not in blocks]
     if not last:
         raise FreezingError(f"{type(model).__name__}: no module gives what the head reads; it cannot be traced")
-    final = norm_of(last[0], "the norm in front of the head")
+    final = norm_of(last[0], seen, "the norm in front of the head")
     result = FrozenModel(
         input_ids=input_ids,
         blocks=frozen,
@@ -306,12 +324,29 @@ def freeze(
         unembedding=head.weight.to(dtype),
         head_bias=None if head.bias is None else head.bias.to(dtype),
         logits=logits.to(dtype),
-        error=error,
+        error=max(errors),
         norms=list(norms.items()),
         writers=[model.get_submodule(site.path) for site in writers],
     )
-    check_logits(result, seen[head][1].to(dtype), model.dtype)
+    check_logits(result, seen[head][1], model.dtype)
     return result
+
+
+def check_prompt(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The prompt as (P,) on the model's device; ValueError if it is none that can be traced."""
+    if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and len(input_ids) != 1):
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give one prompt, of shape (P,) or (1, P)")
+    input_ids = input_ids.reshape(-1).to(model.device)
+    if len(input_ids) < 2:
+        raise ValueError(f"input_ids has {len(input_ids)} tokens; give two or more, nothing is traced at position 0")
+    check_context_size(model.config, len(input_ids))
+    known = len(model.get_input_embeddings().weight)
+    unknown = input_ids[(input_ids < 0) | (input_ids >= known)].tolist()
+    if unknown:
+        raise ValueError(
+            f"input_ids has token {unknown[0]}, and the model's are 0 to {known - 1}; use the model's own tokenizer"
+        )
+    return input_ids
 
 
 def freeze_block(
@@ -321,7 +356,7 @@ def freeze_block(
     reader: nn.Module,
     seen: dict,
     attended: dict,
-    norm_of: Callable[[nn.Module, str], Norm],
+    norm_of: Callable[[nn.Module, dict, str], Norm],
     name: str,
     dtype: torch.dtype,
 ) -> Block:
@@ -330,7 +365,10 @@ def freeze_block(
     stream = seen[reader][0]
     attentions = [module for module in block.modules() if module in attended]
     if len(attentions) != 1:
-        raise FreezingError(f"{name}: {len(attentions)} modules called an attention function; one is expected")
+        raise FreezingError(
+            f"{name}: {len(attentions)} modules of {type(block).__name__} ran their attention through transformers' "
+            "attention interface, where patterns are read, and one is expected; this model cannot be traced"
+        )
     (attention,) = attentions
     given, gave = seen[attention]
     value, pattern, taken = attended[attention]
@@ -341,9 +379,9 @@ def freeze_block(
     # A dropout that does nothing reads it as well.
     post = [m for m in children if same(seen[m][0], gave) and not same(seen[m][1], gave)]
     weights = freeze_attention(attention, given, value, taken, seen, name, dtype)
-    behind = norm_of(post[0], f"{name}, the norm behind the attention") if post else None
+    behind = norm_of(post[0], seen, f"{name}, the norm behind the attention") if post else None
     maps = Attention(pattern=pattern.to(dtype), post=behind, **weights)
-    norm = norm_of(pre[0], f"{name}, the norm in front of the attention")
+    norm = norm_of(pre[0], seen, f"{name}, the norm in front of the attention")
     bias = norm.bias.expand(len(start), -1)
     added = seen[adder][1]
     return Block(
@@ -373,6 +411,8 @@ def freeze_norm(module: nn.Module, x: Tensor, y: Tensor, name: str, dtype: torch
     """
     probe = 1.0 - 2.0 * (torch.arange(x.shape[1], device=x.device, dtype=torch.float64) % 2)
     wide = copy.deepcopy(module).double()
+    wide._forward_hooks.clear()
+    wide._forward_pre_hooks.clear()
     with torch.no_grad():
         plus, minus = wide(probe[None])[0].double(), wide(-probe[None])[0].double()
     bias = (plus + minus) / 2
@@ -455,10 +495,11 @@ def freeze_embeddings(model: PreTrainedModel, seen: dict, start: Tensor, dtype: 
 
 def check_steps(block: Block, name: str, dtype: torch.dtype) -> float:
     """
-    The relative error of what attention and MLP add, computed through the maps, against the recorded streams.
+    The largest error of what attention and MLP add, and of what features read, computed through the maps, against the
+    recorded streams; as a share of the norm of the stream.
 
     Raises:
-        FreezingError: If it is more than the rounding of the model's number format `dtype` explains.
+        FreezingError: If one is more of what is added than the rounding of the model's number format `dtype` explains.
     """
     attended = block.attention.linear(block.pre.linear(block.start)) + block.constant
     wanted = block.end - block.start - block.added if block.is_parallel else block.stream - block.start
@@ -471,9 +512,10 @@ def check_steps(block: Block, name: str, dtype: torch.dtype) -> float:
         ("what the MLP adds", written, block.end - behind, block.end),
         ("what features read", read, block.read, block.read),
     ):
-        rounding = 4 * torch.finfo(dtype).eps * stream.norm()
-        error = ((found - expected).norm() - rounding).clamp_min(0) / expected.norm().clamp_min(1e-30)
-        largest = max(largest, error.item())
+        off, whole = (found - expected).norm(), stream.norm().clamp_min(1e-30)
+        rounding = 4 * torch.finfo(dtype).eps * whole
+        error = (off - rounding).clamp_min(0) / expected.norm().clamp_min(1e-30)
+        largest = max(largest, (off / whole).item())
         if not error <= tolerance:
             raise FreezingError(
                 f"{name}: {what} is off by {error:.1e} of its norm when computed through the linear maps; this "
@@ -484,7 +526,10 @@ def check_steps(block: Block, name: str, dtype: torch.dtype) -> float:
 
 def check_logits(frozen: FrozenModel, logits: Tensor, dtype: torch.dtype) -> None:
     """Raises [`FreezingError`] if the logits that the linear model gives are not what the head gave, (P, V)."""
-    error = ((frozen.rebuilt_logits() - logits).abs().max() / logits.abs().max().clamp_min(1e-30)).item()
+    off = []
+    for x, expected in zip(frozen.rebuilt_stream().split(64), logits.split(64), strict=True):  # a vocabulary is large
+        off.append((nn.functional.linear(x, frozen.unembedding, frozen.head_bias) - expected).abs().max())
+    error = (torch.stack(off).max() / logits.abs().max().clamp_min(1e-30)).item()
     if not error <= 10 * STEP_TOLERANCE[dtype]:
         raise FreezingError(f"the logits are off by {error:.1e} of the largest when computed through the linear maps")
 

@@ -138,32 +138,43 @@ def read_decoders(
 def find_sources(
     clt: CrossLayerTranscoder, frozen: FrozenModel, cleared: Tensor, dtype: torch.dtype = torch.float32
 ) -> Sources:
-    """The active features of a prompt, read from the language model as it is, and the errors of the CLT there."""
-    inputs = torch.stack([block.read for block in frozen.blocks], dim=1).to(clt.device)
-    outputs = torch.stack([block.written for block in frozen.blocks], dim=0)
-    sparse = clt.encode_sparse(inputs)
-    layers, nodes, unique, places = [], [], [], []
-    for s, found in enumerate(sparse.layers):
+    """
+    The active features of a prompt, read from the language model as it is, and the errors of the CLT there, which has
+    no normalisation apart (see [`folded`]). What it gives is computed from its rows in `dtype`: nothing is lost between
+    these and the errors.
+    """
+    device = frozen.tokens.device
+    outputs = torch.stack([block.written for block in frozen.blocks])
+    biases = torch.stack([decoder.bias.to(outputs) for decoder in clt.decoders])
+    nodes, activations, unique, places = [], [], [], []
+    for s, block in enumerate(frozen.blocks):
+        found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever the CLT is in
         kept = ((found.values > 0) & ~cleared.to(clt.device)[found.tokens]).nonzero().squeeze(1)
-        found = found.take(kept)
-        layers.append(found)
-        nodes.append(torch.stack([torch.full_like(found.tokens, s), found.tokens, found.indices], dim=1))
-        features, place = found.indices.unique(return_inverse=True)
+        features, place = found.indices[kept].unique(return_inverse=True)
+        tokens = found.tokens[kept].to(device)
+        nodes.append(torch.stack([torch.full_like(tokens, s), tokens, found.indices[kept].to(device)], dim=1))
+        activations.append(found.values[kept].to(outputs))
         unique.append(features)
         places.append(place)
     rows, written, starts = read_decoders(clt, unique, places, outputs)
-    sparse.layers = layers
-    reconstruction = clt.decode(sparse, inputs).to(outputs).transpose(0, 1)
-    errors = (outputs - reconstruction).masked_fill(cleared[None, :, None], 0)
+    given = biases[:, None].expand_as(outputs).clone()
+    for s, values in enumerate(activations):
+        at = torch.stack([nodes[s][:, 1], places[s].to(device)])
+        at = torch.sparse_coo_tensor(at, values, (len(cleared), len(unique[s])))
+        for target in range(rows[s].shape[1] if len(values) else 0):
+            given[s + target] += torch.sparse.mm(at, rows[s][:, target])
+    skips = [skip.weight.to(outputs) for skip in clt.skips] if clt.config.skip_connection else None
+    for layer in range(len(given)) if skips else ():
+        given[layer] += frozen.blocks[layer].read @ skips[layer]
     return Sources(
-        features=torch.cat(nodes).to(outputs.device),
-        activations=torch.cat([found.values for found in layers]).to(outputs),
-        errors=errors,
+        features=torch.cat(nodes),
+        activations=torch.cat(activations),
+        errors=(outputs - given).masked_fill(cleared[None, :, None], 0),
         cleared=cleared,
         rows=rows,
-        places=torch.cat(places).to(outputs.device),
-        biases=torch.stack([decoder.bias.to(outputs) for decoder in clt.decoders]),
-        skips=[skip.weight.to(outputs) for skip in clt.skips] if clt.config.skip_connection else None,
+        places=torch.cat(places).to(device),
+        biases=biases,
+        skips=skips,
         written=written,
         starts=starts,
     )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -155,7 +156,10 @@ def choose_targets(
         raise ValueError("targets is empty; give at least one, or leave it out for the most probable next tokens")
     chosen, weights = [], []
     for given in targets:
-        target = TokenTarget(given) if isinstance(given, int) else given
+        target = TokenTarget(index(given)) if hasattr(given, "__index__") else given
+        if not isinstance(target, Target):
+            kind = type(given).__name__
+            raise ValueError(f"target {given!r} is a {kind}; give a token id, a TokenTarget or a FeatureTarget")
         sizes = {"position": length, "token": vocabulary, "minus": vocabulary}
         sizes |= {"layer": clt.config.num_layers, "feature": clt.config.num_features}
         for name, value in vars(target).items():
@@ -196,7 +200,7 @@ def check_memory(num_rows: int, num_columns: int, dtype: torch.dtype, device: to
     if needed > free:
         raise ValueError(
             f"a graph of {num_rows:,} rows and {num_columns:,} columns takes {format_size(needed)}, and "
-            f" {format_size(free)} are free; give max_feature_nodes, of which each takes "
+            f"{format_size(free)} are free; give max_feature_nodes, of which each takes "
             f"{format_size(needed / num_rows)}"
         )
 

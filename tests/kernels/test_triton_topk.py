@@ -67,7 +67,7 @@ def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
     wanted = selection.positions_topk(h, 4), selection.largest_dead(h, dead, 3)
     monkeypatch.setattr(selection, "triton_topk", interpreted)
     monkeypatch.setattr(interpreted, "takes", lambda values: values.is_contiguous())
-    monkeypatch.setattr(selection, "values_at_hand", lambda tensor: False)
+    monkeypatch.setattr(selection, "is_on_cpu", lambda tensor: False)
     found = selection.positions_topk(h, 4), selection.largest_dead(h, dead, 3)
     assert torch.equal(found[0], wanted[0])
     for name in ("values", "indices", "offsets"):
