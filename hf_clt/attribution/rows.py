@@ -126,7 +126,7 @@ def read_decoders(
     sizes = [len(features) * count for features, count in zip(unique, stored, strict=True)]
     written, rows, starts, end = like.new_empty(sum(sizes), like.shape[-1]), [], [], 0
     for s, features in enumerate(unique):
-        part = written[end : end + sizes[s]].view(len(features), stored[s], -1)
+        part = written[end : end + sizes[s]].view(len(features), stored[s], like.shape[-1])
         part.copy_(decoder_rows(clt, s, features, like.dtype)[:, : stored[s]])
         rows.append(part.expand(-1, targets[s], -1))
         starts.append(end + places[s] * stored[s])
@@ -140,8 +140,8 @@ def find_sources(
 ) -> Sources:
     """
     The active features of a prompt, read from the language model as it is, and the errors of the CLT there, which has
-    no normalisation apart (see [`folded`]). What it gives is computed from its rows in `dtype`: nothing is lost between
-    these and the errors.
+    no normalisation apart (see [`folded`]). What it gives is computed from its rows in `dtype`: nothing is lost
+    between these and the errors.
     """
     device = frozen.tokens.device
     outputs = torch.stack([block.written for block in frozen.blocks])

@@ -389,7 +389,7 @@ MUTANTS = {
         sources_with(activations=ones("activations")), "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
     "decoder rows in the wrong order": (
-        sources_with(rows=lambda s: [rows.flip(1) for rows in s.rows]),
+        sources_with(written=lambda s: s.written.flip(0)),
         "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
     "features that write to their own layer alone": (
@@ -397,7 +397,8 @@ MUTANTS = {
         "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
     "rows of other features": (
-        sources_with(places=lambda s: s.places.flip(0) % min(len(rows) for rows in s.rows)),
+        # All of a layer write what its first does.
+        sources_with(starts=lambda s: s.starts[torch.searchsorted(*2 * [s.features[:, 0].contiguous()])]),
         "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
 }  # fmt: skip
