@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from benchmarks.rates import solve_rates
 from benchmarks.run import measure_in_process
 from hf_clt import CLTConfig, CLTTrainingArguments, CrossLayerTranscoder, estimate
 from hf_clt.commands import estimate as estimate_clt
-from hf_clt.estimate import SHAPES, LanguageModel, Plan, memory, seconds, work
+from hf_clt.estimate import SHAPES, LanguageModel, Plan, data_sheet_rates, memory, seconds, work
 from hf_clt.training.optimizers import make_optimizer
 
 
@@ -116,6 +117,22 @@ def test_jumprelu_lists_more_than_is_active():
     assert plan.listed_per_layer == 4 * estimate.WINDOW
     assert replace(plan, listed=5).listed_per_layer == 5
     assert replace(plan, l0=15).listed_per_layer == 16  # there are no more
+
+
+@pytest.mark.parametrize(
+    "name, form", [("A", "autocast"), ("B", "autocast"), ("A", "bfloat16"), ("B", "bfloat16"), ("C", "bfloat16")]
+)
+def test_what_an_h200_took(name, form):
+    pieces = json.loads((Path(__file__).parents[1] / "benchmarks/gpu_check_h200.json").read_text())["pieces"]
+    (row,) = pieces[f"update {name} {form}"]["rows"]
+    case = Case(**{**row["case"], "device": "cpu"})
+    plan = replace(rates.plan_of(case), product_dtype="bfloat16", buffer_on_device=False)
+    assert memory(plan)["total"] == pytest.approx(row["ours"]["peak_bytes"], rel=0.04)
+    spent = seconds(plan, data_sheet_rates("H200", plan))
+    # In bfloat16 that run multiplied in float32, and at B its optimizer waited for the host.
+    times = {"update_ms": "total", "optimizer": "optimizer"} if form == "autocast" else {"optimizer": "optimizer"}
+    for measured, phase in times.items():
+        assert 0.5 < 1000 * spent[phase] / row["ours"][measured] < 1.3
 
 
 def test_rates_are_found_again():

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.attribution import TokenTarget, attribute
 from hf_clt.commands import main
 from hf_clt.evaluation.prompt import prompt_features
 from hf_clt.evaluation.replacement import ReplacementModel
@@ -126,3 +127,18 @@ def test_a_prompt_and_the_replaced_model(on_a_gpu, tiny_gpt2):
     (cpu, cpu_logits), (gpu, gpu_logits) = found["cpu"], found[DEVICE]
     assert torch.allclose(gpu_logits.cpu(), cpu_logits, rtol=1e-3, atol=1e-3)
     assert [layer.indices.tolist() for layer in gpu.layers] == [layer.indices.tolist() for layer in cpu.layers]
+
+
+def test_a_graph_is_that_of_the_cpu_and_agrees_with_the_model(on_a_gpu, tiny_gpt2):
+    found = []
+    for device in ("cpu", DEVICE):
+        clt = CrossLayerTranscoder.from_pretrained(on_a_gpu).to(device)
+        model, tokenizer = load_language_model(tiny_gpt2, dtype="float32", device=torch.device(device))
+        ids = tokenizer("The return statement ends a function", return_tensors="pt").input_ids
+        graph = attribute(model, clt, ids, targets=[5, TokenTarget(7, minus=9)])
+        assert graph.verify(model, clt, 5)["frozen_error"] < 1e-3
+        some = attribute(model, clt, ids, targets=[5], max_feature_nodes=20, rank_every=6)
+        found.append((graph, some))
+    for cpu, gpu in zip(*found, strict=True):
+        assert torch.equal(gpu.features, cpu.features)
+        assert torch.allclose(gpu.edges, cpu.edges, rtol=0, atol=1e-4 * cpu.edges.abs().max().item())

@@ -54,7 +54,7 @@ def verify(
         `dict`: `frozen_error`, the largest difference between a target's change when a feature is doubled, everything
         frozen, and its edge, as a share of the largest edge of that target; `spearman`, the rank correlation between
         predicted and measured changes of the targets when a feature is ablated in the live model, over all features
-        and targets; `count`; `nodes`, for each feature `layer_position_feature` and each group `group_N` the weighted sum
+        and targets; `count`; `nodes`, for each feature `layer_position_feature` and group `group_N` the weighted sum
         over the targets of `predicted` and `measured`.
 
     Raises:

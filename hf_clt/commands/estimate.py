@@ -157,6 +157,7 @@ def estimate(options: argparse.Namespace) -> None:
         origin = (
             f"modelled, not measured: {ASSUMED['products']:.0%} of the products and {ASSUMED['streams']:.0%} of the "
             f"bandwidths in the data sheet of the {options.device}"
+            + (f", {ASSUMED['compact']:.0%} in adam_compact" if plan.optimizer == "adam_compact" else "")
         )
     print(format_plan(plan, rates, options.tokens))
     print(f"({origin})")
