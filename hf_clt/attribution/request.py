@@ -27,8 +27,8 @@ class Prompt:
 
 
 def slug_of(text: str) -> str:
-    """A name for files out of a text: small letters, digits and dashes, at most 40."""
-    slug = re.sub(r"[^a-z0-9]+", "-", text.lower())[:40].strip("-") or "prompt"
+    """A name for files out of a text: small letters, digits and dashes, at most 40; without special tokens."""
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^<> ]*>", "", text.lower())).strip("-")[:40].strip("-") or "prompt"
     return f"a-{slug}" if slug in RESERVED else slug
 
 

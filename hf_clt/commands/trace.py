@@ -66,6 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_fields(example, fields, {"store_batch_size_prompts": 8})
     parser.set_defaults(streaming=True, stream_retries=5)
 
+    text = "the language model's name on Neuronpedia (default: its own)"
+    parser.add_argument("--scan", metavar="NAME", help=text)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the files")
     parser.add_argument("--overwrite", action="store_true", help="write to it though it is not empty")
     parser.add_argument(
@@ -142,7 +144,8 @@ def trace(options: argparse.Namespace, model, clt, tokenizer, input_ids, targets
     settings = graph_options(options) | {"rank_every": options.rank_every, "tokenizer": tokenizer, "progress": show}
     graph = attribute(model, clt, input_ids, targets, **settings)
     graph.info |= {"prompt": prompt.text, "slug": prompt.slug}
-    graph.info["scan"] = re.sub(r"[^a-zA-Z0-9_.-]+", "-", Path(options.clt).name)
+    scan = options.scan or Path(model.config.name_or_path).name
+    graph.info["scan"] = re.sub(r"[^a-zA-Z0-9_.-]+", "-", scan) or "model"
     found = [(output, graph)]
     if options.contrast:
         sides = [output / f"{number}-{slug_of(word)}" for number, word in enumerate(options.contrast, start=1)]
@@ -170,7 +173,8 @@ def finish(options: argparse.Namespace, traced: list, described: dict) -> None:
             part.details = {key: details for key, (_, details) in own.items()}
         if own:
             graph.save(folder)
-        pruned.to_json(folder / f"{graph.info['slug']}.json", slug=graph.info["slug"], scan=graph.info["scan"])
+        slug = graph.info["slug"]
+        pruned.to_json(folder / f"{slug}.json", slug=slug, scan=graph.info["scan"])
         pruned.to_html(folder / "index.html")
         if number == 0:
             print(format_graph(graph, pruned))
@@ -179,7 +183,7 @@ def finish(options: argparse.Namespace, traced: list, described: dict) -> None:
         write_json(traced[0][0] / "contrast.json", found)
         print(format_contrast(found))
     folder = traced[0][0]
-    print(f"Open {folder / 'index.html'} in a browser; {folder / graph.info['slug']}.json is for Neuronpedia.\n")
+    print(f"Open {folder / 'index.html'} in a browser; {folder / slug}.json is for Neuronpedia.\n")
 
 
 @one_line_errors(ImportError)
