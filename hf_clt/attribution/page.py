@@ -1,0 +1,120 @@
+"""An attribution graph as one page of HTML that needs no server and requests nothing; the page is `page.html`."""
+
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files import as_json, write_text
+from .export import cumulative_shares, edge_list, node_records
+from .graph import AttributionGraph
+
+
+EXAMPLES, AROUND = 6, 12  # of a feature, and tokens before and after the strongest one
+
+
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def shown_details(details: dict[str, Any]) -> dict[str, Any]:
+    """What a page shows of a feature: the surroundings of its first examples' peaks, and the logits."""
+    examples = []
+    for example in details.get("examples", [])[:EXAMPLES]:
+        tokens, acts = example["tokens"], example["acts"]
+        peak = max(range(len(acts)), key=acts.__getitem__, default=0)
+        first, last = max(0, peak - AROUND), peak + AROUND + 1
+        active = [[place, rounded(act, 3)] for place, act in enumerate(acts[first:last]) if act > 0]
+        examples.append({"tokens": tokens[first:last], "acts": active})
+    return {"examples": examples, "top": details.get("top_logits", []), "bottom": details.get("bottom_logits", [])}
+
+
+def page_data(
+    graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = (), influence: Tensor | None = None
+) -> dict[str, Any]:
+    """
+    What the page is made of. Edges are [source, target, weight, share] by place in `nodes`, the most influential first,
+    where `share` is of all the edges' influence what it reaches together with stronger ones.
+    """
+    info, n = graph.info, graph.num_features
+    influence = graph.influence() if influence is None else influence
+    records = node_records(graph, influence)
+    for node, record in records.items():
+        row = node if node < n else node - graph.first_target + n
+        if record["kind"] in ("feature", "target"):
+            record["rest"] = {name: rounded(values[row].item(), 3) for name, values in graph.rest.items()}
+            record["rest"]["nodes not shown, in absolute value"] = rounded(graph.dropped[row].item(), 3)
+        if record["kind"] == "target":
+            record["weight"] = rounded(graph.target_weights[node - graph.first_target].item())
+        for name in ("influence", "cumulative", "activation"):
+            record[name] = rounded(record[name])
+    places = {node: place for place, node in enumerate(records)}
+    passed = influence.double().clone()
+    passed[graph.first_target :] += graph.target_weights
+    edges = edge_list(graph)
+    sums = (graph.edges.abs().sum(dim=1) + graph.dropped).clamp_min(1e-30).double()
+    rows = [target if target < n else target - graph.first_target + n for _, target, _ in edges]
+    through = passed.new_tensor([abs(weight) for _, _, weight in edges])
+    shares = cumulative_shares(through / sums[rows] * passed[[target for _, target, _ in edges]])
+    verified = info.get("verified")
+    if verified:  # its names are `layer_position_feature`, and of groups anything
+        parts = {name: name.split("_") for name in verified["nodes"]}
+        ids = {name: "_".join((p[0], p[2], p[1])) if len(p) == 3 else name for name, p in parts.items()}
+        verified = verified | {"nodes": {ids[name]: found for name, found in verified["nodes"].items()}}
+    outside = info.get("outside", graph.outside())
+    return {
+        "tokens": list(graph.tokens),
+        "layers": graph.num_layers,
+        "names": {name: [info.get(name), info.get(f"{name}_revision")] for name in ("clt", "model")},
+        "thresholds": [info.get("node_threshold"), info.get("edge_threshold")],
+        "scores": {"": info.get("scores", graph.scores()), "after pruning": info.get("after_pruning")},
+        "outside": outside if isinstance(outside, dict) else {"all": outside},
+        "cleared": info.get("cleared", [0]),
+        "verified": verified,
+        "nodes": list(records.values()),
+        "edges": [
+            [places[source], places[target], rounded(weight), round(share, 4)]
+            for share, (source, target, weight) in sorted(zip(shares.tolist(), edges, strict=True))
+        ],
+        "details": {
+            f"{layer}_{feature}": shown_details(graph.details[layer, feature])
+            for layer, feature in sorted({(layer, feature) for layer, _, feature in graph.features.tolist()})
+            if (layer, feature) in graph.details
+        },
+        "supernodes": [list(group) for group in supernodes],
+    }
+
+
+def to_html(
+    graph: AttributionGraph,
+    path: str | Path,
+    supernodes: Sequence[Sequence[str]] | None = None,
+    influence: Tensor | None = None,
+) -> None:
+    """
+    Writes a graph, usually pruned, as one page.
+
+    Args:
+        path (`str` or `Path`): The file, which is replaced as a whole.
+        supernodes (`Sequence`, *optional*): Groups that the page begins with, each a name and the ids of its nodes
+            ([`hf_clt.attribution.export`] says how they are made).
+        influence (`Tensor` of shape `(N,)`, *optional*): By default `graph.influence()`.
+
+    Raises:
+        ValueError: For a supernode with an id that is no node.
+    """
+    data = page_data(graph, supernodes or (), influence)
+    known = {node["id"] for node in data["nodes"]}
+    for group in data["supernodes"]:
+        if unknown := [name for name in group[1:] if name not in known]:
+            raise ValueError(f"supernode {group[0]!r} names {unknown[0]!r}, which is no node of the graph")
+    # In ASCII and without `<` nothing that a token holds can end the script element.
+    text = json.dumps(json.loads(as_json(data, indent=None)), separators=(",", ":")).replace("<", "\\u003c")
+    template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    write_text(Path(path), template.replace("{{data}}", text, 1))
+
+
+__all__ = ["page_data", "to_html"]
