@@ -32,8 +32,8 @@ def node_ids(graph: AttributionGraph) -> list[str]:
 
 
 def described_nodes(graph: AttributionGraph) -> dict[str, dict]:
-    """By id the nodes that an edge leaves or reaches, besides targets: what they are and their influence."""
-    ids, through = node_ids(graph), graph.influence().tolist()
+    """By id the nodes that an edge leaves or reaches, besides targets: what they are and their share of influence."""
+    ids, through = node_ids(graph), (graph.influence() / graph.target_weights.sum()).tolist()
     used = (graph.edges != 0).any(dim=0)
     used[: graph.num_features] |= (graph.edges[: graph.num_features] != 0).any(dim=1)
     return {
@@ -43,14 +43,24 @@ def described_nodes(graph: AttributionGraph) -> dict[str, dict]:
 
 
 def described_edges(graph: AttributionGraph) -> dict[tuple[str, str], dict]:
-    """By the ids of source and target the edges with their weights."""
-    ids = node_ids(graph)
-    targets = ids[: graph.num_features] + ids[graph.first_target :]
-    rows, columns = (index.tolist() for index in graph.edges.nonzero(as_tuple=True))
-    weights = graph.edges[graph.edges != 0].tolist()
+    """By the ids of source and target the edges: their weights, and the share of influence that each carries."""
+    ids, n = node_ids(graph), graph.num_features
+    targets = ids[:n] + ids[graph.first_target :]
+    passed = torch.cat([graph.influence()[:n], graph.target_weights]) / graph.target_weights.sum()
+    sums = (graph.edges.abs().sum(dim=1) + graph.dropped).clamp_min(1e-10)
+    rows, columns = graph.edges.nonzero(as_tuple=True)
+    weights = graph.edges[rows, columns]
+    carried = weights.abs() * (passed / sums)[rows]
     return {
-        (ids[column], targets[row]): {"source": ids[column], "target": targets[row], "weight": weight}
-        for row, column, weight in zip(rows, columns, weights, strict=True)
+        (ids[column], targets[row]): {
+            "source": ids[column],
+            "target": targets[row],
+            "weight": weight,
+            "influence": influence,
+        }
+        for row, column, weight, influence in zip(
+            rows.tolist(), columns.tolist(), weights.tolist(), carried.tolist(), strict=True
+        )
     }
 
 
@@ -60,7 +70,7 @@ def contrast(first: AttributionGraph, second: AttributionGraph) -> dict:
 
     Returns:
         `dict`, JSON-able: `targets`, the two names; `nodes` and `edges`, each with `only_first` and `only_second`, the
-        strongest first (by influence and by |weight|), and `both`, how many they share.
+        largest share of influence first, and `both`, how many they have in common.
 
     Raises:
         ValueError: If the graphs are of two prompts.
@@ -68,17 +78,11 @@ def contrast(first: AttributionGraph, second: AttributionGraph) -> dict:
     if not torch.equal(first.input_ids, second.input_ids):
         raise ValueError("the graphs are of two prompts; give graphs of one prompt with two targets")
     result = {"targets": [graph.target_name(0) for graph in (first, second)]}
-    kinds = {
-        "nodes": (described_nodes, lambda node: -node["influence"]),
-        "edges": (described_edges, lambda edge: -abs(edge["weight"])),
-    }
-    for kind, (listed, strength) in kinds.items():
+    for kind, listed in (("nodes", described_nodes), ("edges", described_edges)):
         left, right = listed(first), listed(second)
-        result[kind] = {
-            "only_first": sorted((left[key] for key in left.keys() - right.keys()), key=strength),
-            "only_second": sorted((right[key] for key in right.keys() - left.keys()), key=strength),
-            "both": len(left.keys() & right.keys()),
-        }
+        own = [[a[key] for key in a if key not in b] for a, b in ((left, right), (right, left))]
+        own = [sorted(records, key=lambda record: -record["influence"]) for records in own]
+        result[kind] = {"only_first": own[0], "only_second": own[1], "both": len(left.keys() & right.keys())}
     return result
 
 
@@ -87,9 +91,12 @@ def format_contrast(found: dict, count: int = 8) -> str:
     lines = []
     for side, name in zip(("only_first", "only_second"), found["targets"], strict=True):
         nodes, edges = found["nodes"][side], found["edges"][side]
-        lines.append(f"Only in the graph of {name}: {len(nodes)} nodes and {len(edges)} edges; the strongest:")
-        lines += [f"{node['influence']:9.4f}  {node['node']:<14}  {node['name']}" for node in nodes[:count]]
-        lines += [f"{edge['weight']:+9.3f}  {edge['source']} -> {edge['target']}" for edge in edges[:count]]
+        lines.append(f"Only in the graph of {name}: {len(nodes)} nodes and {len(edges)} edges; by influence:")
+        lines += [f"  {node['influence']:.4%}  {node['node']:<14}  {node['name']}" for node in nodes[:count]]
+        lines += [
+            f"  {edge['influence']:.4%}  {edge['source']} -> {edge['target']}, {edge['weight']:+.3f}"
+            for edge in edges[:count]
+        ]
     return "\n".join(lines) + f"\nIn both: {found['nodes']['both']} nodes and {found['edges']['both']} edges."
 
 

@@ -273,6 +273,7 @@ def freeze(
             norms[module] = freeze_norm(module, *seen[module], name, dtype)
         return norms[module]
 
+    coarser = max((model.dtype, dtype), key=STEP_TOLERANCE.get)
     frozen, error = [], 0.0
     for layer, block in enumerate(blocks):
         get = model.get_submodule
@@ -284,7 +285,7 @@ def freeze(
         if output_hook == "mlp.hook_out" and adder is not mlp:
             norm = norm_of(adder, f"layer {layer}, the norm behind the MLP")
             found = replace(found, written=seen[mlp][1].to(dtype), post=norm)
-        error = max(error, check_steps(found, f"layer {layer}", model.dtype))
+        error = max(error, check_steps(found, f"layer {layer}", coarser))
         frozen.append(found)
 
     tokens, positions = freeze_embeddings(model, seen, frozen[0].start, dtype)
@@ -308,7 +309,7 @@ def freeze(
         norms=list(norms.items()),
         writers=[model.get_submodule(site.path) for site in writers],
     )
-    check_logits(result, seen[head][1].to(dtype), model.dtype)
+    check_logits(result, seen[head][1].to(dtype), coarser)
     return result
 
 
@@ -437,7 +438,7 @@ def freeze_embeddings(model: PreTrainedModel, seen: dict, start: Tensor, dtype: 
         raise FreezingError(f"{type(model).__name__}: its embedding was not run on token ids; it cannot be traced")
     tokens = seen[embedding][1].to(dtype)
     factor = (tokens * start).sum() / tokens.square().sum()
-    tolerance = STEP_TOLERANCE[model.dtype]
+    tolerance = max(STEP_TOLERANCE[model.dtype], STEP_TOLERANCE[dtype])
     if (factor * tokens - start).norm() <= tolerance * start.norm():
         return start, torch.zeros_like(start)
     others = [m for m in seen if isinstance(m, nn.Embedding) and m is not embedding]

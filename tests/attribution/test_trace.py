@@ -9,7 +9,7 @@ import torch
 
 from hf_clt import CLTConfig, CrossLayerTranscoder, attribute
 from hf_clt.attribution import AttributionGraph, FeatureTarget, TokenTarget
-from hf_clt.attribution.contrast import contrast, of_targets
+from hf_clt.attribution.contrast import contrast, described_edges, described_nodes, of_targets
 from hf_clt.attribution.cost import estimate_cost
 from hf_clt.attribution.request import prompt_tokens, read_prompts, single_token, slug_of
 from hf_clt.commands import main
@@ -184,8 +184,25 @@ def test_contrast(trace, parts):
         sizes = len(left - right), len(right - left), len(left & right)
         assert (len(found[kind]["only_first"]), len(found[kind]["only_second"]), found[kind]["both"]) == sizes
         assert f"{sizes[0]} {kind}" in said
-    influences = [node["influence"] for node in found["nodes"]["only_first"]]
-    assert influences == sorted(influences, reverse=True) and "In both: " in said
+        for side in ("only_first", "only_second"):
+            influences = [record["influence"] for record in found[kind][side]]
+            assert influences == sorted(influences, reverse=True) and all(0 < value < 1 for value in influences)
+    assert "In both: " in said
+
+
+def test_edges_carry_the_influence_of_their_sources(parts):
+    model, tokenizer, clt = parts
+    graph = attribute(model, clt, torch.tensor(tokenizer(PROMPT).input_ids), [3], dtype=torch.float64).prune()
+    nodes, total = described_nodes(graph), {}
+    for edge in described_edges(graph).values():
+        total[edge["source"]] = total.get(edge["source"], 0) + edge["influence"]
+    assert total == pytest.approx({key: node["influence"] for key, node in nodes.items()}, rel=1e-9)
+
+
+def test_bfloat16_shows_its_error(trace):
+    out, said = trace("--dtype", "bfloat16")
+    assert AttributionGraph.load(out).edges.dtype == torch.bfloat16
+    assert "Computed in bfloat16; the largest error of a step is " in said
 
 
 def test_graphs_of_two_prompts_are_not_contrasted(parts):
