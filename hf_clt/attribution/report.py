@@ -23,7 +23,7 @@ def format_graph(graph: AttributionGraph, pruned: AttributionGraph, count: int =
     shares = ", ".join(f"{name} {share:.1%}" for name, share in outside.items() if share >= 5e-4)
     lines.append(f"Belongs to no node: {sum(outside.values()):.1%}" + (f" ({shares})" if shares else ""))
     if info["dtype"] != "float32" or info["step_error"] > 1e-4:
-        lines.append(f"Computed in {info['dtype']}; the largest error of a step is {info['step_error']:.1e}")
+        lines.append(f"Computed in {info['dtype']}; the largest error of a step beyond rounding is {info['step_error']:.1e}")
     if verified := info.get("verified"):
         lines.append(
             f"In the language model, {verified['count']} strongest features: frozen, the edges are off by "

@@ -177,7 +177,7 @@ def finish(options: argparse.Namespace, traced: list, described: dict) -> None:
         pruned.to_json(folder / f"{slug}.json", slug=slug, scan=graph.info["scan"])
         pruned.to_html(folder / "index.html")
         if number == 0:
-            print(format_graph(graph, pruned))
+            print(f"{folder}:\n{format_graph(graph, pruned)}")
     if options.contrast:
         found = contrast(*(pruned for _, pruned in traced[1:]))
         write_json(traced[0][0] / "contrast.json", found)

@@ -202,7 +202,7 @@ def test_edges_carry_the_influence_of_their_sources(parts):
 def test_bfloat16_shows_its_error(trace):
     out, said = trace("--dtype", "bfloat16")
     assert AttributionGraph.load(out).edges.dtype == torch.bfloat16
-    assert "Computed in bfloat16; the largest error of a step is " in said
+    assert "Computed in bfloat16; the largest error of a step beyond rounding is " in said
 
 
 def test_graphs_of_two_prompts_are_not_contrasted(parts):
