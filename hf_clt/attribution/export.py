@@ -1,8 +1,8 @@
 """
 Attribution graphs for others: the JSON of circuit-tracer's front end and of Neuronpedia, and networkx.
 
-Nodes have the ids of circuit-tracer: features `{layer}_{feature}_{position}`, errors `{layer}_-1_{position}` (no feature
-is called so), tokens `E_{token}_{position}`, targets `{L+1}_{token}_{position}`; a difference of two tokens is
+Ids are those of circuit-tracer: features `{layer}_{feature}_{position}`, errors `{layer}_-1_{position}` (no feature is
+called so), tokens `E_{token}_{position}`, targets `{L+1}_{token}_{position}`; a difference of two tokens is
 `{L+1}_{token}-{minus}_{position}`, a feature as target `{L+1}_F{layer}-{feature}_{position}`.
 """
 
@@ -42,33 +42,13 @@ NODE_IDS = {
 # What every record must have; a type that admits None may be null.
 FIELDS = {
     "data": {"metadata": dict, "qParams": dict, "nodes": list, "links": list},
-    "metadata": {
-        "slug": str,
-        "scan": str,
-        "transcoder_list": list,
-        "prompt_tokens": list,
-        "prompt": str,
-        "node_threshold": float | None,
-        "schema_version": int,
-        "info": dict,
-        "feature_details": dict,
-    },
+    "metadata": dict.fromkeys(("slug", "scan", "prompt"), str)
+    | dict.fromkeys(("prompt_tokens", "transcoder_list"), list)
+    | {"node_threshold": float | None, "schema_version": int, "info": dict, "feature_details": dict},
     "qParams": {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str},
-    "nodes": {
-        "node_id": str,
-        "feature": int,
-        "layer": str,
-        "ctx_idx": int,
-        "feature_type": str,
-        "token_prob": float,
-        "is_target_logit": bool,
-        "run_idx": int,
-        "reverse_ctx_idx": int,
-        "jsNodeId": str,
-        "clerp": str,
-        "influence": float | None,
-        "activation": float | None,
-    },
+    "nodes": dict.fromkeys(("node_id", "layer", "feature_type", "jsNodeId", "clerp"), str)
+    | dict.fromkeys(("feature", "ctx_idx", "run_idx", "reverse_ctx_idx"), int)
+    | {"token_prob": float, "is_target_logit": bool, "influence": float | None, "activation": float | None},
     "links": {"source": str, "target": str, "weight": float},
 }
 
@@ -111,17 +91,9 @@ def node_records(graph: AttributionGraph, influence: Tensor | None = None) -> di
 
     def add(node: int, kind: str, layer: int, position: int, name: object, label: str, feature: int | None = None):
         first = {"token": "E", "target": graph.num_layers + 1}.get(kind, layer)
-        records[node] = {
-            "id": f"{first}_{name}_{position}",
-            "kind": kind,
-            "layer": layer,
-            "position": position,
-            "feature": feature,
-            "label": label,
-            "influence": influence[node],
-            "cumulative": shares[node],
-            "activation": activations[node] if kind == "feature" else None,
-        }
+        record = {"id": f"{first}_{name}_{position}", "kind": kind, "layer": layer, "position": position}
+        record |= {"feature": feature, "label": label, "influence": influence[node], "cumulative": shares[node]}
+        records[node] = record | {"activation": activations[node] if kind == "feature" else None}
 
     for node in connected.nonzero().flatten().tolist():
         if node < n:
@@ -148,6 +120,33 @@ def check_name(field: str, value: object) -> None:
         raise ValueError(f"{field}={value!r} is no name for a graph; use letters, digits, `_`, `.` and `-` alone")
 
 
+def check_fields(place: str, record: Any, kind: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is {type(record).__name__}; it must be an object")
+    for field, expected in FIELDS[kind].items():
+        if field not in record:
+            raise ValueError(f"{place}.{field} is missing")
+        value, allowed = record[field], expected | int if expected in (float, float | None) else expected
+        if not isinstance(value, allowed) or (isinstance(value, bool) and expected is not bool):
+            raise ValueError(f"{place}.{field}={value!r} must be {getattr(expected, '__name__', expected)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{place}.{field}={value!r} is not finite")
+
+
+def check_node(place: str, node: Any, num_tokens: int) -> None:
+    check_fields(place, node, "nodes")
+    pattern = NODE_IDS.get(node["feature_type"])
+    if pattern is None:
+        raise ValueError(f"{place}.feature_type={node['feature_type']!r} is none of {', '.join(NODE_IDS)}")
+    first, _, position = node["node_id"].split("_") if pattern.fullmatch(node["node_id"]) else ("", "", "")
+    if first != node["layer"] or position != str(node["ctx_idx"]):
+        raise ValueError(f"{place}.node_id={node['node_id']!r} does not fit its feature_type, layer and ctx_idx")
+    if not 0 <= node["ctx_idx"] < num_tokens:
+        raise ValueError(f"{place}.ctx_idx={node['ctx_idx']} is no position of metadata.prompt_tokens")
+    if node["feature_type"] == "logit" and not re.search(r"\(p=[\d.]+\)$", node["clerp"]):
+        raise ValueError(f"{place}.clerp={node['clerp']!r} of a logit must end in `(p=...)`")
+
+
 def check_json(data: Any, size: int | None = None) -> None:
     """
     Checks a graph in circuit-tracer's format, so that its front end and Neuronpedia load it.
@@ -160,78 +159,49 @@ def check_json(data: Any, size: int | None = None) -> None:
         ValueError: With the first field that is missing, of a wrong type or out of its pattern; for ids that are not
             unique or lead nowhere; for a size that Neuronpedia does not take.
     """
-
-    def check_fields(place: str, record: Any, fields: Mapping[str, Any]) -> None:
-        if not isinstance(record, dict):
-            raise ValueError(f"{place} is {type(record).__name__}; it must be an object")
-        for field, kind in fields.items():
-            if field not in record:
-                raise ValueError(f"{place}.{field} is missing")
-            value = record[field]
-            expected = kind | int if kind in (float, float | None) else kind
-            if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{place}.{field}={value!r} must be {getattr(kind, '__name__', kind)}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{place}.{field}={value!r} is not finite")
-
-    def check_texts(place: str, values: Sequence) -> None:
-        for value in values:
-            if not isinstance(value, str):
-                raise ValueError(f"{place} holds {value!r}; it must hold text alone")
-
-    check_fields("data", data, FIELDS["data"])
+    check_fields("data", data, "data")
     metadata, params, nodes, links = (data[name] for name in FIELDS["data"])
-    check_fields("metadata", metadata, FIELDS["metadata"])
-    check_name("metadata.slug", metadata["slug"])
-    check_name("metadata.scan", metadata["scan"])
+    check_fields("metadata", metadata, "metadata")
+    check_fields("qParams", params, "qParams")
+    for name in ("slug", "scan"):
+        check_name(f"metadata.{name}", metadata[name])
     for name in ("prompt_tokens", "transcoder_list"):
-        check_texts(f"metadata.{name}", metadata[name])
-    seen: dict[str, set] = {"node_id": set(), "jsNodeId": set()}
+        for value in metadata[name]:
+            if not isinstance(value, str):
+                raise ValueError(f"metadata.{name} holds {value!r}; it must hold text alone")
+    seen: set[tuple[str, Any]] = set()
+
+    def check_new(place: str, field: str, value: Any) -> None:
+        if (field, value) in seen:
+            raise ValueError(f"{place}.{field}={value!r} is not unique")
+        seen.add((field, value))
+
+    def check_known(place: str, value: Any) -> None:
+        if not isinstance(value, str) or ("node_id", value) not in seen:
+            raise ValueError(f"{place}={value!r} is the id of no node")
+
     for number, node in enumerate(nodes):
-        check_fields(place := f"nodes[{number}]", node, FIELDS["nodes"])
-        pattern = NODE_IDS.get(node["feature_type"])
-        if pattern is None:
-            raise ValueError(f"{place}.feature_type={node['feature_type']!r} is none of {', '.join(NODE_IDS)}")
-        first, _, position = node["node_id"].split("_") if pattern.fullmatch(node["node_id"]) else (None, "", "")
-        if first != node["layer"] or position != str(node["ctx_idx"]):
-            raise ValueError(f"{place}.node_id={node['node_id']!r} does not fit its type, layer and position")
-        if not 0 <= node["ctx_idx"] < len(metadata["prompt_tokens"]):
-            raise ValueError(f"{place}.ctx_idx={node['ctx_idx']} is no position of metadata.prompt_tokens")
-        if node["feature_type"] == "logit" and not re.search(r"\(p=[\d.]+\)", node["clerp"]):
-            raise ValueError(f"{place}.clerp={node['clerp']!r} of a logit must hold `(p=...)`")
-        for field, ids in seen.items():
-            if node[field] in ids:
-                raise ValueError(f"{place}.{field}={node[field]!r} is not unique")
-            ids.add(node[field])
-    known = seen["node_id"]
-
-    def check_known(place: str, name: object) -> None:
-        if name not in known:
-            raise ValueError(f"{place}={name!r} is the id of no node")
-
-    pairs = set()
+        check_node(place := f"nodes[{number}]", node, len(metadata["prompt_tokens"]))
+        for field in ("node_id", "jsNodeId"):
+            check_new(place, field, node[field])
     for number, link in enumerate(links):
-        check_fields(place := f"links[{number}]", link, FIELDS["links"])
+        check_fields(place := f"links[{number}]", link, "links")
         for end in ("source", "target"):
             check_known(f"{place}.{end}", link[end])
-        if (pair := (link["source"], link["target"])) in pairs:
-            raise ValueError(f"{place}: there is another link from {pair[0]} to {pair[1]}")
-        pairs.add(pair)
-    check_fields("qParams", params, FIELDS["qParams"])
-    check_texts("qParams.pinnedIds", params["pinnedIds"])
-    for name in params["pinnedIds"] + [params["clickedId"]] * bool(params["clickedId"]):
-        check_known("qParams", name)
+        check_new(place, "source, target", (link["source"], link["target"]))
+    for name in params["pinnedIds"]:
+        check_known("qParams.pinnedIds", name)
+    if params["clickedId"]:
+        check_known("qParams.clickedId", params["clickedId"])
     for number, group in enumerate(params["supernodes"]):
-        if not isinstance(group, list) or len(group) < 2:
+        if not isinstance(group, list) or len(group) < 2 or not isinstance(group[0], str):
             raise ValueError(f"qParams.supernodes[{number}]={group!r} must be a list of a name and ids")
-        check_texts(f"qParams.supernodes[{number}]", group)
         for name in group[1:]:
             check_known(f"qParams.supernodes[{number}]", name)
     size = len(json.dumps(data, separators=(",", ":"))) if size is None else size
     if not SMALLEST <= size <= LARGEST:
-        raise ValueError(
-            f"the graph is {size:,} bytes; Neuronpedia takes {SMALLEST:,} to {LARGEST:,}: prune it further"
-        )
+        remedy = "prune it further" if size > LARGEST else "give it a longer prompt or more targets"
+        raise ValueError(f"the graph is {size:,} bytes, Neuronpedia takes {SMALLEST:,} to {LARGEST:,}; {remedy}")
 
 
 def to_json(
@@ -264,7 +234,7 @@ def to_json(
             `neuronpedia_source_set`.
 
     Raises:
-        ValueError: For a slug or scan that is no name, ids that are no nodes, or a size that Neuronpedia does not take.
+        ValueError: For a slug or scan that is no name, ids of no node, or a size that Neuronpedia does not take.
     """
     scan = graph.info.get("scan") if scan is None else scan
     check_name("slug", slug)
@@ -286,42 +256,20 @@ def to_json(
             # The front end tells targets apart by this number, which only tokens have of themselves.
             feature = int(name) if name.isdigit() else -2 - number
             shown = f'Output "{words.get(name, shown)}"'.replace("(p=", "(p =") + f" (p={weights[number]:.3f})"
-        nodes.append(
-            {
-                "node_id": record["id"],
-                "feature": feature,
-                "layer": record["id"].split("_")[0],
-                "ctx_idx": position,
-                "feature_type": FEATURE_TYPES[kind],
-                "token_prob": weights[number] if kind == "target" else 0.0,
-                "is_target_logit": kind == "target" and number == 0,
-                "run_idx": 0,
-                "reverse_ctx_idx": 0,
-                "jsNodeId": f"{'L' if kind == 'target' else record['id'].split('_')[0]}_{name}-{position}",
-                "clerp": shown,
-                "influence": None if kind == "target" else record["cumulative"] * (threshold or 1.0),
-                "activation": record["activation"],
-            }
-        )
+        is_target, first = kind == "target", record["id"].split("_")[0]
+        entry = {"node_id": record["id"], "feature": feature, "layer": first, "ctx_idx": position, "clerp": shown}
+        entry |= {"jsNodeId": f"{'L' if is_target else first}_{name}-{position}", "feature_type": FEATURE_TYPES[kind]}
+        entry |= {"token_prob": weights[number] if is_target else 0.0, "is_target_logit": is_target and number == 0}
+        entry |= {"run_idx": 0, "reverse_ctx_idx": 0, "activation": record["activation"]}
+        nodes.append(entry | {"influence": None if is_target else record["cumulative"] * (threshold or 1.0)})
+    metadata = {"slug": slug, "scan": scan, "transcoder_list": list(transcoder_list)}
+    metadata |= {"prompt_tokens": list(graph.tokens), "prompt": graph.info.get("prompt") or "".join(graph.tokens)}
+    metadata |= {"node_threshold": threshold, "schema_version": 1, "feature_details": dict(feature_details or {})}
+    metadata["info"] = {"generator": {"name": "hf_clt", "version": __version__}}
+    params = {"pinnedIds": list(pinned), "supernodes": [list(group) for group in supernodes]}
     data = {
-        "metadata": {
-            "slug": slug,
-            "scan": scan,
-            "transcoder_list": list(transcoder_list),
-            "prompt_tokens": list(graph.tokens),
-            "prompt": graph.info.get("prompt") or "".join(graph.tokens),
-            "node_threshold": threshold,
-            "schema_version": 1,
-            "info": {"generator": {"name": "hf_clt", "version": __version__}},
-            "feature_details": dict(feature_details or {}),
-        },
-        "qParams": {
-            "pinnedIds": list(pinned),
-            "supernodes": [list(group) for group in supernodes],
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
-        },
+        "metadata": metadata,
+        "qParams": params | {"linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": nodes,
         "links": [
             {"source": records[source]["id"], "target": records[target]["id"], "weight": weight}

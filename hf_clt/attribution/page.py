@@ -1,16 +1,18 @@
 """An attribution graph as one page of HTML that needs no server and requests nothing; the page is `page.html`."""
 
+import base64
 import importlib.resources
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..files import as_json, write_text
-from .export import cumulative_shares, edge_list, node_records
-from .graph import AttributionGraph
+from .export import edge_list, node_records
+from .graph import AttributionGraph, FeatureTarget, Target
 
 
 EXAMPLES, AROUND = 6, 12  # of a feature, and tokens before and after the strongest one
@@ -18,6 +20,13 @@ EXAMPLES, AROUND = 6, 12  # of a feature, and tokens before and after the strong
 
 def rounded(value: float | None, digits: int = 4) -> float | None:
     return None if value is None else float(f"{value:.{digits}g}")
+
+
+def short_name(target: Target, words: dict[str, str]) -> str:
+    if isinstance(target, FeatureTarget):
+        return f"{target.layer}/{target.feature}"
+    tokens = [words.get(str(token), str(token)) for token in (target.token, target.minus) if token is not None]
+    return " − ".join(tokens)
 
 
 def shown_details(details: dict[str, Any]) -> dict[str, Any]:
@@ -36,29 +45,36 @@ def page_data(
     graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = (), influence: Tensor | None = None
 ) -> dict[str, Any]:
     """
-    What the page is made of. Edges are [source, target, weight, share] by place in `nodes`, the most influential first,
-    where `share` is of all the edges' influence what it reaches together with stronger ones.
+    What the page is made of. Edges come with the most influential first, in base64: `ends`, source and target of each
+    by place in `nodes`, uint16, and `weights`, float32. The influence of one is |weight| times the target's `scale`.
+
+    Raises:
+        ValueError: For more nodes than can be numbered.
     """
     info, n = graph.info, graph.num_features
     influence = graph.influence() if influence is None else influence
     records = node_records(graph, influence)
+    words, sums = info.get("target_words", {}), graph.edges.abs().sum(dim=1) + graph.dropped
     for node, record in records.items():
         row = node if node < n else node - graph.first_target + n
+        passed = influence[node].item()
+        if record["kind"] == "target":
+            weight = graph.target_weights[row - n].item()
+            record |= {"weight": rounded(weight), "short": short_name(graph.targets[row - n], words)}
+            passed += weight
         if record["kind"] in ("feature", "target"):
+            record["scale"] = rounded(passed / max(sums[row].item(), 1e-30), 6)
             record["rest"] = {name: rounded(values[row].item(), 3) for name, values in graph.rest.items()}
             record["rest"]["nodes not shown, in absolute value"] = rounded(graph.dropped[row].item(), 3)
-        if record["kind"] == "target":
-            record["weight"] = rounded(graph.target_weights[node - graph.first_target].item())
         for name in ("influence", "cumulative", "activation"):
             record[name] = rounded(record[name])
+    if len(records) > 2**16:
+        raise ValueError(f"the graph has {len(records):,} nodes; a page takes {2**16:,}: prune it further")
     places = {node: place for place, node in enumerate(records)}
-    passed = influence.double().clone()
-    passed[graph.first_target :] += graph.target_weights
-    edges = edge_list(graph)
-    sums = (graph.edges.abs().sum(dim=1) + graph.dropped).clamp_min(1e-30).double()
-    rows = [target if target < n else target - graph.first_target + n for _, target, _ in edges]
-    through = passed.new_tensor([abs(weight) for _, _, weight in edges])
-    shares = cumulative_shares(through / sums[rows] * passed[[target for _, target, _ in edges]])
+    edges = [(places[source], places[target], weight) for source, target, weight in edge_list(graph)]
+    scales = [record.get("scale", 0.0) for record in records.values()]
+    edges.sort(key=lambda edge: abs(edge[2]) * scales[edge[1]], reverse=True)
+    ends, weights = np.array([edge[:2] for edge in edges], "<u2"), np.array([edge[2] for edge in edges], "<f4")
     verified = info.get("verified")
     if verified:  # its names are `layer_position_feature`, and of groups anything
         parts = {name: name.split("_") for name in verified["nodes"]}
@@ -75,10 +91,7 @@ def page_data(
         "cleared": info.get("cleared", [0]),
         "verified": verified,
         "nodes": list(records.values()),
-        "edges": [
-            [places[source], places[target], rounded(weight), round(share, 4)]
-            for share, (source, target, weight) in sorted(zip(shares.tolist(), edges, strict=True))
-        ],
+        "edges": {name: base64.b64encode(a.tobytes()).decode() for name, a in (("ends", ends), ("weights", weights))},
         "details": {
             f"{layer}_{feature}": shown_details(graph.details[layer, feature])
             for layer, feature in sorted({(layer, feature) for layer, _, feature in graph.features.tolist()})
