@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .graph import Target, TokenTarget
+from .graph import FeatureTarget, Target, TokenTarget
 
 
 RESERVED = ("graph", "graph-metadata", "contrast")  # names of other files beside {slug}.json
@@ -102,12 +102,23 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return whole
 
 
-def contrast_targets(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> list[Target]:
-    """The difference of two next tokens, and each of them; raises ValueError where they are one, or no tokens."""
-    ids = [single_token(tokenizer, word) for word in (first, second)]
-    if ids[0] == ids[1]:
-        raise ValueError(f"contrast: {first!r} and {second!r} are the same token; give two")
-    return [TokenTarget(ids[0], minus=ids[1]), TokenTarget(ids[0]), TokenTarget(ids[1])]
+def chosen_targets(
+    tokenizer: PreTrainedTokenizerBase,
+    words: Sequence[str] = (),
+    features: Sequence[Sequence[int]] = (),
+    contrast: Sequence[str] | None = None,
+) -> list[Target] | None:
+    """
+    The targets that are named: next tokens and features (layer, position, feature), or of a contrast the difference of
+    two next tokens and each of them; None where nothing is. Raises ValueError as [`single_token`].
+    """
+    if contrast is None:
+        targets = [TokenTarget(single_token(tokenizer, word)) for word in words]
+        return targets + [FeatureTarget(*feature) for feature in features] or None
+    first, second = (single_token(tokenizer, word) for word in contrast)
+    if first == second:
+        raise ValueError(f"contrast: {contrast[0]!r} and {contrast[1]!r} are the same token; give two")
+    return [TokenTarget(first, minus=second), TokenTarget(first), TokenTarget(second)]
 
 
-__all__ = ["Prompt", "contrast_targets", "prompt_tokens", "read_prompts", "single_token", "slug_of"]
+__all__ = ["Prompt", "chosen_targets", "prompt_tokens", "read_prompts", "single_token", "slug_of"]

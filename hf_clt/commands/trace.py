@@ -82,7 +82,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("output is missing; give --output FOLDER, or --dry-run")
     if options.contrast and (options.targets or options.feature):
         raise ValueError("contrast has targets of its own; leave --targets and --feature out")
-    for name, value in (("verify", options.verify), ("example_tokens", options.eval_tokens)):
+    values = {name: getattr(options, name) for name in ("max_feature_nodes", "rank_every", "batch_size", "verify")}
+    for name, value in (*values.items(), ("example_tokens", options.eval_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is below 1; give at least 1, or leave it out")
     for name in ("node_threshold", "edge_threshold"):
@@ -97,40 +98,12 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"output={str(folder)!r} is not empty; give another folder, or --overwrite")
 
 
-def chosen_targets(options: argparse.Namespace, tokenizer, words: list[str]) -> list | None:
-    """The targets of a prompt; None for the most probable next tokens."""
-    from ..attribution import FeatureTarget, TokenTarget
-    from ..attribution.request import contrast_targets, single_token
-
-    if options.contrast:
-        return contrast_targets(tokenizer, *options.contrast)
-    targets = [TokenTarget(single_token(tokenizer, word)) for word in words]
-    return targets + [FeatureTarget(*place) for place in options.feature] or None
-
-
 def graph_options(options: argparse.Namespace) -> dict:
     """What the graph and its cost depend on."""
     import torch
 
     names = ("max_feature_nodes", "batch_size", "cleared")
     return {name: getattr(options, name) for name in names} | {"dtype": getattr(torch, options.dtype)}
-
-
-def print_prompt(input_ids, model, tokenizer, cleared: list[int]) -> None:
-    """Its tokens with their positions, and what comes next."""
-    import torch
-
-    shown = [repr(tokenizer.decode([token])) for token in input_ids.tolist()]
-    print("Tokens: " + "  ".join(f"{position} {token}" for position, token in enumerate(shown)))
-    if cleared == [0] and tokenizer.bos_token_id not in (None, int(input_ids[0])):
-        print(
-            f"Position 0, {shown[0]}, has no features; CLTs are trained behind {tokenizer.bos_token!r}: consider "
-            "to write it in front of the prompt"
-        )
-    with torch.no_grad():
-        likely, tokens = model(input_ids[None].to(model.device)).logits[0, -1].double().softmax(0).topk(5)
-    words = [f"{tokenizer.decode([token])!r} {p:.1%}" for p, token in zip(likely, tokens.tolist(), strict=True)]
-    print("Next: " + ", ".join(words))
 
 
 def trace(options: argparse.Namespace, model, clt, tokenizer, input_ids, targets, prompt, output: Path) -> list:
@@ -192,7 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     check_options(options)
     from ..attribution.cost import estimate_cost, format_cost
     from ..attribution.examples import check_pages, describe, from_pages
-    from ..attribution.request import Prompt, prompt_tokens, read_prompts, slug_of
+    from ..attribution.report import format_prompt
+    from ..attribution.request import Prompt, chosen_targets, prompt_tokens, read_prompts, slug_of
     from ..harvest.harvester import Harvester, check_context_size, check_fit
     from ..harvest.tokens import open_text
 
@@ -211,7 +185,10 @@ def main(argv: list[str] | None = None) -> None:
     asked = []
     for prompt, folder in jobs:  # of all, before any work
         ids = prompt_tokens(tokenizer, prompt.text, model.config, options.raw, options.chat)
-        asked.append((ids, chosen_targets(options, tokenizer, prompt.targets), prompt, folder))
+        if unknown := [position for position in options.cleared if not 0 <= position < len(ids)]:
+            raise ValueError(f"cleared: position {unknown[0]} is outside 0 to {len(ids) - 1} of {prompt.text[:60]!r}")
+        targets = chosen_targets(tokenizer, prompt.targets, options.feature, options.contrast)
+        asked.append((ids, targets, prompt, folder))
     if options.feature_pages:
         check_pages(options.feature_pages, clt)
     if options.dataset:
@@ -220,8 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 
     traced = []
     for ids, targets, prompt, folder in asked:
-        print(f"{prompt.text!r}")
-        print_prompt(ids, model, tokenizer, options.cleared)
+        print(f"{prompt.text!r}\n{format_prompt(model, tokenizer, ids, options.cleared)}")
         if options.dry_run:
             print(format_cost(estimate_cost(model, clt, ids, targets, **graph_options(options))), end="\n\n")
         else:
@@ -240,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     again = ["--examples", "TEXT"] if not described else [] if options.verify else ["--verify", 20]
     if options.dry_run or again:
         prompt = ["--prompt", options.prompt] if options.prompts is None else ["--prompts", options.prompts]
+        again = [] if options.dry_run else [*again, "--overwrite"]
         print_next("trace", options.clt, *prompt, "--output", options.output or "FOLDER", *again)
     else:
         print_next("features", options.clt, "--dataset", options.dataset or "TEXT", "--output", "FOLDER")

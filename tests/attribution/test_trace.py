@@ -89,7 +89,7 @@ def test_files_and_figures(trace, parts):
     ids = tokenizer(PROMPT).input_ids
     assert all(f"{position} {tokenizer.decode([token])!r}" in said for position, token in enumerate(ids))
     probability, token = model(torch.tensor([ids])).logits[0, -1].softmax(0).max(0)
-    assert f"Next: {tokenizer.decode([token])!r} {probability:.1%}" in said
+    assert f"Next token: {tokenizer.decode([token])!r} {probability:.1%}" in said
 
     expected = attribute(model, clt, torch.tensor(ids), tokenizer=tokenizer)
     graph = AttributionGraph.load(out)
@@ -283,7 +283,9 @@ def test_special_tokens(parts, tiny_gpt2):
         (["--feature", 0, 99, 0], "position 99 is outside"),
         (["--cleared", 77], "position 77 is outside"),
         (["--max-feature-nodes", 0], "max_feature_nodes=0"),
+        (["--cleared", 0, 77, "--dry-run"], "position 77 is outside"),
         (["--rank-every", 0], "rank_every=0"),
+        (["--batch-size", 0], "batch_size=0"),
         (["--node-threshold", 0], "node_threshold=0"),
         (["--edge-threshold", 1.5], "edge_threshold=1.5"),
         (["--verify", 0], "verify=0"),
