@@ -28,7 +28,8 @@ class Prompt:
 
 def slug_of(text: str) -> str:
     """A name for files out of a text: small letters, digits and dashes, at most 40; without special tokens."""
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^<> ]*>", "", text.lower())).strip("-")[:40].strip("-") or "prompt"
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^<> ]*>", "", text.lower())).strip("-") or "prompt"
+    slug = slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40]  # whole words
     return f"a-{slug}" if slug in RESERVED else slug
 
 

@@ -352,6 +352,8 @@ def test_clts_that_do_not_fit_are_refused(refused, clt_folder, tmp_path):
 
 def test_names_of_files():
     assert slug_of("<|im_start|>The capital of France is!") == "the-capital-of-france-is"
+    assert slug_of("The capital of the state containing Dallas is") == "the-capital-of-the-state-containing"
+    assert slug_of("x" * 50) == "x" * 40 and slug_of("x" * 40) == "x" * 40
     assert slug_of("graph") == "a-graph" and slug_of("…") == "prompt"
 
 
