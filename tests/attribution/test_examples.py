@@ -34,14 +34,18 @@ def parts(tiny_gpt2, text_file, tmp_path_factory):
     clt.set_normalization(*(torch.rand(2, 64) + 0.5 for _ in range(4)))
     folder = tmp_path_factory.mktemp("clt")
     clt.save_pretrained(folder)
-    clt = CrossLayerTranscoder.from_pretrained(folder).eval()
+    unfolded, clt = clt, CrossLayerTranscoder.from_pretrained(folder).eval()
     model, tokenizer = load_language_model(tiny_gpt2)
     harvester = Harvester(model, config.feature_input_hook, config.feature_output_hook)
     options = CLTTrainingArguments(
         model=tiny_gpt2, dataset=text_file, context_size=32, eval_tokens=1500, store_batch_size_prompts=5
     )
     return SimpleNamespace(
-        clt=clt, folder=folder, harvester=harvester, tokens=open_text(options, tokenizer, heldout=True)
+        clt=clt,
+        unfolded=unfolded,
+        folder=folder,
+        harvester=harvester,
+        tokens=open_text(options, tokenizer, heldout=True),
     )
 
 
@@ -103,6 +107,12 @@ def test_a_feature_that_never_fires_says_so(described):
 def test_the_clt_is_left_as_it_was(parts, described):
     fresh = CrossLayerTranscoder.from_pretrained(parts.folder)
     assert all(torch.equal(a, b) for a, b in zip(parts.clt.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_clt_with_its_statistics_beside_it_gives_the_same(parts, described):
+    found = describe(parts.unfolded, parts.harvester, parts.tokens, FEATURES)
+    assert {key: label for key, (label, _) in found.items()} == {key: label for key, (label, _) in described.items()}
+    assert parts.unfolded.mean_in is not None
 
 
 def test_a_lazy_clt_gives_the_same(parts, described):

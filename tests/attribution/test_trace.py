@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from hf_clt import CLTConfig, CrossLayerTranscoder, attribute
 from hf_clt.attribution import AttributionGraph, FeatureTarget, TokenTarget
@@ -261,15 +262,17 @@ def test_a_lazy_clt_gives_the_same_graph(trace):
     torch.testing.assert_close(lazy.edges, whole.edges)
 
 
-def test_special_tokens(parts, tiny_gpt2):
-    model, tokenizer, _ = parts
-    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.content }}{% endfor %}:"
-    try:
-        ids = prompt_tokens(tokenizer, "A word", model.config, chat=True).tolist()
-    finally:
-        tokenizer.chat_template = None
-    assert ids == tokenizer("<|endoftext|>A word:", add_special_tokens=False).input_ids
-    assert prompt_tokens(tokenizer, "A word", model.config, raw=True).tolist() == ids[1:-1]
+def test_special_tokens(tiny_gpt2):
+    """Of a tokenizer that puts one in front: as it would; none with `raw`; in a chat that of the template."""
+    model, tokenizer = load_language_model(tiny_gpt2)
+    bos = tokenizer.bos_token, tokenizer.bos_token_id
+    template = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.chat_template = "{% for m in messages %}" + bos[0] + "{{ m.content }}{% endfor %}:"
+    ids = prompt_tokens(tokenizer, "A word", model.config).tolist()
+    assert ids[0] == bos[1] and prompt_tokens(tokenizer, "A word", model.config, raw=True).tolist() == ids[1:]
+    chat = prompt_tokens(tokenizer, "A word", model.config, chat=True).tolist()
+    assert chat == [*ids, *tokenizer(":", add_special_tokens=False).input_ids]
 
 
 @pytest.mark.parametrize(
