@@ -67,21 +67,16 @@ def cumulative_shares(scores: Tensor) -> Tensor:
     return shares.reshape(scores.shape)
 
 
-def node_records(graph: AttributionGraph, influence: Tensor | None = None) -> dict[int, dict[str, Any]]:
+def node_records(graph: AttributionGraph) -> dict[int, dict[str, Any]]:
     """
     The nodes to show: tokens, targets, and the features and errors that have an edge.
-
-    Args:
-        graph ([`AttributionGraph`]): Pruned, if it is to be looked at.
-        influence (`Tensor` of shape `(N,)`, *optional*): By default `graph.influence()`.
 
     Returns:
         By number of the node, in the graph's order: `id`, `kind` (of `FEATURE_TYPES`), `layer` (-1 for tokens, L for
         targets), `position`, `feature` (of tokens and targets None), `label`, `influence` and `cumulative` (the share
         of all influence that the node reaches together with stronger ones), `activation` (of features).
     """
-    length, n = len(graph.input_ids), graph.num_features
-    influence = graph.influence() if influence is None else influence
+    length, n, influence = len(graph.input_ids), graph.num_features, graph.influence()
     shares, influence = cumulative_shares(influence).tolist(), influence.tolist()
     connected = (graph.edges != 0).any(dim=0)
     connected[:n] |= (graph.edges[:n] != 0).any(dim=1)
@@ -210,7 +205,6 @@ def to_json(
     slug: str,
     scan: str | None = None,
     *,
-    influence: Tensor | None = None,
     pinned: Sequence[str] = (),
     supernodes: Sequence[Sequence[str]] = (),
     transcoder_list: Sequence[str] = (),
@@ -226,7 +220,6 @@ def to_json(
         path (`str` or `Path`): The file, which is replaced as a whole.
         slug (`str`): The graph's name.
         scan (`str`, *optional*): The model's name on Neuronpedia; by default `graph.info["scan"]`.
-        influence (`Tensor` of shape `(N,)`, *optional*): By default `graph.influence()`.
         pinned (`Sequence[str]`): Ids of nodes that are pinned.
         supernodes (`Sequence`): Groups, each a name and the ids of its nodes, as pages save them.
         transcoder_list (`Sequence[str]`): Names by layer, for a `scan` that begins with `custom-`.
@@ -240,7 +233,7 @@ def to_json(
     check_name("slug", slug)
     check_name("scan", scan)
     threshold = graph.info.get("node_threshold")
-    records, weights = node_records(graph, influence), graph.target_weights.tolist()
+    records, weights = node_records(graph), graph.target_weights.tolist()
     words, nodes = graph.info.get("target_words", {}), []
     for node, record in records.items():
         kind, layer, feature, position = (record[name] for name in ("kind", "layer", "feature", "position"))
@@ -289,7 +282,7 @@ def edge_list(graph: AttributionGraph) -> list[tuple[int, int, float]]:
     return list(zip(columns.tolist(), targets.tolist(), graph.edges[rows, columns].tolist(), strict=True))
 
 
-def to_networkx(graph: AttributionGraph, influence: Tensor | None = None) -> "networkx.DiGraph":
+def to_networkx(graph: AttributionGraph) -> "networkx.DiGraph":
     """
     The graph as a `networkx.DiGraph`: nodes are ids with the attributes of [`node_records`], edges lead from source to
     target and have a `weight`.
@@ -301,7 +294,7 @@ def to_networkx(graph: AttributionGraph, influence: Tensor | None = None) -> "ne
         import networkx
     except ImportError:
         raise ImportError("to_networkx needs networkx; install it with `pip install networkx`") from None
-    records, result = node_records(graph, influence), networkx.DiGraph()
+    records, result = node_records(graph), networkx.DiGraph()
     result.add_nodes_from((record["id"], record) for record in records.values())
     result.add_weighted_edges_from((records[s]["id"], records[t]["id"], weight) for s, t, weight in edge_list(graph))
     return result

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..files import as_json, write_text
 from .export import edge_list, node_records
@@ -41,9 +40,7 @@ def shown_details(details: dict[str, Any]) -> dict[str, Any]:
     return {"examples": examples, "top": details.get("top_logits", []), "bottom": details.get("bottom_logits", [])}
 
 
-def page_data(
-    graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = (), influence: Tensor | None = None
-) -> dict[str, Any]:
+def page_data(graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
     """
     What the page is made of. Edges come with the most influential first, in base64: `ends`, source and target of each
     by place in `nodes`, uint16, and `weights`, float32. The influence of one is |weight| times the target's `scale`.
@@ -51,13 +48,11 @@ def page_data(
     Raises:
         ValueError: For more nodes than can be numbered.
     """
-    info, n = graph.info, graph.num_features
-    influence = graph.influence() if influence is None else influence
-    records = node_records(graph, influence)
+    info, n, records = graph.info, graph.num_features, node_records(graph)
     words, sums = info.get("target_words", {}), graph.edges.abs().sum(dim=1) + graph.dropped
     for node, record in records.items():
         row = node if node < n else node - graph.first_target + n
-        passed = influence[node].item()
+        passed = record["influence"]
         if record["kind"] == "target":
             weight = graph.target_weights[row - n].item()
             record |= {"weight": rounded(weight), "short": short_name(graph.targets[row - n], words)}
@@ -101,12 +96,7 @@ def page_data(
     }
 
 
-def to_html(
-    graph: AttributionGraph,
-    path: str | Path,
-    supernodes: Sequence[Sequence[str]] | None = None,
-    influence: Tensor | None = None,
-) -> None:
+def to_html(graph: AttributionGraph, path: str | Path, supernodes: Sequence[Sequence[str]] | None = None) -> None:
     """
     Writes a graph, usually pruned, as one page.
 
@@ -114,12 +104,11 @@ def to_html(
         path (`str` or `Path`): The file, which is replaced as a whole.
         supernodes (`Sequence`, *optional*): Groups that the page begins with, each a name and the ids of its nodes
             ([`hf_clt.attribution.export`] says how they are made).
-        influence (`Tensor` of shape `(N,)`, *optional*): By default `graph.influence()`.
 
     Raises:
-        ValueError: For a supernode with an id that is no node.
+        ValueError: For a supernode with an id that is no node, or more nodes than a page takes.
     """
-    data = page_data(graph, supernodes or (), influence)
+    data = page_data(graph, supernodes or ())
     known = {node["id"] for node in data["nodes"]}
     for group in data["supernodes"]:
         if unknown := [name for name in group[1:] if name not in known]:

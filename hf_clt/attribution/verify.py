@@ -92,6 +92,8 @@ def verify(
         "frozen_error": worst,
         "spearman": spearman(predicted.flatten(), measured.flatten()),
         "count": len(strongest),
+        # as the page names them
+        "groups": [[f"{layer}_{feature}_{position}" for layer, position, feature in group] for group in groups],
         "nodes": {
             name: {"predicted": (left @ weights).item(), "measured": (right @ weights).item()}
             for name, left, right in zip(names, predicted, measured, strict=True)

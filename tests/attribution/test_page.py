@@ -539,11 +539,12 @@ def test_state_in_a_file(opened, graph, tmp_path):
         document = opened.send("DOM.getDocument")["root"]["nodeId"]
         node = opened.send("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
         opened.send("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
-        opened.wait("document.querySelector('[role=alert]')")
+        opened.wait("document.querySelectorAll('[role=alert]').length")
 
     opened.open((tmp_path / "page.html").as_uri())
     load(json.dumps(record))
     assert opened.run("state.groups.map(g => [g.name, ...g.ids])") == [["x", second], ["y", first]]
     assert "1 of the nodes that graph_state.json names are not in this graph" in panel(opened)
     load("{")
+    opened.wait("at('panel').innerText.includes('is no state')")
     assert "is no state of a graph" in panel(opened) and opened.run("state.groups.length") == 2
