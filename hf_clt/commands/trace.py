@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..command import OneLineParser, one_line_errors, print_next
 from ..device import peak_memory
-from ..files import format_duration, format_size, write_json
+from ..files import format_duration, format_size, read_json, write_json
 from .heldout import MODEL_FIELDS, MODEL_HELP, TEXT_FIELDS, add_clt_options, add_fields, load_model_of, load_named_clt
 
 
@@ -98,6 +98,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"output={str(folder)!r} is not empty; give another folder, or --overwrite")
 
 
+def remove_old(folder: Path) -> None:
+    """Removes what an earlier graph left in a folder and this one may not replace: its JSON, and a contrast."""
+    if (folder / "graph.json").is_file():
+        slug = read_json(folder / "graph.json").get("info", {}).get("slug")
+        for name in (f"{slug}.json", "contrast.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
 def graph_options(options: argparse.Namespace) -> dict:
     """What the graph and its cost depend on."""
     import torch
@@ -127,6 +135,7 @@ def trace(options: argparse.Namespace, model, clt, tokenizer, input_ids, targets
         begin = time.perf_counter()
         verify(found[0][1], model, clt, options.verify, progress=show)
         found[0][1].info["seconds"]["checking"] = time.perf_counter() - begin
+    remove_old(output)
     for folder, part in found:
         part.save(folder)
     return [(folder, part.prune(options.node_threshold, options.edge_threshold)) for folder, part in found]

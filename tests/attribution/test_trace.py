@@ -206,6 +206,14 @@ def test_bfloat16_shows_its_error(trace):
     assert "Computed in bfloat16; the largest error of a step beyond rounding is " in said
 
 
+def test_an_overwritten_folder_has_nothing_of_the_graph_before(trace):
+    out, _ = trace("--contrast", FIRST, SECOND)
+    (out / "mine.json").write_text("{}")
+    trace("--overwrite", prompt=("--prompt", "A class is"))
+    files = {file.name for file in out.glob("*.*")}
+    assert files == {"graph.safetensors", "graph.json", "a-class-is.json", "index.html", "mine.json"}
+
+
 def test_graphs_of_two_prompts_are_not_contrasted(parts):
     model, tokenizer, clt = parts
     graphs = [attribute(model, clt, torch.tensor(tokenizer(text).input_ids)) for text in (PROMPT, "A class is")]
