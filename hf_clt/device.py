@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -58,6 +59,17 @@ def total_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, or in the machine's memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process had in use at most, or of the machine's memory (0 where it does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource  # of POSIX alone
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def usual_model_dtype(device: torch.device) -> str | None:

@@ -270,6 +270,7 @@ def freeze(
     adders = resolve_sites(model, "hook_resid_mid", "hook_mlp_out")[1]
     blocks = [model.get_submodule(site.path.rpartition(".")[0]) for site in mlps]
     frozen, errors, norms = [], [], {}
+    coarser = max((model.dtype, dtype), key=STEP_TOLERANCE.get)
 
     def norm_of(module: nn.Module, seen: dict, name: str) -> Norm:
         if module not in norms:
@@ -288,7 +289,7 @@ def freeze(
         if output_hook == "mlp.hook_out" and adder is not mlp:
             norm = norm_of(adder, seen, f"{name}, the norm behind the MLP")
             found = replace(found, written=seen[mlp][1].to(dtype), post=norm)
-        errors.append(check_steps(found, name, model.dtype))
+        errors.append(check_steps(found, name, coarser))
         frozen.append(found)
         for module in inner:
             seen.pop(module, None)
@@ -328,7 +329,7 @@ def freeze(
         norms=list(norms.items()),
         writers=[model.get_submodule(site.path) for site in writers],
     )
-    check_logits(result, seen[head][1], model.dtype)
+    check_logits(result, seen[head][1], coarser)
     return result
 
 
@@ -479,7 +480,7 @@ def freeze_embeddings(model: PreTrainedModel, seen: dict, start: Tensor, dtype: 
         raise FreezingError(f"{type(model).__name__}: its embedding was not run on token ids; it cannot be traced")
     tokens = seen[embedding][1].to(dtype)
     factor = (tokens * start).sum() / tokens.square().sum()
-    tolerance = STEP_TOLERANCE[model.dtype]
+    tolerance = max(STEP_TOLERANCE[model.dtype], STEP_TOLERANCE[dtype])
     if (factor * tokens - start).norm() <= tolerance * start.norm():
         return start, torch.zeros_like(start)
     others = [m for m in seen if isinstance(m, nn.Embedding) and m is not embedding]

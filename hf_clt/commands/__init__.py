@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "from the formats of several trainers, and to circuit-tracer's",
     "cache": "harvest activations to disk, to train many CLTs on them",
     "features": "pages that show what the features are",
+    "trace": "the attribution graph of a prompt",
     "jumprelu": "make a topk or batchtopk CLT a jumprelu CLT",
     "estimate": "memory and time of a training, before it is started",
 }

@@ -15,6 +15,8 @@ from ..training.options import kind_of
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ..harvest.harvester import Harvester
     from ..harvest.tokens import TokenStream
     from ..modeling_clt import CrossLayerTranscoder
@@ -23,6 +25,7 @@ MODEL_FIELDS = ("model", "model_revision", "model_dtype", "trust_remote_code", "
 TEXT_FIELDS = ("dataset", "dataset_config", "dataset_split", "dataset_text_column", "max_samples", "eval_tokens")
 TEXT_FIELDS += ("context_size", "prepend_bos", "exclude_special_tokens", "store_batch_size_prompts")
 TEXT_FIELDS += ("disable_progress_bar",)
+MODEL_HELP = "Hub name or local folder of the language model. None: the one that the CLT names."
 
 
 def add_fields(
@@ -66,15 +69,21 @@ def add_text_options(parser: argparse.ArgumentParser, defaults: dict | None = No
     parser.set_defaults(streaming=True, stream_retries=CLTTrainingArguments.stream_retries)
 
 
-def add_heldout_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that [`load_clt`] and [`open_heldout`] read."""
+def add_clt_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that name the CLT, what [`load_named_clt`] reads; gives their group."""
     clt = parser.add_argument_group("the CLT")
     clt.add_argument("clt", metavar="MODEL_OR_REPO", help="folder of a CLT, or its name on the Hub")
     clt.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of the CLT on the Hub")
     dtypes = ("float32", "bfloat16", "float16")
     clt.add_argument("--clt-dtype", choices=dtypes, help="number format of its decoders (default: its files')")
+    return clt
+
+
+def add_heldout_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that [`load_clt`] and [`open_heldout`] read."""
+    add_clt_options(parser)
     helps = {
-        "model": "Hub name or local folder of the language model. None: the one that the CLT names.",
+        "model": MODEL_HELP,
         "eval_tokens": "Held-out tokens, taken from the first documents of the split.",
         "store_batch_size_prompts": "Blocks of --context-size tokens per forward pass of the language model.",
         "batch_size": "Tokens that the CLT sees at a time.",
@@ -90,24 +99,55 @@ def load_clt(options: argparse.Namespace) -> "CrossLayerTranscoder":
     Raises:
         ValueError: For options that could not be met later on, and if the CLT cannot be loaded.
     """
-    from ..modeling_clt import CrossLayerTranscoder
-
     if options.batch_size < 1:
         raise ValueError(f"batch_size={options.batch_size} is below 1; give the number of tokens that fit in memory")
     if options.dataset is None:
         raise ValueError("dataset is missing; give --dataset")
     if options.eval_tokens < 1:
         raise ValueError(f"eval_tokens={options.eval_tokens} is below 1; give some thousand tokens")
-    kwargs = {"revision": options.revision} if options.revision is not None else {}
-    if options.clt_dtype is not None:
-        kwargs["dtype"] = options.clt_dtype
-    device = chosen_device(options.device)
+    return load_named_clt(options).to(chosen_device(options.device))
+
+
+def load_named_clt(options: argparse.Namespace, **kwargs) -> "CrossLayerTranscoder":
+    """The CLT that the options name, in eval mode, on the CPU; `kwargs` for `from_pretrained`. Errors as above."""
+    from ..modeling_clt import CrossLayerTranscoder
+
+    kwargs |= {"revision": options.revision} if options.revision is not None else {}
+    kwargs |= {"dtype": options.clt_dtype} if options.clt_dtype is not None else {}
+    chosen_device(options.device)  # a wrong one is found before a long download
     try:
-        return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
+        return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).eval()
     except OSError as error:
         raise ValueError(
             f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({one_line(error)})"
         ) from error
+
+
+def load_model_of(
+    clt: "CrossLayerTranscoder", options: argparse.Namespace
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """
+    The language model that the options or else the CLT name, on their device, and its tokenizer.
+
+    Raises:
+        ValueError: If neither names one, or it cannot be loaded.
+    """
+    from ..harvest.harvester import load_language_model
+
+    name, revision = options.model, options.model_revision
+    if name is None:
+        name = clt.config.base_model_name_or_path
+        revision = clt.config.base_model_revision if revision is None else revision
+    if name is None:
+        raise ValueError("model is missing: this CLT does not name its language model; give --model")
+    device = chosen_device(options.device)
+    return load_language_model(
+        name,
+        revision=revision,
+        dtype=options.model_dtype or usual_model_dtype(device),
+        trust_remote_code=options.trust_remote_code,
+        device=device,
+    )
 
 
 def open_heldout(clt: "CrossLayerTranscoder", options: argparse.Namespace) -> "tuple[Harvester, TokenStream]":
@@ -122,22 +162,10 @@ def open_heldout(clt: "CrossLayerTranscoder", options: argparse.Namespace) -> "t
         ValueError: If no language model is named, if one of the two cannot be loaded, or if they do not fit the CLT or
             the options.
     """
-    from ..harvest.harvester import Harvester, check_context_size, check_fit, load_language_model
+    from ..harvest.harvester import Harvester, check_context_size, check_fit
     from ..harvest.tokens import open_text
 
-    name, revision = options.model, options.model_revision
-    if name is None:
-        name = clt.config.base_model_name_or_path
-        revision = clt.config.base_model_revision if revision is None else revision
-    if name is None:
-        raise ValueError("model is missing: this CLT does not name its language model; give --model")
-    model, tokenizer = load_language_model(
-        name,
-        revision=revision,
-        dtype=options.model_dtype or usual_model_dtype(clt.device),
-        trust_remote_code=options.trust_remote_code,
-        device=clt.device,
-    )
+    model, tokenizer = load_model_of(clt, options)
     check_context_size(model.config, options.context_size)
     harvester = Harvester(model, clt.config.feature_input_hook, clt.config.feature_output_hook)
     check_fit(clt.config, harvester)
