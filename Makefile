@@ -20,7 +20,7 @@ help:
 	@echo "make quickstart   train a cross-layer transcoder on SmolLM2-135M, no Hub needed (in quickstart/)"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the slow tests"
-	@echo "make test-circuit-tracer   check that circuit-tracer and SAELens read our files, in $(TRACER)"
+	@echo "make test-circuit-tracer   that circuit-tracer and SAELens read our files and give our graphs, in $(TRACER)"
 	@echo "make graph-scores CLT=...  scores of circuit-tracer's graphs for a CLT, by default the quickstart's"
 	@echo "make gpu-check    on a machine with a GPU: is hf_clt right there, and what does a step cost; four minutes"
 	@echo "make gpu-train MINUTES=5 MODEL=... DATASET=...  there: how fast it trains, and a CLT; the quickstart's by default"
@@ -69,6 +69,7 @@ $(TRACER)/.installed: $(TRACER_PINS)
 
 test-circuit-tracer: $(INSTALLED) $(TRACER)/.installed
 	@$(RUN) -m tests.circuit_tracer.check
+	@$(RUN) -m tests.circuit_tracer.compare_graphs
 
 graph-scores: $(TRACER)/.installed
 	@$(TRACER)/bin/python scripts/attribute_clt.py $(CLT) --model $(MODEL)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hf_clt.configuration_clt import TOPK_FAMILY
 from hf_clt.device import chosen_device
 from hf_clt.estimate import flops_per_token
+from hf_clt.files import one_line
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.normalization import set_firing_rate
 from hf_clt.harvest.text import load_text_dataset
@@ -470,9 +471,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = measure(json.loads(options.job.read_text()))
     except (ValueError, OSError, FloatingPointError) as error:  # what a user can mend
-        result = {"error": " ".join(str(error).split())}
+        result = {"error": one_line(error)}
     except torch.OutOfMemoryError as error:
-        result = {"error": f"out of memory on the GPU: {' '.join(str(error).split())[:200]}; give a smaller shape"}
+        result = {"error": f"out of memory on the GPU: {one_line(error, 200)}; give a smaller shape"}
     options.result.write_text(json.dumps(result))
     return 0
 

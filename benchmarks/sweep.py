@@ -23,7 +23,7 @@ import yaml
 
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.configuration_clt import CLT_CONFIG_HELP
-from hf_clt.files import as_json, format_number, write_text
+from hf_clt.files import as_json, format_number, one_line, write_text
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.hub.plots import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
 from hf_clt.training.arguments import CLTTrainingArguments
@@ -57,7 +57,7 @@ def read_sweep(path: str | Path) -> list[dict]:
     try:
         sweep = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(sweep, dict) or set(sweep) != {"base", "groups"} or not isinstance(sweep["groups"], dict):
         raise ValueError(f"{path} must hold the keys base and groups; see benchmarks/sweep_smollm2.yaml")
     base = {name.replace("-", "_"): value for name, value in (sweep["base"] or {}).items()}

@@ -23,7 +23,7 @@ try:
 except importlib.metadata.PackageNotFoundError:  # a checkout on the path, and no installation
     __version__ = "0+checkout"
 
-__getattr__, __dir__ = lazy_names(
+__getattr__, __dir__, _lazy = lazy_names(
     __name__,
     {
         "ActivationBuffer": "harvest.buffer",
@@ -35,13 +35,4 @@ __getattr__, __dir__ = lazy_names(
     },
 )
 
-__all__ = [
-    "__version__",
-    "ActivationBuffer",
-    "CLTConfig",
-    "CLTOutput",
-    "CLTTrainer",
-    "CLTTrainingArguments",
-    "CrossLayerTranscoder",
-    "attribute",
-]
+__all__ = ["__version__", "CLTConfig", *_lazy]

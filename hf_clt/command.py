@@ -6,12 +6,14 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
+
+from .files import one_line
 
 
 USER_ERRORS = (ValueError, OSError, StrictDataclassError)
@@ -23,10 +25,12 @@ class OneLineParser(argparse.ArgumentParser):
     user's folder in `--output=~/clt` too, where no shell expands it. The description is printed as it is written.
     """
 
-    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+    def __init__(self, *args: Any, formatter_class: type = argparse.RawDescriptionHelpFormatter, **kwargs: Any):
         super().__init__(*args, formatter_class=formatter_class, **kwargs)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([expand_home(word) for word in args], namespace)
 
@@ -68,7 +72,7 @@ def one_line_errors(*others: type[Exception], interrupted: str | None = None) ->
             except (*USER_ERRORS, *others) as error:
                 if os.environ.get("HF_CLT_DEBUG") == "1":
                     raise
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"error: {one_line(error)}", file=sys.stderr)
                 return 2
 
         return decorated
@@ -89,9 +93,6 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def print_next(*words) -> None:
+def print_next(*words: object) -> None:
     """Names the command that usually comes next; capital words are for the user to fill in."""
     print(f"Next: {shlex.join(['hf-clt', *map(str, words)])}")
-
-
-__all__ = ["USER_ERRORS", "OneLineParser", "one_line_errors", "print_next", "sigterm_as_ctrl_c"]

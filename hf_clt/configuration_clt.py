@@ -149,14 +149,14 @@ class CLTConfig(PreTrainedConfig):
         return [name for name in names if name not in known and not name.startswith("_")]
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CLTConfig | tuple[CLTConfig, dict[str, Any]]":
         """As [`from_values`]; transformers calls it."""
         from . import modeling_clt  # noqa: F401  AutoModel looks for the class of a configuration, and finds it then
 
         return cls.from_values(config_dict, **kwargs)
 
     @classmethod
-    def from_values(cls, config_dict: dict[str, Any], **kwargs):
+    def from_values(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CLTConfig | tuple[CLTConfig, dict[str, Any]]":
         """
         The configuration in a file, with fields overridden by `kwargs`. If these change the activation function,
         values that are only the defaults of the file's are replaced by those of the new one. A key that is not a

@@ -45,8 +45,8 @@ def check_kind(name: str, option: str = "device") -> None:
         raise ValueError(f"{option}={name!r}: hf_clt runs on CPUs and NVIDIA GPUs; give cpu, cuda or cuda:0")
 
 
-def values_at_hand(tensor: torch.Tensor) -> bool:
-    """Whether reading values costs nothing, so that sizes may depend on them: a GPU would have to be waited for."""
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the CPU, where its values may decide how to go on; a GPU would have to be waited for."""
     return tensor.device.type == "cpu"
 
 
@@ -127,16 +127,3 @@ class Stopwatch:
             self._add_first()
         taken, self.seconds = self.seconds, 0.0
         return taken
-
-
-__all__ = [
-    "Stopwatch",
-    "check_kind",
-    "chosen_device",
-    "free_memory",
-    "prompts_by_memory",
-    "rounded_products",
-    "total_memory",
-    "usual_model_dtype",
-    "values_at_hand",
-]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token, snapshot_download
 from huggingface_hub.errors import (
@@ -13,13 +14,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .release import CIRCUIT_TRACER_FILE, INDEX_FILE
+from .files import one_line
+from .release import SMALL_FILES
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
-def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = None, **hub) -> Path:
+def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = None, **hub: Any) -> Path:
     """
     The folder with a CLT's files; downloaded from the Hub, where they are not in the cache yet.
 
@@ -40,7 +42,7 @@ def find_folder(name: str, subfolder: str = "", layers: Iterable[int] | None = N
         if folder.is_absolute() or name.startswith((".", "~")):
             raise FileNotFoundError(f"{name}: there is no such folder; give a CLT's folder or its name on the Hub")
         weights = [f"W_*_{layer}.safetensors" for layer in ("*" if layers is None else layers)]
-        patterns = ["config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, *weights]
+        patterns = [*SMALL_FILES, *weights]
         folder = download(name, [f"{subfolder}/{p}" if subfolder else p for p in patterns], hub)
         if layers is not None and not (folder / subfolder / "config.json").is_file():
             raise ValueError(
@@ -66,7 +68,7 @@ def download(name: str, patterns: list[str], hub: dict) -> Path:
     except RevisionNotFoundError as error:
         raise OSError(f"revision={str(revision)!r} is no branch, tag or commit of {name}") from error
     except LocalEntryNotFoundError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = one_line(error.__cause__ or error)
         raise FileNotFoundError(
             f"{name} ({revision}) is not in the cache, or not all of it, and cannot be downloaded now ({reason})"
         ) from error
@@ -78,6 +80,3 @@ def download(name: str, patterns: list[str], hub: dict) -> Path:
         if error.response.status_code == 401:
             raise OSError(f"{name}: the Hub refuses the token; run `hf auth login`, or set HF_TOKEN") from error
         raise
-
-
-__all__ = ["HUB_ARGUMENTS", "download", "find_folder"]

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_clt import TOPK_FAMILY, CLTConfig
+from .files import one_line
 from .sharding import FeatureShard
 from .training.optimizers import GPU_BLOCK
 
@@ -77,9 +78,9 @@ def read_language_model(name: str, context_size: int) -> LanguageModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"model={name!r} is not known ({reason}); give a folder, a Hub name, or one of {', '.join(SHAPES)}"
+            f"model={name!r} is not known ({one_line(error, 200)}); give a folder, a Hub name, or one of "
+            f"{', '.join(SHAPES)}"
         ) from error
     config = config.get_text_config()
     return LanguageModel(
@@ -354,85 +355,3 @@ def smallest_that_fits(plan: Plan, available: float, tokens_at_once: int | None 
                 return wider
         n *= 2
     return None
-
-
-def format_plan(plan: Plan, rates: dict[str, float], tokens: float | None = None) -> str:
-    """
-    What a plan needs, as plain text: memory of a process by part, time of an update by phase, time for `tokens`. All
-    of it without dead features; then memory and time with those of the plan.
-    """
-    with_dead, plan = plan, replace(plan, dead=0.0)
-    sizes, spent = memory(plan), seconds(plan, rates)
-    n, config = plan.feature_parallel_size, plan.config
-    count = sum(p.numel() for p in plan.parameters())
-    speed = plan.batch_size * plan.processes / spent["total"]
-    hours = "" if tokens is None else f", {tokens / speed / 3600:,.1f} hours for {tokens:,.0f} tokens"
-    lines = [
-        f"CLT: {config.num_layers} layers, width {config.d_model}, {config.num_features:,} features per layer, "
-        f"{config.activation_fn}, {plan.l0:g} active per layer and token",
-        f"{plan.processes} {'process' if plan.processes == 1 else 'processes'}, a CLT on {n} of them: "
-        f"{count / 1e9:.3g} billion weights each, {plan.batch_size * plan.processes:,} tokens per update",
-        "",
-        "memory of each process",
-        *(f"  {name.replace('_', ' '):<16}{gigabytes(size):>12}" for name, size in sizes.items()),
-        "",
-        "time of an update",
-        *(f"  {phase:<16}{value * 1000:>9,.1f} ms" for phase, value in spent.items() if value),
-        "",
-        f"{speed:,.0f} tokens per second{hours}",
-    ]
-    if with_dead.dead:
-        size, time = memory(with_dead)["total"], seconds(with_dead, rates)["total"]
-        lines.append(
-            f"with {with_dead.dead:.0%} of the features dead and revived: {gigabytes(size)} "
-            f"({size / sizes['total'] - 1:+.1%}), an update {time * 1000:,.1f} ms ({time / spent['total'] - 1:+.1%})"
-        )
-    return "\n".join(lines)
-
-
-def format_scale(plans: dict[str, list[tuple[int, Plan | None]]], device: str, tokens: float) -> str:
-    """
-    A Markdown table of plans on a device of [`DEVICES`].
-
-    Args:
-        plans: Per title, the number of GPUs and the plan for it, None where nothing fits.
-        device: The device.
-        tokens: For which the hours are given.
-    """
-    lines = ["| | GPUs | per CLT | tokens of each | memory of each | an update | of it exchange | tokens/s | hours |"]
-    lines.append("|" + "---|" * 9)
-    for title, found in plans.items():
-        for gpus, plan in found:
-            if plan is None:
-                lines.append(f"| {title} | {gpus} | does not fit | | | | | | |")
-                continue
-            spent = seconds(plan, data_sheet_rates(device, plan))
-            speed = plan.batch_size * plan.processes / spent["total"]
-            cells = [title, gpus, plan.feature_parallel_size, f"{plan.batch_size:,}"]
-            cells += [gigabytes(memory(plan)["total"])]
-            cells += [f"{spent['total'] * 1000:,.0f} ms", f"{spent['exchange'] / spent['total']:.0%}"]
-            cells += [f"{speed:,.0f}", f"{tokens / speed / 3600:,.1f}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
-
-
-__all__ = [
-    "ASSUMED",
-    "DEVICES",
-    "SHAPES",
-    "LanguageModel",
-    "Plan",
-    "data_sheet_rates",
-    "flops_per_token",
-    "format_plan",
-    "format_scale",
-    "memory",
-    "read_language_model",
-    "seconds",
-    "smallest_that_fits",
-    "work",
-]

@@ -82,7 +82,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); restore it, or move it away") from None
 
 
-# -- numbers in words -------------------------------------------------------------------------------------------------
+# -- messages and numbers in words ------------------------------------------------------------------------------------
+
+
+def one_line(message: object, longest: int | None = None) -> str:
+    """An error, or a text, on one line, cut after `longest` characters; the type of an error that says nothing."""
+    text = " ".join(str(message).split()) or type(message).__name__
+    return text if longest is None or len(text) <= longest else f"{text[:longest]}..."
 
 
 def format_number(value: float | None, spec: str) -> str:
@@ -105,16 +111,3 @@ def format_duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
-__all__ = [
-    "as_json",
-    "format_duration",
-    "format_number",
-    "format_size",
-    "local_or_hub",
-    "read_json",
-    "replacing",
-    "write_json",
-    "write_text",
-]

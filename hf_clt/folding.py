@@ -203,23 +203,3 @@ def folded(clt: "PreTrainedModel") -> Iterator[None]:
         for name, value in zip(STATISTICS, statistics, strict=True):
             setattr(clt, name, value)
         clt.config.decoder_tying, clt.config.trained_decoder_tying = tying
-
-
-__all__ = [
-    "MIN_STD",
-    "STATISTICS",
-    "at_least_float32",
-    "check_statistics",
-    "fold",
-    "fold_decoder",
-    "fold_encoder",
-    "fold_into",
-    "fold_layer",
-    "fold_output",
-    "folded",
-    "narrow_tensors",
-    "scales_untie",
-    "set_statistics",
-    "statistics_of",
-    "unfold_statistics",
-]

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 
 
-def lazy_names(package: str, origins: dict[str, str]) -> tuple[Callable, Callable]:
+def lazy_names(package: str, origins: dict[str, str]) -> tuple[Callable, Callable, list[str]]:
     """
-    `__getattr__` and `__dir__` of a package.
+    `__getattr__`, `__dir__` and `__all__` of a package.
 
     Args:
         package: Its `__name__`.
@@ -22,7 +22,4 @@ def lazy_names(package: str, origins: dict[str, str]) -> tuple[Callable, Callabl
     def dir_() -> list[str]:
         return sorted({*vars(sys.modules[package]), *origins})
 
-    return getattr_, dir_
-
-
-__all__ = ["lazy_names"]
+    return getattr_, dir_, list(origins)

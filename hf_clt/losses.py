@@ -96,14 +96,3 @@ def list_by_layer(dead: Tensor) -> list[Tensor]:
     """The features that are true in (L, F), an int64 vector per layer."""
     layer, feature = dead.nonzero(as_tuple=True)
     return list(feature.split(layer.bincount(minlength=len(dead)).tolist()))
-
-
-__all__ = [
-    "auxiliary_loss",
-    "list_by_layer",
-    "norms_over_targets",
-    "preactivation_loss",
-    "reconstruction_loss",
-    "safe_sqrt",
-    "sparsity_loss",
-]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from . import folding
 from . import release as files
 from .configuration_clt import TOPK_FAMILY, CLTConfig
-from .device import values_at_hand
+from .device import is_on_cpu
 from .folding import STATISTICS, at_least_float32
 from .kernels.decode import add_decoded
 from .kernels.encode import encode_dense, pre_activations_at
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
     def at(self, x: Tensor, selected: LayerFeatures) -> LayerFeatures:
         """h at selected entries, differentiable; computed again where their values are of half precision."""
-        if selected.first is not None:  # the dead features of the same tokens follow
+        if selected.first is not None:  # below the rows of these tokens are those of their dead features
             x = x.repeat(2, 1)
         return pre_activations_at(x, self.weight, self.bias, selected)
 
@@ -272,7 +272,7 @@ class CrossLayerTranscoder(PreTrainedModel):
 
         x = self.normalize_inputs(rows)
         h, written = self._encode(x, self.training, dead if has_auxiliary else None)
-        features = [layer.without_followers() for layer in written]
+        features = [layer.without_dead() for layer in written]
         if self.training and config.activation_fn == "batchtopk":
             self._update_running_thresholds(features)
         if has_preactivation:  # before decoding, so that decoders get their gradients first: it takes less memory
@@ -406,22 +406,27 @@ class CrossLayerTranscoder(PreTrainedModel):
     ) -> tuple[list[LayerFeatures], list[LayerFeatures]]:
         """
         Pre-activations and activations of each source layer, from normalised inputs (N, L, D), where an activation or
-        its gradient can be non-zero. With `dead`, (L, F) bool, those of the largest dead features follow, as if N more
-        tokens had them: so both are decoded and differentiated in one pass.
+        its gradient can be non-zero.
+
+        With `dead`, (L, F) bool, the result has 2 N rows. Row n has the features of token n as ever, and row N + n the
+        largest dead features of the same token, which the auxiliary loss revives; one pass decodes and differentiates
+        both. A row is independent of the others from here on, so this changes nothing in the first N.
         """
         config, layers = self.config, range(self.config.num_layers)
         k = self.training_k if training and self.training_k is not None else config.k
-        lower = thetas = [self.theta(s) for s in layers]
+        thetas = [self.theta(s) for s in layers]
+        if not training:
+            self.check_running_thresholds(thetas)
+        # Where h is wanted ...
+        lower = thetas
         if config.activation_fn == "jumprelu" and training and torch.is_grad_enabled():
             # Inactive features inside the straight-through window receive gradient for their threshold.
             lower = [window_floor(theta, config.jumprelu_bandwidth) for theta in thetas]
-        if not training:
-            self.check_running_thresholds(thetas)
         found = [self._select(s, x[:, s], lower[s], k, training, None if dead is None else dead[s]) for s in layers]
-        selected, revived = zip(*found, strict=True)
-        selected = within_budget(selected, config, k, training, self.shard)
+        selected = within_budget([own for own, _ in found], config, k, training, self.shard)
         if dead is not None:
-            selected = [entries.followed_by(others) for entries, others in zip(selected, revived, strict=True)]
+            selected = [own.with_dead(others) for own, (_, others) in zip(selected, found, strict=True)]
+        # ... h there, differentiable, and the activation function.
         h = [encoder.at(x[:, s], selected[s]) for s, encoder in enumerate(self.encoders)]
         return h, [activate(h[s], thetas[s], config, training) for s in layers]
 
@@ -455,7 +460,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         is_topk = config.activation_fn in TOPK_FAMILY
         if not (config.aux_coef > 0 and config.aux_k > 0 if is_topk else config.preactivation_coef > 0):
             return False
-        if is_topk and not values_at_hand(dead):
+        if is_topk and not is_on_cpu(dead):
             return True
         return any_over(self.shard, bool(dead.any()), dead.device)
 
@@ -483,8 +488,8 @@ class CrossLayerTranscoder(PreTrainedModel):
     ) -> tuple[Tensor, list[Tensor] | None]:
         """
         ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D), and on demand
-        ‖W_dec[s][f]‖, one (F,) tensor per source layer. What follows the features of N tokens (dead ones) is decoded
-        without b_dec and skip: (2 N, L, D).
+        ‖W_dec[s][f]‖, one (F,) tensor per source layer. Rows of dead features, below those of the N tokens, are
+        decoded without b_dec and skip: (2 N, L, D).
         """
         first = features[0].first
         bias = torch.stack([decoder.bias for decoder in self.decoders])
@@ -581,7 +586,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         """
         Writes the released CLT, statistics folded into the weights, and a model card. The live model is left as it
@@ -606,12 +611,12 @@ class CrossLayerTranscoder(PreTrainedModel):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        *args,
+        *args: Any,
         config: CLTConfig | None = None,
         lazy: bool = False,
         layers: list[int] | None = None,
         shard: FeatureShard | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "CrossLayerTranscoder":
         """
         Loads a CLT from a folder or from the Hub, or a folder that has circuit-tracer's files alone.
@@ -655,7 +660,7 @@ class CrossLayerTranscoder(PreTrainedModel):
         self._check_whole("to_jumprelu")
         return to_jumprelu(self, batches, progress)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> "CommitInfo":
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> "CommitInfo":
         """Pushes the released CLT and its card to the Hub in one commit; see [`hf_clt.hub.push.push_to_hub`]."""
         from .hub.push import push_to_hub
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class AbsentDecoder(nn.Module):
         self.layer = layer
         self.register_buffer("bias", torch.zeros(d_model, dtype=dtype), persistent=False)
 
-    def forward(self, reconstruction: Tensor, features: LayerFeatures, *_) -> tuple[Tensor, None]:
+    def forward(self, reconstruction: Tensor, features: LayerFeatures, *_: Any) -> tuple[Tensor, None]:
         if features.indices.numel():
             raise ValueError(
                 f"acts have features of layer {self.layer}, which was not read; load the CLT with this layer in layers"
@@ -72,7 +73,12 @@ class PartialCLT(CrossLayerTranscoder):
 
 
 def load_layers(
-    folder: Path, config: CLTConfig, layers: Iterable[int], name: str, dtype: torch.dtype | str | None = None, **others
+    folder: Path,
+    config: CLTConfig,
+    layers: Iterable[int],
+    name: str,
+    dtype: torch.dtype | str | None = None,
+    **others: Any,
 ) -> PartialCLT:
     """
     Reads some layers of a CLT; see `layers` of [`CrossLayerTranscoder.from_pretrained`].
@@ -120,6 +126,3 @@ def load_layers(
     fill(clt, state, name)
     check_half_range(clt)
     return clt.requires_grad_(False)
-
-
-__all__ = ["PartialCLT", "load_layers"]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -521,15 +521,15 @@ def write_clt(clt: "PreTrainedModel", folder: Path, is_main_process: bool) -> CL
 
 
 def load_slices(
-    cls,
+    cls: "type[PreTrainedModel]",
     folder: Path,
     config: CLTConfig,
     shard: FeatureShard | None,
     name: str,
     lazy: bool,
     dtype: torch.dtype | str | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> "PreTrainedModel | tuple[PreTrainedModel, dict]":
     """A CLT of which only the rows of `shard` are read, or, with `lazy`, none before they are used."""
     with_info = kwargs.pop("output_loading_info", False)
     given = [argument for argument, value in {**kwargs, "lazy": lazy and shard is not None}.items() if value]
@@ -594,7 +594,7 @@ def save(
     safe_serialization: bool = True,
     variant: str | None = None,
     distributed_checkpoint: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> None:
     """Writes a release and its card, and pushes it on demand; see [`CrossLayerTranscoder.save_pretrained`]."""
     folder = Path(save_directory).expanduser()
@@ -627,16 +627,16 @@ def save(
 
 
 def load(
-    cls,
+    cls: "type[PreTrainedModel]",
     read_whole: Callable,
     name: str,
     config: CLTConfig | None,
     lazy: bool,
     layers: list[int] | None,
     shard: FeatureShard | None,
-    *args,
-    **kwargs,
-):
+    *args: Any,
+    **kwargs: Any,
+) -> "PreTrainedModel | tuple[PreTrainedModel, dict]":
     """
     Finds, checks and reads a CLT; see [`CrossLayerTranscoder.from_pretrained`]. `read_whole` is that of
     `PreTrainedModel`, for what is neither lazy nor a part.
@@ -665,29 +665,3 @@ def load(
     clt.config.name_or_path = clt.name_or_path = name
     check_half_range(clt)
     return loaded
-
-
-__all__ = [
-    "load",
-    "save",
-    "check_files",
-    "check_half_range",
-    "check_mapped",
-    "config_from_headers",
-    "fill",
-    "foreign_files",
-    "layer_files",
-    "load_slices",
-    "read_ahead",
-    "read_config",
-    "read_header",
-    "read_state",
-    "read_tensor",
-    "released_layer",
-    "remove_release",
-    "remove_weights",
-    "with_weights",
-    "write_clt",
-    "write_release",
-    "write_tensors",
-]

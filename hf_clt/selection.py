@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .configuration_clt import CLTConfig
-from .device import values_at_hand
+from .device import is_on_cpu
 from .sharding import FeatureShard, gather_candidates
 from .sparsity import (
     LayerFeatures,
@@ -120,7 +120,7 @@ def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None
         shard: Where features are spread over a group of processes, all of whose dead features compete.
     """
     num_tokens, num_features = h.shape
-    if values_at_hand(h):  # the dead columns alone are looked through
+    if is_on_cpu(h):  # the dead columns alone are looked through
         features = true_positions(dead)
         per_token = min(aux_k, len(features))
         whole_groups = (0, 0, 0, -len(features) % max(GROUPS))  # in which `positions_topk` looks through them
@@ -238,16 +238,3 @@ def largest(values: Tensor, count: int) -> Tensor:
         if candidates.numel() >= count:
             return candidates[values[candidates].topk(count, sorted=False).indices]
     return values.topk(count, sorted=False).indices
-
-
-__all__ = [
-    "among_largest",
-    "keep_largest",
-    "largest",
-    "largest_dead",
-    "positions_batchtopk",
-    "positions_topk",
-    "select",
-    "shares_budget",
-    "within_budget",
-]

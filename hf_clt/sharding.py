@@ -8,6 +8,7 @@ must call them in the same order.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,13 +62,13 @@ class _SumOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, part, group):
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = part.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -193,17 +194,3 @@ def collect_rows(shard: FeatureShard | None, rows: Tensor) -> Tensor:
         dist.recv(received, src=dist.get_global_rank(shard.group, rank), group=shard.group)
         whole[rank * len(rows) : (rank + 1) * len(rows)] = received
     return whole
-
-
-__all__ = [
-    "FeatureShard",
-    "any_over",
-    "collect_rows",
-    "gather_candidates",
-    "gather_parts",
-    "gather_tokens",
-    "min_over",
-    "rows_of",
-    "sum_over",
-    "uniform_",
-]

@@ -7,6 +7,7 @@ there (`activate`).
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ class LayerFeatures:
         indices (`Tensor` of shape `(nnz,)`, int64): Feature of each entry, ascending within a token.
         offsets (`Tensor` of shape `(N + 1,)`, int64): Token n owns the entries `offsets[n]` to `offsets[n + 1]`.
         num_features (`int`): F.
-        first (`tuple[int, int]`, *optional*): After [`followed_by`], where the second list begins: its first token
-            and its first entry. None: there is one list.
+        first (`tuple[int, int]`, *optional*): Where the rows of dead features begin, see [`with_dead`]: their first
+            row (N) and their first entry. None: there are none.
         orders (`dict`): What follows from indices and offsets, found once for all values at these entries.
     """
 
@@ -78,18 +79,18 @@ class LayerFeatures:
         """Activations of shape (N, F)."""
         return self.dense(self.values)
 
-    def followed_by(self, others: "LayerFeatures") -> "LayerFeatures":
-        """The features of these N tokens, and then `others` as those of further tokens."""
+    def with_dead(self, dead: "LayerFeatures") -> "LayerFeatures":
+        """2 N rows: these, and below them the dead features of the same N tokens, which are to be revived."""
         return LayerFeatures(
-            values=torch.cat([self.values, others.values]),
-            indices=torch.cat([self.indices, others.indices]),
-            offsets=torch.cat([self.offsets, others.offsets[1:] + self.indices.numel()]),
+            values=torch.cat([self.values, dead.values]),
+            indices=torch.cat([self.indices, dead.indices]),
+            offsets=torch.cat([self.offsets, dead.offsets[1:] + self.indices.numel()]),
             num_features=self.num_features,
             first=(self.num_tokens, self.indices.numel()),
         )
 
-    def without_followers(self) -> "LayerFeatures":
-        """Undoes [`followed_by`]."""
+    def without_dead(self) -> "LayerFeatures":
+        """The first N rows, without the dead features below them."""
         if self.first is None:
             return self
         tokens, entries = self.first
@@ -215,13 +216,13 @@ class JumpReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, pre_activation, threshold, bandwidth):
+    def forward(ctx: Any, pre_activation: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_activation, threshold)
         ctx.bandwidth = bandwidth
         return pre_activation * (pre_activation > threshold)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         pre_activation, threshold = ctx.saved_tensors
         inside = in_window(pre_activation, threshold, ctx.bandwidth)
         grad_threshold = -(threshold / ctx.bandwidth) * inside * grad
@@ -235,12 +236,12 @@ class AtEntries(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, vector: Tensor, features: LayerFeatures) -> Tensor:
+    def forward(ctx: Any, vector: Tensor, features: LayerFeatures) -> Tensor:
         ctx.features = features
         return vector[features.indices]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return sum_by_feature(ctx.features, grad), None
 
 
@@ -274,21 +275,7 @@ def activate(h: LayerFeatures, theta: Tensor | float, config: CLTConfig, trainin
     values = torch.relu(h.values)
     if config.activation_fn == "batchtopk" and not training:
         passes = values > theta
-        if h.first is not None:  # dead features, which are revived whatever the threshold is
+        if h.first is not None:  # the dead features are revived whatever the threshold is
             passes[h.first[1] :] = True
         values = values * passes
     return h.with_values(values)
-
-
-__all__ = [
-    "AtEntries",
-    "JumpReLU",
-    "LayerFeatures",
-    "SparseFeatures",
-    "activate",
-    "entries_at",
-    "features_at",
-    "sparse_from_dense",
-    "sum_by_feature",
-    "true_positions",
-]

@@ -61,11 +61,16 @@ def in_old_form(model: str | Path, folder: str | Path) -> str:
     if rope is None and not new_tokenizer:
         return str(model)
     if rope is not None:
-        if any(isinstance(value, dict) for value in rope.values()):
+        # By layer type in Gemma 3, whose local layers transformers 4 gives a frequency of their own, and no scaling.
+        local = rope.pop("sliding_attention", {})
+        rope = rope.pop("full_attention", rope)
+        if any(isinstance(value, dict) for value in rope.values()) or local.get("rope_type", "default") != "default":
             raise ValueError(
-                f"rope_parameters in {model / 'config.json'} differ between layers, which transformers 4 names by "
-                "architecture; save the model with transformers 4"
+                f"rope_parameters in {model / 'config.json'} differ between layers in a way that transformers 4 names "
+                "by architecture; save the model with transformers 4"
             )
+        if local:
+            config["rope_local_base_freq"] = local["rope_theta"]
         config["rope_theta"] = rope.pop("rope_theta")
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = rope

@@ -49,10 +49,10 @@ def test_each_process_has_a_gpu_of_its_own(gpus):
     gpus(4, **launched)
     for name in (None, "cuda"):
         assert take_device(name) == torch.device("cuda", 3)
-    with pytest.raises(ValueError, match="device='cuda:1' is one GPU for 4 processes"):
+    with pytest.raises(ValueError, match=r"device='cuda:1'.* 4 processes"):
         take_device("cuda:1")
     gpus(2, **launched)
-    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE=4 processes on this machine, which has 2 GPUs"):
+    with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE=4 .*2 GPUs"):
         take_device("cuda")
     assert take_device("cpu") == torch.device("cpu")
 
@@ -61,10 +61,10 @@ def test_what_is_not_there_is_refused(gpus):
     gpus(0)
     assert chosen_device(None) == torch.device("cpu")
     for name in ("cuda", "cuda:0"):
-        with pytest.raises(ValueError, match=f"device='{name}', but no GPU is available"):
+        with pytest.raises(ValueError, match=f"device='{name}'.*give cpu"):
             chosen_device(name)
     gpus(2)
-    with pytest.raises(ValueError, match="device='cuda:2' is GPU 2, but there are 2, numbered from 0"):
+    with pytest.raises(ValueError, match=r"device='cuda:2'.* 2,"):
         Case(device="cuda:2")
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_there_is_refused(gpus):
 def test_other_kinds_are_refused_by_name_before_any_work(gpus, name, capsys, tmp_path):
     gpus(2)
     for option in ("device", "buffer_device"):
-        with pytest.raises(ValueError, match=f"{option}='{name}': hf_clt runs on CPUs and NVIDIA GPUs"):
+        with pytest.raises(ValueError, match=f"{option}='{name}'.*give cpu"):
             CLTTrainingArguments(**{option: name})
     assert cache.main([str(tmp_path / "c"), "--model", "x", "--dataset", "y", "--device", name]) == 2
     assert f"device='{name}': hf_clt runs on" in capsys.readouterr().err

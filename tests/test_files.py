@@ -38,7 +38,7 @@ def test_json_has_lists_on_one_line_and_null_for_what_is_not_finite(tmp_path):
 
 def test_a_file_that_is_not_json_is_named(tmp_path):
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match=r"broken\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"broken\.json .*JSON"):
         read_json(tmp_path / "broken.json")
 
 

@@ -242,13 +242,13 @@ def test_the_demonstration_on_a_small_clt(tmp_path, monkeypatch, capsys):
 def test_another_dtype_is_refused(saved):
     folder = saved(torch.bfloat16)
     for wanted in (torch.float32, "float32"):
-        with pytest.raises(ValueError, match=r"dtype=.*float32.*lazy=True.*are bfloat16.*leave out dtype"):
+        with pytest.raises(ValueError, match=r"dtype=.*float32.*lazy=True.*bfloat16.*leave out dtype"):
             load(folder, dtype=wanted)
 
 
 @pytest.mark.parametrize("argument", ["device_map", "quantization_config", "distributed_config"])
 def test_what_would_move_or_change_the_weights_is_refused(saved, argument):
-    with pytest.raises(ValueError, match=rf"{argument} is given with lazy=True"):
+    with pytest.raises(ValueError, match=rf"{argument} .*lazy=True"):
         load(saved(), **{argument: "auto"})
 
 
@@ -266,20 +266,20 @@ def test_files_of_several_dtypes_stay_as_they_are(saved):
 def test_weights_in_memory_of_their_own_are_told_from_mapped_ones(saved):
     lazy = load(saved())
     files.check_mapped({"encoders.0.weight": lazy.encoders[0].weight})
-    with pytest.raises(RuntimeError, match=r"decoders\.2\.weight was read into memory despite lazy=True"):
+    with pytest.raises(RuntimeError, match=r"decoders\.2\.weight .*lazy=True"):
         files.check_mapped({"e": lazy.encoders[0].weight, "decoders.2.weight": lazy.decoders[2].weight.clone()})
 
 
 def test_training_is_refused(saved):
     lazy = load(saved())
     assert not lazy.training and not any(parameter.requires_grad for parameter in lazy.parameters())
-    with pytest.raises(ValueError, match=r"lazy=True.*load it without lazy to train"):
+    with pytest.raises(ValueError, match=r"lazy=True.*without lazy"):
         lazy.train()
     lazy.eval()
-    with pytest.raises(ValueError, match=r"lazy=True.*load it without lazy to train"):
+    with pytest.raises(ValueError, match=r"lazy=True.*without lazy"):
         CLTTrainer(CLTTrainingArguments(output_dir="unused"), model=lazy)
     ones = torch.ones(lazy.config.num_layers, lazy.config.d_model)
-    with pytest.raises(ValueError, match=r"lazy=True.*load it without lazy to normalise"):
+    with pytest.raises(ValueError, match=r"lazy=True.*without lazy"):
         lazy.set_normalization(ones, ones, ones, ones)
 
 

@@ -117,9 +117,9 @@ def test_without_asking_how_many_are_dead_the_same_are_revived(monkeypatch, acti
     dtype = torch.float32 if autocast else torch.float64
     inputs, labels, dead = inputs.to(dtype), labels.to(dtype), dead_mask(clt)
     found = []
-    for at_hand in (True, False):
+    for on_cpu in (True, False):
         for module in ("selection", "modeling_clt"):
-            monkeypatch.setattr(f"hf_clt.{module}.values_at_hand", lambda tensor, at_hand=at_hand: at_hand)
+            monkeypatch.setattr(f"hf_clt.{module}.is_on_cpu", lambda tensor, on_cpu=on_cpu: on_cpu)
         state = copy.deepcopy(clt)  # the running threshold moves
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = state(inputs, labels=labels, dead=dead)

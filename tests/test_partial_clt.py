@@ -77,10 +77,10 @@ def test_what_needs_the_whole_is_refused(saved, tmp_path):
         lambda: part.push_to_hub("user/clt"),
         lambda: part.set_normalization(*[torch.ones(L, clt.config.d_model)] * 4),
     ):
-        with pytest.raises(ValueError, match=r"loaded with layers=\[1\].*load it without layers"):
+        with pytest.raises(ValueError, match=r"layers=\[1\].*without layers"):
             call()
     assert not (tmp_path / "again").exists()
-    with pytest.raises(ValueError, match="acts have features of layer 0, which was not read"):
+    with pytest.raises(ValueError, match=r"layer 0, .*load"):
         part.decode(clt.encode(inputs))
 
 
@@ -90,7 +90,7 @@ def test_what_does_not_go_with_layers_is_refused(saved):
         with pytest.raises(ValueError, match=f"give different ones from 0 to {L - 1}"):
             load(folder, layers)
     for name, value in (("lazy", True), ("shard", FeatureShard(0, 2)), ("device_map", "auto")):
-        with pytest.raises(ValueError, match=f"{name} is given with layers"):
+        with pytest.raises(ValueError, match=f"{name} .*layers"):
             load(folder, [0], **{name: value})
     with pytest.raises(ValueError, match="share a budget"):
         load(folder, [0])

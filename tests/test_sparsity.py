@@ -173,8 +173,8 @@ def test_taking_some_entries(entries):
 
 def test_features_of_further_tokens_follow_and_are_taken_off():
     first, second = (features_at(h, h > 0.3) for h in torch.randn(2, 4, 7).unbind())
-    joined = first.followed_by(second)
+    joined = first.with_dead(second)
     assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
-    alone = joined.with_values(2 * joined.values).without_followers()
+    alone = joined.with_values(2 * joined.values).without_dead()
     assert torch.equal(alone.to_dense(), 2 * first.to_dense()) and torch.equal(alone.offsets, first.offsets)
-    assert first.without_followers() is first
+    assert first.without_dead() is first

@@ -3,7 +3,7 @@
 from ..lazy import lazy_names
 
 
-__getattr__, __dir__ = lazy_names(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "AttributionGraph": "graph",
@@ -13,5 +13,3 @@ __getattr__, __dir__ = lazy_names(
         "freeze": "frozen",
     },
 )
-
-__all__ = ["AttributionGraph", "FeatureTarget", "TokenTarget", "attribute", "freeze"]

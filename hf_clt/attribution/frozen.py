@@ -101,8 +101,8 @@ class Attention:
         r = r.permute(2, 1, 0, 3).reshape(self.num_heads, length, -1)
         r = self.pattern[:, :length, :length].transpose(1, 2) @ r
         num_kv = len(self.value) // self.head_size
-        r = r.view(num_kv, -1, length, batch, self.head_size).sum(dim=1)
-        return r.permute(2, 1, 0, 3).reshape(batch, length, -1) @ self.value
+        r = r.view(num_kv, self.num_heads // num_kv, length, batch, self.head_size).sum(dim=1)
+        return r.permute(2, 1, 0, 3).flatten(2) @ self.value
 
     @property
     def num_heads(self) -> int:

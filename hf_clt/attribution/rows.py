@@ -17,6 +17,7 @@ step of the attention.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,10 +42,14 @@ class Sources:
         activations (`Tensor` of shape `(n,)`).
         errors (`Tensor` of shape `(L, P, D)`): What the MLPs wrote and the CLT does not give; 0 at `cleared`.
         cleared (`Tensor` of shape `(P,)`, bool): Positions without features and errors.
-        rows (`list[Tensor]`): Per source layer the decoder rows of its active features, (u, J, D), J target layers.
+        rows (`list[Tensor]`): Per source layer the decoder rows of its active features, (u, J, D), J target layers;
+            views of `written`.
         places (`Tensor` of shape `(n,)`, int64): Row of each feature node in that of its layer.
         biases (`Tensor` of shape `(L, D)`): b_dec.
         skips (`list[Tensor]`, *optional*): W_skip.
+        written (`Tensor` of shape `(W, D)`): What the features of a prompt write, for all nodes with a feature once.
+        starts (`Tensor` of shape `(n,)`, int64): Where in it is what each feature node writes to its own layer. What
+            it writes to the next layers stands behind that; of decoders tied per source it is the same.
     """
 
     features: Tensor
@@ -55,13 +60,26 @@ class Sources:
     places: Tensor
     biases: Tensor
     skips: list[Tensor] | None
+    written: Tensor
+    starts: Tensor
 
-    def nodes_at(self) -> list[list[tuple[int, int]]]:
-        """First node, and the node after the last, of each layer and position."""
+    @cached_property
+    def by_position(self) -> Tensor:
+        """The feature nodes by position, layer, feature, (n,): what writes to a layer at a position is one piece."""
+        return (self.features[:, 1] * len(self.rows) + self.features[:, 0]).argsort(stable=True)
+
+    @cached_property
+    def ends(self) -> list[list[int]]:
+        """In that order, by position: where the nodes of each layer begin, and where those of the last one end."""
         num_layers, length = len(self.rows), len(self.cleared)
-        keys = self.features[:, 0] * length + self.features[:, 1]
-        ends = torch.searchsorted(keys, torch.arange(num_layers * length + 1, device=keys.device)).tolist()
-        return [[(ends[s * length + p], ends[s * length + p + 1]) for p in range(length)] for s in range(num_layers)]
+        keys = self.features[:, 1] * num_layers + self.features[:, 0]
+        counts = keys.bincount(minlength=length * num_layers).cumsum(0).tolist()
+        return [[0, *counts][p * num_layers : (p + 1) * num_layers + 1] for p in range(length)]
+
+    def writing_to(self, layer: int) -> Tensor:
+        """In that order, where in `written` is what each node writes to a layer, (n,); of nodes that reach it."""
+        step = int(self.rows[0].stride(1) > 0)
+        return (self.starts + step * (layer - self.features[:, 0]))[self.by_position]
 
 
 @dataclass
@@ -98,45 +116,69 @@ def decoder_rows(clt: CrossLayerTranscoder, layer: int, features: Tensor, dtype:
     return rows.expand(-1, count, -1) if tying == "per_source" else rows
 
 
+def read_decoders(
+    clt: CrossLayerTranscoder, unique: list[Tensor], places: list[Tensor], like: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of the features (u,) of each layer, and the nodes' places among them: `rows`, `written`, `starts`."""
+    tied = clt.config.decoder_tying == "per_source"
+    targets = [clt.config.num_targets(s) for s in range(len(unique))]
+    stored = [1 if tied else count for count in targets]
+    sizes = [len(features) * count for features, count in zip(unique, stored, strict=True)]
+    written, rows, starts, end = like.new_empty(sum(sizes), like.shape[-1]), [], [], 0
+    for s, features in enumerate(unique):
+        part = written[end : end + sizes[s]].view(len(features), stored[s], like.shape[-1])
+        part.copy_(decoder_rows(clt, s, features, like.dtype)[:, : stored[s]])
+        rows.append(part.expand(-1, targets[s], -1))
+        starts.append(end + places[s] * stored[s])
+        end += sizes[s]
+    return rows, written, torch.cat(starts).to(like.device)
+
+
 @torch.no_grad()
 def find_sources(
     clt: CrossLayerTranscoder, frozen: FrozenModel, cleared: Tensor, dtype: torch.dtype = torch.float32
 ) -> Sources:
     """
     The active features of a prompt, read from the language model as it is, and the errors of the CLT there, which has
-    no normalisation apart (see [`folded`]). What it gives is computed from its rows in `dtype`: nothing is lost between
-    these and the errors.
+    no normalisation apart (see [`folded`]). What it gives is computed from its rows in `dtype`: nothing is lost
+    between these and the errors.
     """
     device = frozen.tokens.device
-    written = torch.stack([block.written for block in frozen.blocks])
-    biases = torch.stack([decoder.bias.to(written) for decoder in clt.decoders])
-    given = biases[:, None].expand_as(written).clone()
-    nodes, activations, rows, places = [], [], [], []
+    outputs = torch.stack([block.written for block in frozen.blocks])
+    nodes, activations, unique, places = [], [], [], []
     for s, block in enumerate(frozen.blocks):
-        found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever the CLT is in
+        found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever mode the CLT is in
         kept = ((found.values > 0) & ~cleared.to(clt.device)[found.tokens]).nonzero().squeeze(1)
-        unique, place = found.indices[kept].unique(return_inverse=True)
-        tokens, values = found.tokens[kept].to(device), found.values[kept].to(written)
-        nodes.append(torch.stack([torch.full_like(tokens, s), tokens, found.indices[kept].to(device)], dim=1))
-        activations.append(values)
-        rows.append(decoder_rows(clt, s, unique, dtype).to(device))
-        places.append(place.to(device))
-        if len(values):
-            at = torch.sparse_coo_tensor(torch.stack([tokens, places[s]]), values, (len(cleared), len(unique)))
-            for target in range(rows[s].shape[1]):
-                given[s + target] += torch.sparse.mm(at, rows[s][:, target])
-    skips = [skip.weight.to(written) for skip in clt.skips] if clt.config.skip_connection else None
-    for layer in range(len(given)) if skips else ():
-        given[layer] += frozen.blocks[layer].read @ skips[layer]
+        found = found.take(kept)
+        nodes.append(torch.stack([torch.full_like(found.tokens, s), found.tokens, found.indices], dim=1).to(device))
+        activations.append(found.values.to(outputs))
+        features, place = found.indices.unique(return_inverse=True)
+        unique.append(features)
+        places.append(place)
+    rows, written, starts = read_decoders(clt, unique, places, outputs)
+    places = [place.to(device) for place in places]
+    biases = torch.stack([decoder.bias.to(outputs) for decoder in clt.decoders])
+    skips = [skip.weight.to(outputs) for skip in clt.skips] if clt.config.skip_connection else None
+    given = biases[:, None].expand_as(outputs).clone()
+    for s, found in enumerate(rows):
+        if len(found):
+            where = torch.stack([nodes[s][:, 1], places[s]])
+            at = torch.sparse_coo_tensor(where, activations[s], (len(cleared), len(found)))
+            for target in range(found.shape[1]):
+                given[s + target] += torch.sparse.mm(at, found[:, target])
+        if skips is not None:
+            given[s] += frozen.blocks[s].read @ skips[s]
     return Sources(
         features=torch.cat(nodes),
         activations=torch.cat(activations),
-        errors=(written - given).masked_fill(cleared[None, :, None], 0),
+        errors=(outputs - given).masked_fill(cleared[None, :, None], 0),
         cleared=cleared,
         rows=rows,
         places=torch.cat(places),
         biases=biases,
         skips=skips,
+        written=written,
+        starts=starts,
     )
 
 
@@ -177,35 +219,56 @@ def pull(frozen: FrozenModel, sources: Sources, seeds: Seeds) -> tuple[Tensor, d
     Rows of the graph.
 
     Args:
-        seeds ([`Seeds`]): B targets; those of like layers and positions together take less work.
+        seeds ([`Seeds`]): B targets; those of like positions together take less work.
 
     Returns:
         A, (B, n + L·P + P), and of each of [`RESTS`] (B,).
     """
-    num_layers, batch = len(frozen.blocks), len(seeds.layers)
-    length, top = int(seeds.positions.max()) + 1, min(int(seeds.layers.max()), num_layers)
+    # The highest first: each step down is one of the first rows, of those that have begun.
+    order = seeds.layers.argsort(descending=True)
+    seeds = seeds.take(order)
+    (num_layers, all_tokens, width), num_features = sources.errors.shape, len(sources.features)
+    batch, length = len(order), int(seeds.positions.max()) + 1
     rests = {name: seeds.own.new_zeros(batch) for name in RESTS}
     rests["own bias"] += seeds.own
-    r = seeds.vectors.new_zeros(batch, length, seeds.vectors.shape[1])
-    gradients = r.new_empty(length, batch, top, r.shape[2])  # g_l, by position: each is then one matrix product
+    r = seeds.vectors.new_zeros(batch, length, width)
+    features = r.new_zeros(batch, num_features)  # by position
+    edges = r.new_zeros(batch, num_features + (num_layers + 1) * all_tokens)
+    errors = edges[:, num_features:-all_tokens].view(batch, num_layers, all_tokens)
     inject(r, seeds, num_layers)
-    for layer in reversed(range(min(top + 1, num_layers))):
+    for layer in reversed(range(min(int(seeds.layers[0]) + 1, num_layers))):
         block = frozen.blocks[layer]
+        above = int((seeds.layers > layer).sum())
         through = 0
-        if layer < top:
-            g = r if block.post is None else block.post.transposed(r)
-            gradients[:, :, layer] = g.transpose(0, 1)
-            through = pull_constants(block, sources, layer, r, g, rests)
+        if above:
+            g = r[:above] if block.post is None else block.post.transposed(r[:above])
+            pull_features(sources, layer, g, features[:above])
+            errors[:above, layer, :length] = torch.einsum("bpd,pd->bp", g, sources.errors[layer, :length])
+            of_these = {name: values[:above] for name, values in rests.items()}
+            through = pull_constants(block, sources, layer, r[:above], g, of_these)
         if not block.is_parallel:
-            r += through
+            r[:above] += through
             inject(r, seeds, layer)
-        rests["model biases"] += torch.einsum("bpd,pd->b", r, block.constant[:length])
-        r = r + block.pre.transposed(block.attention.transposed(r))
+        begun = above if block.is_parallel else int((seeds.layers >= layer).sum())
+        rests["model biases"][:begun] += torch.einsum("bpd,pd->b", r[:begun], block.constant[:length])
+        r[:begun] += block.pre.transposed(block.attention.transposed(r[:begun]))
         if block.is_parallel:
-            r += through
+            r[:above] += through
             inject(r, seeds, layer)
     rests["position embeddings"] += torch.einsum("bpd,pd->b", r, frozen.positions[:length])
-    return contract(frozen, sources, gradients, r), rests
+    edges[:, -all_tokens:][:, :length] = torch.einsum("bpd,pd->bp", r, frozen.tokens[:length])
+    edges[:, :num_features] = features[:, sources.by_position.argsort()] * sources.activations
+    back = order.argsort()
+    return edges[back], {name: values[back] for name, values in rests.items()}
+
+
+def pull_features(sources: Sources, layer: int, g: Tensor, features: Tensor) -> None:
+    """Adds what features write to a layer, times the gradients g (B, P', D) there, to (B, n), in place."""
+    places, lowest = sources.writing_to(layer), max(0, layer + 1 - sources.rows[0].shape[1])
+    for position in range(g.shape[1]):
+        first, end = sources.ends[position][lowest], sources.ends[position][layer + 1]
+        if first < end:
+            features[:, first:end].addmm_(g[:, position], sources.written.index_select(0, places[first:end]).T)
 
 
 def inject(r: Tensor, seeds: Seeds, layer: int) -> None:
@@ -222,36 +285,19 @@ def pull_constants(
     connection to the read point, (B, P, D), or 0.
     """
     length = g.shape[1]
-    kept = (~sources.cleared[:length])[:, None].to(g.dtype)
-    rests["decoder biases"] += (g * kept).sum(dim=1) @ sources.biases[layer]
-    rests["MLP outputs without nodes"] += torch.einsum("bpd,pd->b", g, block.written[:length] * (1 - kept))
+    blank = sources.cleared[:length].nonzero().squeeze(1)
+    at_blank = g[:, blank]
+    rests["decoder biases"] += (g.sum(dim=1) - at_blank.sum(dim=1)) @ sources.biases[layer]
+    rests["MLP outputs without nodes"] += torch.einsum("bpd,pd->b", at_blank, block.written[blank])
     if block.post is not None:
         rests["model biases"] += r.sum(dim=1) @ block.post.bias
     if sources.skips is None:
         return 0
-    through = (g * kept) @ sources.skips[layer].T
+    through = (g @ sources.skips[layer].T).index_fill_(1, blank, 0)
     if block.read_norm is None:
         return through
     rests["model biases"] += through.sum(dim=1) @ block.read_norm.bias
     return block.read_norm.transposed(through)
-
-
-def contract(frozen: FrozenModel, sources: Sources, gradients: Tensor, r: Tensor) -> Tensor:
-    """Edges (B, n + L·P + P) from g_l, (P', B, L', D), and r(x_0), (B, P', D), at the first P' positions."""
-    length, batch, top, _ = gradients.shape
-    num_features, (num_layers, all_tokens) = len(sources.features), sources.errors.shape[:2]
-    edges = r.new_zeros(batch, num_features + (num_layers + 1) * all_tokens)
-    for s, nodes in enumerate(sources.nodes_at()[:top]):
-        count = min(top - s, sources.rows[s].shape[1])
-        for p, (first, end) in enumerate(nodes[:length]):
-            if first < end:
-                rows = sources.rows[s][sources.places[first:end], :count]
-                written = gradients[p, :, s : s + count].flatten(1) @ rows.flatten(1).T
-                edges[:, first:end] = written * sources.activations[first:end]
-    errors = edges[:, num_features : num_features + num_layers * all_tokens].view(batch, num_layers, all_tokens)
-    errors[:, :top, :length] = torch.einsum("pbld,lpd->blp", gradients, sources.errors[:top, :length])
-    edges[:, -all_tokens:][:, :length] = torch.einsum("bpd,pd->bp", r, frozen.tokens[:length])
-    return edges
 
 
 @dataclass

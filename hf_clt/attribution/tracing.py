@@ -19,7 +19,7 @@ from .graph import AttributionGraph, FeatureTarget, Target, TokenTarget, influen
 from .rows import Seeds, Sources, feature_seeds, find_sources, logit_seeds, pull
 
 
-GRADIENT_BYTES = 2**27  # of the gradients of one batch of rows
+GRADIENT_BYTES, MOST_ROWS = 2**27, 256  # of one batch of rows; bytes at one layer
 MOST_TARGETS, PROBABILITY = 10, 0.95  # by default: the most probable next tokens until they have this
 
 
@@ -51,7 +51,7 @@ def attribute(
         max_feature_nodes (`int`, *optional*): Features that become nodes, the most influential ones; by default all.
         rank_every (`int`): With `max_feature_nodes`, how many rows are computed between two rankings. It decides the
             graph, which the batch size does not.
-        batch_size (`int`, *optional*): Rows computed at a time; by default what takes 128 MB.
+        batch_size (`int`, *optional*): Rows computed at a time; by default 256, or what takes 128 MB at one layer.
         dtype (`torch.dtype`): Of the computation.
         cleared (`Sequence[int]`): Positions without features and errors, on which a CLT is not trained.
         tokenizer (*optional*): To show tokens as text.
@@ -190,9 +190,8 @@ def target_seeds(frozen: FrozenModel, clt: CrossLayerTranscoder, targets: list[T
 
 
 def usual_batch(frozen: FrozenModel) -> int:
-    """How many rows have gradients of [`GRADIENT_BYTES`]."""
-    per_row = len(frozen.blocks) * frozen.tokens.numel() * frozen.tokens.element_size()
-    return max(1, min(1024, GRADIENT_BYTES // per_row))
+    """How many rows have gradients of [`GRADIENT_BYTES`], at most [`MOST_ROWS`]."""
+    return max(1, min(MOST_ROWS, GRADIENT_BYTES // (frozen.tokens.numel() * frozen.tokens.element_size())))
 
 
 def check_memory(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -209,8 +208,8 @@ def check_memory(num_rows: int, num_columns: int, dtype: torch.dtype, device: to
 def rows_of(
     frozen: FrozenModel, sources: Sources, seeds: Seeds, out: Tensor, batch_size: int, bar
 ) -> dict[str, Tensor]:
-    """Writes the rows of seeds (R,) to `out` (R, columns), those of like layers and positions together; the rests."""
-    order = (seeds.layers * (frozen.num_tokens + 1) + seeds.positions).argsort(stable=True, descending=True)
+    """Writes the rows of seeds (R,) to `out` (R, columns), those of like positions together; the rests."""
+    order = seeds.positions.argsort(stable=True, descending=True)
     rests = {}
     for batch in order.split(batch_size):
         edges, found = pull(frozen, sources, seeds.take(batch))
@@ -252,7 +251,7 @@ def chosen_rows(
         # Rows in the order of [`influences`]: the features by layer, then the targets.
         order = sources.features[picked, 0].argsort(stable=True)
         rows = torch.cat([edges[m : m + len(picked)][order], edges[:m]])
-        sums = rows.abs().sum(dim=1).clamp_min(1e-8)
+        sums = torch.stack([row.abs().sum() for row in rows]).clamp_min(1e-8)
         through, _ = influences(rows, sources.features[picked[order], 0], weights, sums, picked[order])
         ranked = through[:n].masked_fill(visited, -1).topk(min(rank_every, count - len(picked))).indices
         out = edges[m + len(picked) : m + len(picked) + len(ranked)]
@@ -263,7 +262,8 @@ def chosen_rows(
     kept, order = picked.sort()
     rows = torch.cat([m + order, torch.arange(m, device=order.device)])
     columns = torch.cat([visited, visited.new_ones(width - n)])
-    dropped = edges[:, :n][:, ~visited].abs().sum(dim=1)[rows]
+    others = (~visited).to(edges.dtype)
+    dropped = torch.stack([row[:n].abs() @ others for row in edges])[rows]  # row by row: edges may be gigabytes
     return kept, edges[:, columns][rows], {name: values[rows] for name, values in rests.items()}, dropped
 
 

@@ -126,6 +126,3 @@ def main(argv: list[str] | None = None) -> int:
         print_next("train", "--activation-cache", options.cache, "--num-features", "N")
     disconnect()
     return 0
-
-
-__all__ = ["main", "make_parser"]

@@ -49,6 +49,3 @@ def make_parser() -> argparse.ArgumentParser:
     )
     told.add_argument("--k", type=int, help="circuit-tracer-plt: k of its top-k, if config.yaml does not say")
     return parser
-
-
-__all__ = ["main", "make_parser"]

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from .. import CLTConfig
@@ -23,12 +24,12 @@ from ..estimate import (
     USABLE,
     Plan,
     data_sheet_rates,
-    format_plan,
-    format_scale,
     memory,
     read_language_model,
+    seconds,
     smallest_that_fits,
 )
+from ..files import format_size
 from ..training.arguments import CPU_DEFAULTS, CLTTrainingArguments
 from .heldout import add_fields
 
@@ -116,17 +117,60 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
 
 
 def print_scale(options: argparse.Namespace) -> None:
+    """All known models on 1, 8 and 64 GPUs, as a Markdown table."""
     available = USABLE * DEVICES[options.device]["memory"]
-    plans = {}
-    for model in SHAPES:
-        for times in SCALE_FEATURES:
-            width = read_language_model(model, options.context_size).d_model
-            title = f"{model.partition('/')[2]}, {times * width:,} features"
-            plan = make_plan(options, model, times * width, 1)
-            plans[title] = [
-                (n, smallest_that_fits(replace(plan, processes=n), available, SCALE_TOKENS)) for n in SCALE_GPUS
-            ]
-    print(format_scale(plans, options.device, options.tokens))
+    print("| | GPUs | per CLT | tokens of each | memory of each | an update | of it exchange | tokens/s | hours |")
+    print("|" + "---|" * 9)
+    for model, times in product(SHAPES, SCALE_FEATURES):
+        num_features = times * read_language_model(model, options.context_size).d_model
+        title = f"{model.partition('/')[2]}, {num_features:,} features"
+        smallest = make_plan(options, model, num_features, 1)
+        for gpus in SCALE_GPUS:
+            plan = smallest_that_fits(replace(smallest, processes=gpus), available, SCALE_TOKENS)
+            if plan is None:
+                print(f"| {title} | {gpus} | does not fit | | | | | | |")
+                continue
+            spent = seconds(plan, data_sheet_rates(options.device, plan))
+            speed = plan.batch_size * plan.processes / spent["total"]
+            cells = [title, gpus, plan.feature_parallel_size, f"{plan.batch_size:,}"]
+            cells += [format_size(memory(plan)["total"]), f"{spent['total'] * 1000:,.0f} ms"]
+            cells += [f"{spent['exchange'] / spent['total']:.0%}", f"{speed:,.0f}"]
+            cells += [f"{options.tokens / speed / 3600:,.1f}"]
+            print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def print_plan(with_dead: Plan, rates: dict[str, float], tokens: float) -> None:
+    """
+    Memory of a process by part, time of an update by phase, time for `tokens`: all of it without dead features; then
+    memory and time with those of the plan.
+    """
+    plan = replace(with_dead, dead=0.0)
+    sizes, spent = memory(plan), seconds(plan, rates)
+    n, config = plan.feature_parallel_size, plan.config
+    count = sum(p.numel() for p in plan.parameters())
+    speed = plan.batch_size * plan.processes / spent["total"]
+    print(
+        f"CLT: {config.num_layers} layers, width {config.d_model}, {config.num_features:,} features per layer, "
+        f"{config.activation_fn}, {plan.l0:g} active per layer and token"
+    )
+    print(
+        f"{plan.processes} {'process' if plan.processes == 1 else 'processes'}, a CLT on {n} of them: "
+        f"{count / 1e9:.3g} billion weights each, {plan.batch_size * plan.processes:,} tokens per update"
+    )
+    print("\nmemory of each process")
+    for name, size in sizes.items():
+        print(f"  {name.replace('_', ' '):<16}{format_size(size):>12}")
+    print("\ntime of an update")
+    for phase, value in spent.items():
+        if value:
+            print(f"  {phase:<16}{value * 1000:>9,.1f} ms")
+    print(f"\n{speed:,.0f} tokens per second, {tokens / speed / 3600:,.1f} hours for {tokens:,.0f} tokens")
+    if with_dead.dead:
+        size, time = memory(with_dead)["total"], seconds(with_dead, rates)["total"]
+        print(
+            f"with {with_dead.dead:.0%} of the features dead and revived: {format_size(size)} "
+            f"({size / sizes['total'] - 1:+.1%}), an update {time * 1000:,.1f} ms ({time / spent['total'] - 1:+.1%})"
+        )
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -143,8 +187,8 @@ def estimate(options: argparse.Namespace) -> None:
         if found is None:
             plan = replace(plan, feature_parallel_size=math.gcd(plan.processes, plan.config.num_features))
             raise ValueError(
-                f"processes={plan.processes} are too few: {memory(plan)['total'] / 1e9:,.0f} GB each, and a "
-                f"{options.device} has {available / 1e9:,.0f} usable; give more, fewer features, --optimizer "
+                f"processes={plan.processes} are too few: {format_size(memory(plan)['total'])} each, and a "
+                f"{options.device} has {format_size(available)} usable; give more, fewer features, --optimizer "
                 "adam_compact, --clt-dtype bfloat16 or --buffer-device cpu"
             )
         plan = found
@@ -159,7 +203,7 @@ def estimate(options: argparse.Namespace) -> None:
             f"bandwidths in the data sheet of the {options.device}"
             + (f", {ASSUMED['compact']:.0%} in adam_compact" if plan.optimizer == "adam_compact" else "")
         )
-    print(format_plan(plan, rates, options.tokens))
+    print_plan(plan, rates, options.tokens)
     print(f"({origin})")
     print_next("train", "--model", options.model, "--dataset", "TEXT", "--num-features", plan.config.num_features)
 
@@ -171,6 +215,3 @@ def main(argv: list[str] | None = None) -> None:
         print_scale(options)
     else:
         estimate(options)
-
-
-__all__ = ["main", "make_parser"]

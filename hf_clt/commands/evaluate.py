@@ -81,6 +81,3 @@ def main(argv: list[str] | None = None) -> None:
     if options.update_card:
         print("\n".join(update_card(options.clt, metrics, settings)))
     print_next("features", options.clt, "--dataset", options.dataset, "--output", "FOLDER")
-
-
-__all__ = ["main", "make_parser"]

@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     from ..features.pages import build_feature_pages
 
-    names = ("top", "quantiles", "per_quantile", "before", "after", "seed")
-    examples = ExampleSettings(**{name: getattr(options, name) for name in names})
+    examples = ExampleSettings(**{name: getattr(options, name) for name in vars(ExampleSettings())})
     clt = load_clt(options)
     harvester, tokens = open_heldout(clt, options)
     activity = build_feature_pages(
@@ -75,6 +74,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Open {options.output / 'index.html'} in a browser; {options.output / 'features'} is for circuit-tracer.")
     folder = options.clt if Path(options.clt).is_dir() else "FOLDER"
     print_next("push", folder, "USER/REPO", "--features", options.output)
-
-
-__all__ = ["main", "make_parser"]

@@ -6,12 +6,18 @@ the CLT, its language model and the held-out text, and what these options mean.
 import argparse
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from ..device import chosen_device, usual_model_dtype
+from ..files import one_line
 from ..training.arguments import CLTTrainingArguments
 from ..training.options import kind_of
 
+
+if TYPE_CHECKING:
+    from ..harvest.harvester import Harvester
+    from ..harvest.tokens import TokenStream
+    from ..modeling_clt import CrossLayerTranscoder
 
 MODEL_FIELDS = ("model", "model_revision", "model_dtype", "trust_remote_code", "device")
 TEXT_FIELDS = ("dataset", "dataset_config", "dataset_split", "dataset_text_column", "max_samples", "eval_tokens")
@@ -19,7 +25,12 @@ TEXT_FIELDS += ("context_size", "prepend_bos", "exclude_special_tokens", "store_
 TEXT_FIELDS += ("disable_progress_bar",)
 
 
-def add_fields(group, names: Iterable[str], defaults: dict | None = None, helps: dict | None = None) -> None:
+def add_fields(
+    group: argparse.ArgumentParser | argparse._ArgumentGroup,
+    names: Iterable[str],
+    defaults: dict | None = None,
+    helps: dict | None = None,
+) -> None:
     """
     Adds fields of [`CLTTrainingArguments`] as options, with their types, and their defaults and help texts where
     `defaults` and `helps` have no others. What is measured is thus named and cut like what was trained on.
@@ -72,7 +83,7 @@ def add_heldout_options(parser: argparse.ArgumentParser) -> None:
     add_fields(parser, ["batch_size"], helps=helps)
 
 
-def load_clt(options: argparse.Namespace):
+def load_clt(options: argparse.Namespace) -> "CrossLayerTranscoder":
     """
     The CLT that the options name, on their device, in eval mode.
 
@@ -94,13 +105,12 @@ def load_clt(options: argparse.Namespace):
     try:
         return CrossLayerTranscoder.from_pretrained(options.clt, **kwargs).to(device).eval()
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({reason})"
+            f"CLT {str(options.clt)!r} cannot be loaded; give its folder or its name on the Hub ({one_line(error)})"
         ) from error
 
 
-def open_heldout(clt, options: argparse.Namespace):
+def open_heldout(clt: "CrossLayerTranscoder", options: argparse.Namespace) -> "tuple[Harvester, TokenStream]":
     """
     The language model of a CLT and the held-out text that the options name.
 
@@ -134,13 +144,10 @@ def open_heldout(clt, options: argparse.Namespace):
     return harvester, open_text(options, tokenizer, heldout=True)
 
 
-def settings_of(options: argparse.Namespace, clt) -> dict:
+def settings_of(options: argparse.Namespace, clt: "CrossLayerTranscoder") -> dict:
     """What a figure depends on, for the record: the CLT, its language model, the text, and how it was cut."""
     names = ("clt", "revision", "dataset", "dataset_config", "dataset_split", "dataset_text_column", "max_samples")
     names += ("eval_tokens", "context_size", "prepend_bos", "exclude_special_tokens", "model_dtype", "clt_dtype")
     settings = {name: getattr(options, name) for name in names}
     settings["model"] = options.model or clt.config.base_model_name_or_path
     return settings
-
-
-__all__ = ["add_fields", "add_heldout_options", "add_text_options", "load_clt", "open_heldout", "settings_of"]

@@ -25,6 +25,3 @@ def main(argv: list[str] | None = None) -> None:
 
     print(format_info(describe_clt(options.clt, options.revision, options.subfolder)))
     print_next("evaluate", options.clt, "--dataset", "TEXT")
-
-
-__all__ = ["main", "make_parser"]

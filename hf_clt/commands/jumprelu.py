@@ -51,6 +51,3 @@ def main(argv: list[str] | None = None) -> int:
     print(f"The jumprelu CLT is in {options.output}")
     print_next("push", options.output, "USER/REPO")
     return 0 if figures["l0_kept"] else 1
-
-
-__all__ = ["main", "make_parser"]

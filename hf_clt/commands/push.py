@@ -48,6 +48,3 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"The CLT is at {info.pr_url or info.commit_url}")
     print_next("info", options.repo)
-
-
-__all__ = ["main", "make_parser"]

@@ -6,6 +6,7 @@ import sys
 from huggingface_hub.errors import StrictDataclassError
 
 from ..command import one_line_errors, print_next, sigterm_as_ctrl_c
+from ..files import one_line
 from ..training.initial_config import build_config
 from ..training.parser import parse_train_args
 from ..training.processes import OtherProcessFailed, OtherProcessGone, disconnect
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("HF_CLT_DEBUG") == "1":
             raise
         text = "; ".join([str(error), *getattr(error, "__notes__", [])])  # the trainer notes what to go on from
-        print(f"{who}error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{who}error: {one_line(text)}", file=sys.stderr)
         return 2
     disconnect()  # here, where no error holds the trainer; after a failure of one, others may still wait for it
     return status
@@ -69,6 +70,3 @@ def train(argv: list[str] | None = None) -> int:
         print(f"The CLT is in {args.output_dir}")
         print_next("evaluate", args.output_dir, "--dataset", args.dataset or "TEXT", "--replacement")
     return 0
-
-
-__all__ = ["main"]

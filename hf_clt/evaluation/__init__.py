@@ -3,7 +3,7 @@
 from ..lazy import lazy_names
 
 
-__getattr__, __dir__ = lazy_names(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "MetricSums": "metrics",
@@ -23,21 +23,3 @@ __getattr__, __dir__ = lazy_names(
         "top_features": "prompt",
     },
 )
-
-__all__ = [
-    "MetricSums",
-    "ReplacementModel",
-    "ReplacementOutput",
-    "active_per_token",
-    "density_histogram",
-    "evaluate_clt",
-    "evaluation_sums",
-    "format_calibration",
-    "format_metrics_table",
-    "plot_metrics",
-    "plot_prompt_features",
-    "prompt_features",
-    "replacement_metrics",
-    "to_jumprelu",
-    "top_features",
-]

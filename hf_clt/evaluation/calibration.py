@@ -139,13 +139,15 @@ def find_thresholds(clt: CrossLayerTranscoder, batches: Iterable, progress: bool
     config = clt.config
     layers = range(config.num_layers)
     # C_s is known only after the first pass, which measures the original as well.
-    sums = MetricSums(config.num_layers, config.d_model, config.num_features, clt.device)
     leading = torch.zeros(config.num_layers, 2**LEADING_BITS, dtype=torch.int64, device=clt.device)
-    for inputs, labels in read_rows(clt, batches, "Measuring the original", progress):
-        output = clt(inputs)
-        sums.update(labels, output.reconstruction, output.features)
-        for s, h in enumerate(pre_activations(clt, inputs)):
-            leading[s] += torch.bincount(positive_bits(h) >> OTHER_BITS, minlength=2**LEADING_BITS)
+
+    def rows_of_batches():
+        for inputs, labels in read_rows(clt, batches, "Measuring the original", progress):
+            yield inputs, labels  # whose shapes are checked then
+            for s, h in enumerate(pre_activations(clt, inputs)):
+                leading[s] += torch.bincount(positive_bits(h) >> OTHER_BITS, minlength=2**LEADING_BITS)
+
+    sums = measure(clt, rows_of_batches())
     counts = sums.active_counts.sum(dim=1).tolist()
     # A layer that is never active has no C-th largest pre-activation: all of them are below.
     bins = [bin_of_rank(leading[s], counts[s]) if counts[s] else (2**LEADING_BITS, 0) for s in layers]
@@ -267,6 +269,3 @@ def format_calibration(figures: dict) -> str:
         )
     lines.append(f"measured on {figures['num_tokens']:,} held-out tokens, those of the calibration")
     return "\n".join(lines)
-
-
-__all__ = ["format_calibration", "to_jumprelu"]

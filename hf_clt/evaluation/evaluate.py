@@ -1,6 +1,6 @@
 """Evaluation of a finished CLT on held-out text: all metrics, streamed, whatever the batch size."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,6 +66,7 @@ def evaluation_sums(
     What [`evaluate_clt`] computes its metrics from. Where several processes evaluate a share of the text each:
     `MetricSums.from_gathered(gather_object([evaluation_sums(...).tensors()])).compute()`.
     """
+    clt._check_whole("evaluate_clt")
     check_fit(clt.config, harvester)
     rows = activations(harvester, token_batches, batch_size)
     num_tokens = getattr(token_batches, "heldout_tokens", None) or None
@@ -80,11 +81,16 @@ def evaluation_sums(
         return measure(clt, rows_of_batches())
 
 
-def measure(clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]]) -> MetricSums:
-    """The sums of the metrics over raw inputs and labels, (N, L, D) each, wherever they are."""
-    sums = MetricSums(clt.config.num_layers, clt.config.d_model, clt.config.num_features, clt.device)
+def measure(
+    clt: CrossLayerTranscoder, rows: Iterable[tuple[Tensor, Tensor]], forward: Callable | None = None
+) -> MetricSums:
+    """
+    The sums of the metrics over raw inputs and labels, (N, L, D) each, wherever they are; with another `forward` than
+    that of the CLT, on demand.
+    """
+    sums = MetricSums(clt.config.num_layers, clt.config.d_model, clt.num_held, clt.device)
     for inputs, labels in rows:
-        output = clt(inputs.to(clt.device))
+        output = (forward or clt)(inputs.to(clt.device))
         sums.update(labels, output.reconstruction, output.features)
     return sums
 

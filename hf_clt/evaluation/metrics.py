@@ -5,12 +5,14 @@ import math
 import torch
 
 from ..harvest.statistics import Moments
+from ..sparsity import SparseFeatures
 
 
 # log10 of the share of tokens on which a feature is active: four bins per decade; -10 stands for never
 DENSITY_FLOOR = -10.0
 DENSITY_BINS = 40
-ROUNDING = 1e-6  # a spread below this share of the mean, or a difference below it of the value, is that of float32
+# A spread below this share of the mean, or a difference below it of the value, is that of float32.
+FLOAT32_ROUNDING = 1e-6
 
 
 def density_histogram(active_counts: torch.Tensor, num_tokens: int) -> dict[str, list]:
@@ -60,16 +62,14 @@ class MetricSums(Moments):
         return *self.mean.shape, self.active_counts.shape[1]
 
     @torch.no_grad()
-    def update(self, labels: torch.Tensor, reconstruction: torch.Tensor, acts) -> None:
+    def update(self, labels: torch.Tensor, reconstruction: torch.Tensor, acts: torch.Tensor | SparseFeatures) -> None:
         """
         Adds a batch of tokens.
 
         Args:
             labels (`torch.Tensor` of shape `(N, L, D)`): Raw targets y.
             reconstruction (`torch.Tensor` of shape `(N, L, D)`): Raw reconstruction ŷ.
-            acts (`torch.Tensor` of shape `(N, L, F)`, or sparse):
-                Activations of the same tokens. Sparse is anything whose `active_counts()` gives the number of these
-                tokens on which each feature is above zero, of shape `(L, F)`.
+            acts (`torch.Tensor` of shape `(N, L, F)`, or [`SparseFeatures`]): Activations of the same tokens.
 
         Raises:
             `ValueError`: A shape is another.
@@ -147,7 +147,7 @@ class MetricSums(Moments):
                 "no tokens to evaluate on: the held-out text gave none; raise eval_tokens or give more text"
             )
         deviation = self.squared_deviation.sum(1)
-        varies = deviation > ROUNDING**2 * self.count * self.mean.square().sum(1)
+        varies = deviation > FLOAT32_ROUNDING**2 * self.count * self.mean.square().sum(1)
         nmse = torch.where(varies, self.squared_error / deviation, torch.nan).tolist()
         nmse = [None if math.isnan(value) else value for value in nmse]
         l0 = (self.active_counts.sum(1).double() / num_tokens).tolist()
@@ -178,7 +178,4 @@ def mean_of_defined(values: list[float | None]) -> float | None:
 def ce_recovered(original: float, replaced: float, ablated: float) -> float | None:
     """(ce_ablated - ce_replaced) / (ce_ablated - ce_original); None where the ablation does nothing but rounding."""
     lost = ablated - original
-    return (ablated - replaced) / lost if abs(lost) > ROUNDING * original else None
-
-
-__all__ = ["MetricSums", "ce_recovered", "density_histogram", "mean_of_defined"]
+    return (ablated - replaced) / lost if abs(lost) > FLOAT32_ROUNDING * original else None

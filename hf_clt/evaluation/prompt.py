@@ -1,5 +1,7 @@
 """What a prompt makes active: the features of each token as a table, and how many there are as a heat map."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import SparseFeatures, sparse_from_dense
 from .evaluate import eval_mode
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_WRITTEN_CELLS = 450  # of a heat map whose numbers are written into it
 
@@ -86,7 +91,7 @@ def active_per_token(features: SparseFeatures, strength: bool = False) -> Tensor
     return torch.stack(totals)
 
 
-def plot_prompt_features(features: SparseFeatures, tokens: list[str], strength: bool = False):
+def plot_prompt_features(features: SparseFeatures, tokens: list[str], strength: bool = False) -> "Figure":
     """
     A heat map of a prompt, tokens from left to right and layers upwards.
 
@@ -151,6 +156,3 @@ def _check_tokens(features: SparseFeatures, tokens: list[str]) -> int:
             f"tokens has {len(tokens)} entries, but the features are on {num_tokens} tokens; give those of one prompt"
         )
     return num_tokens
-
-
-__all__ = ["active_per_token", "plot_prompt_features", "prompt_features", "top_features"]

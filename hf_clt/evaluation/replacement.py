@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..folding import at_least_float32
-from ..harvest.harvester import Harvester, check_context_size, check_fit
+from ..harvest.harvester import Harvester, check_fit
 from ..harvest.sites import default_hooks
 from ..modeling_clt import CrossLayerTranscoder
 from ..sparsity import LayerFeatures, SparseFeatures, features_at
@@ -259,7 +260,9 @@ class ReplacementModel:
             if a layer is out of range.
     """
 
-    def __init__(self, model, clt: CrossLayerTranscoder | Callable, layers: Iterable[int] | None = None):
+    def __init__(
+        self, model: PreTrainedModel, clt: CrossLayerTranscoder | Callable, layers: Iterable[int] | None = None
+    ):
         config = model.config.get_text_config()
         if model.get_output_embeddings() is None:
             raise ValueError(
@@ -323,7 +326,7 @@ class ReplacementModel:
         attention_mask: Tensor | None = None,
         counted: Tensor | None = None,
         interventions: Iterable[Intervention] = (),
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """
         Continues prompts with the replacement model. Generated tokens are replaced as well, whatever they are.
@@ -368,11 +371,6 @@ class ReplacementModel:
 
     def _prepare(self, input_ids, attention_mask, counted):
         """Arguments of the model's forward, token positions (P, T) and, as bool (P, T), what is not excluded."""
-        if self.model.training:
-            raise ValueError(
-                "the language model is in training mode, so dropout changes its activations: call model.eval()."
-            )
-        config = self.model.config.get_text_config()
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give (prompts, tokens), one at least")
         for name, mask in (("attention_mask", attention_mask), ("counted", counted)):
@@ -380,7 +378,6 @@ class ReplacementModel:
                 raise ValueError(
                     f"{name} has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
                 )
-        check_context_size(config, input_ids.shape[1])
         if attention_mask is not None:
             attention_mask = attention_mask.long()
         arguments = self._harvester._arguments(input_ids, attention_mask)

@@ -352,16 +352,3 @@ def load_activity(file: Path, activity: FeatureActivity) -> dict:
     activity.text = [tensors["text"]] if len(tensors["text"]) else []
     activity.num_tokens, activity.finished = record["num_tokens"], record["finished"]
     return record["position"]
-
-
-__all__ = [
-    "ExampleSettings",
-    "Examples",
-    "FeatureActivity",
-    "LayerActivity",
-    "add_to_histogram",
-    "add_tokens",
-    "collect_activity",
-    "keep_best",
-    "sample_keys",
-]

@@ -147,6 +147,3 @@ def strongest_links(
                 if rows.stop == num_features:
                     bar.update()
     return feeds, reads
-
-
-__all__ = ["Links", "logit_extremes", "strongest_links", "virtual_weights"]

@@ -21,11 +21,13 @@ import struct
 from collections.abc import Collection, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..files import replacing, write_json
@@ -160,7 +162,7 @@ def round_all(values: Tensor) -> list[float]:
     return [round_digits(value) for value in values.tolist()]
 
 
-def token_string(tokenizer, token: int) -> str:
+def token_string(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     r"""
     How a token is shown: its text, with the space in front of a word, and with line ends and tabs made visible. Bytes
     that are only a part of a character are written as `\xe2`, which circuit-tracer's front end puts together again.
@@ -229,7 +231,7 @@ def write_index(folder: Path, num_layers: int) -> None:
 # -- pages for people -------------------------------------------------------------------------------------------------
 
 
-def write_page(path: Path, **values) -> None:
+def write_page(path: Path, **values: Any) -> None:
     """Fills in `page.html`, piece by piece, so that the records of a layer are never in memory at once."""
     text = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True).from_string(text)
@@ -418,15 +420,3 @@ def build_feature_pages(
     write_index(output / "features", config.num_layers)  # last: where it is, everything is
     file.unlink(missing_ok=True)
     return activity
-
-
-__all__ = [
-    "build_feature_pages",
-    "feature_record",
-    "pack_record",
-    "prepare_output",
-    "read_records",
-    "round_digits",
-    "token_string",
-    "write_index",
-]

@@ -37,6 +37,3 @@ class ExampleSettings:
     def width(self) -> int:
         """W, positions of a window; the peak is position `before` of it."""
         return self.before + 1 + self.after
-
-
-__all__ = ["ExampleSettings"]

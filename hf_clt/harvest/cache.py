@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..device import Stopwatch
-from ..files import as_json, replacing, write_text
+from ..files import read_json, replacing, write_json
 from .harvester import ActivationError, Harvester
 from .normalization import warn_if_lost
 from .tokens import TokenStream
@@ -169,7 +169,7 @@ def _write_split(folder, rank, own, split, harvester, stream, limit, shard_bytes
             shard = {"file": path.name, "batches": len(batches), "tokens": tokens, "bytes": num_bytes}
             state["shards"].append({**shard, "sha256": digest})
         state["text"] = stream.state_dict()
-        write_text(folder / f"rank-{rank}.json", as_json(own))
+        write_json(folder / f"rank-{rank}.json", own)
 
     title = f"Caching {'held-out text' if split == 'heldout' else 'text'}"
     total = stream.heldout_tokens if split == "heldout" else limit
@@ -203,19 +203,12 @@ def _write_manifest(folder: Path, settings: dict, world_size: int) -> None:
         splits[split] = {"tokens": sum(shard["tokens"] for own in shards for shard in own), "shards": shards}
     if splits["train"]["tokens"] == 0:
         raise ValueError("dataset: no token counts for training; give more text or allow special tokens")
-    write_text(folder / MANIFEST, as_json({**settings, "splits": splits}))
+    write_json(folder / MANIFEST, {**settings, "splits": splits})
 
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); write the cache again") from error
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -429,6 +422,3 @@ class CachedTokens:
             self.load_state_dict({**state, "settings": own})
         read = min(s["position"] * s["settings"]["world_size"] + s["settings"]["rank"] for s in states)
         self.position = max(0, -(-(read - self.rank) // self.world_size))
-
-
-__all__ = ["ActivationCache", "CachedTokens", "read_manifest", "write_cache"]

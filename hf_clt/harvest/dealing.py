@@ -54,6 +54,3 @@ def unread_batches(values: dict, tensors: dict[str, Tensor]) -> list[dict[str, T
 def tensors_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Copies of those whose names begin with `prefix`, without it; `tensors` may be mapped from a large file."""
     return {name.removeprefix(prefix): tensors[name].clone() for name in tensors if name.startswith(prefix)}
-
-
-__all__ = ["deal_buffers", "tensors_of", "unread_batches"]

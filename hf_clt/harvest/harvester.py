@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from nnsight import NNsight
@@ -17,10 +18,13 @@ from transformers import (
 
 from ..configuration_clt import CLTConfig
 from ..device import Stopwatch
+from ..files import one_line
 from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
-from .text import one_line
 
+
+if TYPE_CHECKING:
+    from .cache import ActivationCache
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FINGERPRINT_NUMBERS = 2**16  # of each weight
@@ -66,8 +70,6 @@ def load_language_model(
     folder = Path(name).expanduser()
     if folder.is_dir():
         name = str(folder)
-        if not (folder / "config.json").exists():  # transformers would build a default tokenizer for it
-            raise ValueError(f"model folder {name!r} has no config.json: give the folder that save_pretrained wrote.")
     elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")):
         raise ValueError(f"model {name!r}: there is no such folder; give one that exists, or a Hub name.")
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -106,8 +108,7 @@ def _from_pretrained(what: str, auto: type, name: str, **options):
     try:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # the many ways of the network, the Hub and a repository's files
-        reason = one_line(error)
-        reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+        reason = one_line(error, 300)
         if isinstance(error, OSError) and not Path(name).is_dir():
             reason = (
                 "it is no local folder, and the Hub does not give it. Check the name, the revision and the network, "
@@ -126,7 +127,9 @@ def check_context_size(model_config: PreTrainedConfig, context_size: int) -> Non
         )
 
 
-def check_fit(clt_config: CLTConfig, harvester, model_name: str = "the language model") -> None:
+def check_fit(
+    clt_config: CLTConfig, harvester: "Harvester | ActivationCache", model_name: str = "the language model"
+) -> None:
     """
     Raises ValueError if a CLT has other layers, another width or other hooks than a [`Harvester`] or
     [`ActivationCache`]; the message calls its language model `model_name`.
@@ -322,11 +325,6 @@ class Harvester:
         self, input_ids: Tensor, attention_mask: Tensor | None, rows: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Inputs and outputs, each (N, L, D), at the positions `rows` (N,) of the flattened (P * T,), or at all."""
-        if self.model.training:
-            raise ValueError(
-                "the language model is in training mode, so dropout changes its activations: call model.eval()."
-            )
-        check_context_size(self.model.config, input_ids.shape[1])
         arguments = self._arguments(input_ids, attention_mask)
         count = input_ids.numel() if rows is None else len(rows)
         device = self.model.device
@@ -344,7 +342,15 @@ class Harvester:
         return inputs, outputs
 
     def _arguments(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict:
-        """What the model's forward takes; raises ValueError for tokens that are not in its vocabulary."""
+        """
+        What the model's forward takes; raises ValueError in training mode, and for tokens that are too many or not in
+        its vocabulary.
+        """
+        if self.model.training:
+            raise ValueError(
+                "the language model is in training mode, so dropout changes its activations: call model.eval()."
+            )
+        check_context_size(self.model.config, input_ids.shape[1])
         embedding = self.model.get_input_embeddings().weight
         device = embedding.device
         if attention_mask is None:

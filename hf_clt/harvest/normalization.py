@@ -128,6 +128,3 @@ def set_output_bias(clt: CrossLayerTranscoder, labels: Tensor) -> None:
     """Sets b_dec to the mean of the raw targets (N, L, D), for a CLT without statistics."""
     for decoder, mean in zip(clt.decoders, labels.float().mean(dim=0), strict=True):
         decoder.bias.copy_(mean)
-
-
-__all__ = ["estimate_statistics", "load_statistics", "set_firing_rate", "set_output_bias", "warn_if_lost"]

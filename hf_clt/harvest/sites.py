@@ -228,6 +228,3 @@ def _is_sum(total: Tensor, parts: list[Tensor]) -> bool:
     parts = [part.double() for part in parts]
     slack = 4 * torch.finfo(total.dtype).eps * sum(part.abs() for part in parts)
     return bool(((total.double() - sum(parts)).abs() <= slack).all())
-
-
-__all__ = ["Layout", "Site", "check_hooks", "default_hooks", "inspect_layout", "resolve_sites"]

@@ -97,6 +97,3 @@ def gather(accelerator: Accelerator | None, tensors: dict[str, Tensor]) -> list[
         return [tensors]
     found = {name: accelerator.gather(value.to(accelerator.device)[None]) for name, value in tensors.items()}
     return [{name: value[rank] for name, value in found.items()} for rank in range(accelerator.num_processes)]
-
-
-__all__ = ["Moments", "gather"]

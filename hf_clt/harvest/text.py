@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import datasets
 
+from ..files import one_line
+
 
 logger = logging.getLogger(__name__)
 
@@ -174,11 +176,6 @@ def is_reading_error(error: Exception) -> bool:
     return isinstance(error, OSError) or not modules.isdisjoint(NETWORK)
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +298,3 @@ def _text_of(row: dict, text_column: str, document: int) -> str:
             "must name a column of strings."
         )
     return text or ""
-
-
-__all__ = ["Piece", "StreamError", "load_text_dataset", "read_groups", "reading_text", "split_document"]

@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -13,6 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .text import Piece, load_text_dataset, read_groups, reading_text
 
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ..training.arguments import CLTTrainingArguments
 
 RETRIES = 5  # times that datasets tries again what it reads over the network
 NO_TOKENS = np.empty(0, dtype=np.int64)
@@ -369,7 +375,11 @@ class TokenStream:
 
 
 def open_text(
-    options, tokenizer: PreTrainedTokenizerBase, heldout: bool = False, rank: int = 0, world_size: int = 1
+    options: "CLTTrainingArguments | argparse.Namespace",
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TokenStream:
     """
     The stream that the options of a run name, so that whoever measures a CLT reads what its training held out.
@@ -428,6 +438,3 @@ def _position_in(start: dict, ids: np.ndarray, documents: np.ndarray, **place) -
 
 def _digest(ids: np.ndarray, documents: np.ndarray) -> str:
     return hashlib.sha256(ids.tobytes() + documents.tobytes()).hexdigest()
-
-
-__all__ = ["TokenStream", "open_text"]

@@ -3,7 +3,7 @@
 from ..lazy import lazy_names
 
 
-__getattr__, __dir__ = lazy_names(
+__getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "BackgroundPush": "background",
@@ -17,15 +17,3 @@ __getattr__, __dir__ = lazy_names(
         "update_card": "card",
     },
 )
-
-__all__ = [
-    "BackgroundPush",
-    "build_model_card",
-    "card_from_folder",
-    "check_push_access",
-    "is_human_edited",
-    "push_folder",
-    "push_to_hub",
-    "save_model_card",
-    "update_card",
-]

@@ -2,10 +2,12 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from ..files import one_line
 from .push import push_folder
 
 
@@ -23,7 +25,7 @@ class BackgroundPush:
         kwargs: Passed to [`push_folder`].
     """
 
-    def __init__(self, repo_id: str, **kwargs):
+    def __init__(self, repo_id: str, **kwargs: Any):
         self.repo_id, self.kwargs = repo_id, kwargs
         self._api, self._future = HfApi(library_name="hf_clt"), None
 
@@ -50,13 +52,11 @@ class BackgroundPush:
         try:
             info = push_folder(folder, self.repo_id, commit_message=commit_message, **self.kwargs)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            logger.warning("%s: pushing %r failed, training goes on (%s)", self.repo_id, commit_message, reason)
+            logger.warning(
+                "%s: pushing %r failed, training goes on (%s)", self.repo_id, commit_message, one_line(error)
+            )
         else:
             logger.info("%s: pushed %r as %s", self.repo_id, commit_message, info.oid)
         finally:
             if shows_bars:
                 enable_progress_bars()
-
-
-__all__ = ["BackgroundPush"]

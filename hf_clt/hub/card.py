@@ -17,6 +17,7 @@ import shlex
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -27,7 +28,7 @@ from ..configuration_clt import CLTConfig
 from ..files import format_duration, format_number, write_text
 from .facts import FACTS_FILE, as_curves, make_facts, read_facts, without_private, write_facts
 from .plots import PLOTS, PLOTS_FOLDER, draw_plots
-from .report import note_missing_nmse
+from .report import is_dense, note_missing_nmse
 
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def build_model_card(
         "gaps": circuit_tracer_gaps(config),
         "missing_nmse": note_missing_nmse(metrics),
         "worst_layer": max(range(len(nmse)), key=lambda layer: nmse[layer] or 0.0) if len(nmse) > 1 else None,
-        "dense_layers": [layer for layer, value in enumerate(l0) if value > config.num_features / 10],
+        "dense_layers": [layer for layer, value in enumerate(l0) if is_dense(value, config.num_features)],
     }
     return _sign(str(ModelCard(_template().render(facts, card_data=header.to_yaml()))))
 
@@ -325,7 +326,7 @@ def save_model_card(
     name: str | None = None,
     evaluation: dict | None = None,
     history: list[dict] | None = None,
-    **others,
+    **others: Any,
 ) -> Path:
     """
     Writes the model card to `folder/README.md`, what it is made from to `folder/metrics.json`, and its plots to
@@ -473,19 +474,3 @@ def update_card(folder: str | Path, metrics: dict, evaluation: dict) -> list[str
     if gone:
         lines.append(f"Not measured again and left out: {', '.join(gone)}")
     return lines
-
-
-__all__ = [
-    "TRAINING_KEYS",
-    "build_model_card",
-    "card_from_folder",
-    "check_update",
-    "circuit_tracer_gaps",
-    "count_parameters",
-    "is_human_edited",
-    "save_model_card",
-    "set_loading_name",
-    "tells_unknown_training",
-    "update_card",
-    "write_card",
-]

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..files import as_json, read_json, write_json
 
@@ -86,7 +87,7 @@ def _rounded(value):
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def make_facts(**facts) -> dict:
+def make_facts(**facts: Any) -> dict:
     """
     The content of `metrics.json`: those of `KEYS` that are known, without private names, as JSON returns them (None
     where a number is not finite).
@@ -137,15 +138,3 @@ def write_facts(folder: str | Path, facts: dict) -> None:
         write_json(path, facts)
     elif path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace"):
         path.unlink()
-
-
-__all__ = [
-    "FACTS_FILE",
-    "as_curves",
-    "as_history",
-    "check_license",
-    "make_facts",
-    "read_facts",
-    "without_private",
-    "write_facts",
-]

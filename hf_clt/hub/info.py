@@ -4,23 +4,18 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 
+from .. import release
 from ..configuration_clt import TOPK_FAMILY
 from ..download import download, find_folder
 from ..files import format_number, format_size
-from ..release import (
-    CIRCUIT_TRACER_FILE,
-    INDEX_FILE,
-    WEIGHT_FILE,
-    config_from_headers,
-    read_config,
-)
+from ..release import WEIGHT_FILE, config_from_headers, read_config
 from .card import SCALARS, count_parameters
 from .facts import FACTS_FILE, read_facts
 from .plots import PLOTS, PLOTS_FOLDER
 from .report import TABLE_COLUMNS, format_metrics_table
 
 
-SMALL_FILES = ("config.json", CIRCUIT_TRACER_FILE, INDEX_FILE, FACTS_FILE, "README.md")
+SMALL_FILES = (*release.SMALL_FILES, FACTS_FILE, "README.md")
 
 
 def describe_clt(name: str, revision: str | None = None, subfolder: str = "", token: str | None = None) -> dict:
@@ -155,6 +150,3 @@ def _group_files(files: dict[str, int]) -> list[tuple[int, str]]:
             layers = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{min(sizes)}"
             rows.append((sum(sizes.values()), f"W_{kind}_N.safetensors, N = {layers}, {len(sizes)} files"))
     return rows
-
-
-__all__ = ["describe_clt", "format_info"]

@@ -4,6 +4,7 @@ import io
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from ..files import replacing
 from .facts import as_history
@@ -56,7 +57,8 @@ def draw_plots(folder: str | Path, facts: dict) -> None:
             (plots / file).unlink(missing_ok=True)
 
 
-def import_matplotlib():
+def import_matplotlib() -> ModuleType:
+    """matplotlib; raises ImportError with the remedy where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -228,6 +230,3 @@ def _feature_density(metrics):
     axis.set_xticks(ticks, [f"$10^{{{tick}}}$" if tick else "1" for tick in ticks])
     axis.yaxis.set_major_formatter(_percent)
     return figure
-
-
-__all__ = ["PLOTS", "PLOTS_FOLDER", "PLOT_STYLE", "draw_plots", "import_matplotlib", "plot_metrics"]

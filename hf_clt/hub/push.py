@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import (
@@ -336,7 +336,7 @@ def push_to_hub(
     command: str | None = None,
     license: str | None = None,
     tags: list[str] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> CommitInfo:
     """
     Saves a CLT with a generated card into a temporary folder and pushes that. To publish a folder with the measured
@@ -359,6 +359,3 @@ def push_to_hub(
         config = type(clt.config).from_pretrained(folder)
         save_model_card(folder, config, metrics, training, command, name=repo_id, license=license, tags=tags)
         return push_folder(folder, repo_id, **kwargs)
-
-
-__all__ = ["check_push_access", "feature_files", "push_folder", "push_to_hub", "release_files"]

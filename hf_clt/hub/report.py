@@ -15,6 +15,11 @@ TABLE_COLUMNS = (
 )
 
 
+def is_dense(l0: float, num_features: int) -> bool:
+    """Whether more than a tenth of a layer's features are active on a token: neither sparse nor fast."""
+    return l0 > num_features / 10
+
+
 def format_metrics_table(metrics: dict) -> str:
     """
     The metrics per target layer as aligned plain text.
@@ -67,23 +72,27 @@ def note_missing_nmse(metrics: dict) -> str:
     return f"The NMSE has no value in {which}, whose targets do not vary{names}; means leave them out."
 
 
-def read_history(name: str | Path) -> list[dict]:
+def read_history(name: str | Path, was_killed: bool = False) -> list[dict]:
     """
     The lines of `metrics.jsonl` in a CLT's folder, which [`plot_metrics`] draws the training curves of; none where
     there is no such file, as in a CLT from the Hub.
+
+    Args:
+        name: The folder.
+        was_killed: Whether the run may have been killed while it wrote a line: those before it are given.
 
     Raises:
         ValueError: If a line is no JSON.
     """
     path = Path(name).expanduser() / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
-        ) from None
-
-
-__all__ = ["align_rows", "format_metrics_table", "note_missing_nmse", "read_history"]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if was_killed:
+                break
+            raise ValueError(
+                f"{path} has a line that is no JSON ({error}); move it away to go on without curves"
+            ) from None
+    return rows

@@ -25,6 +25,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .. import release as files
 from ..configuration_clt import CLTConfig
@@ -87,7 +88,7 @@ def detect_format(path: str | Path) -> str:
     raise ValueError(f"{path} is in none of the formats {', '.join(FORMATS)}; it holds {held}")
 
 
-def read_clt(path: str | Path, format: str | None = None, **options) -> Checkpoint:
+def read_clt(path: str | Path, format: str | None = None, **options: Any) -> Checkpoint:
     """
     Opens a checkpoint in any of `FORMATS`.
 
@@ -109,7 +110,7 @@ def read_clt(path: str | Path, format: str | None = None, **options) -> Checkpoi
     return FORMATS[format].read(Path(path).expanduser(), **options)
 
 
-def import_clt(path: str | Path, format: str | None = None, **options) -> CrossLayerTranscoder:
+def import_clt(path: str | Path, format: str | None = None, **options: Any) -> CrossLayerTranscoder:
     """
     A [`CrossLayerTranscoder`] from a checkpoint in any of `FORMATS`; arguments as for [`read_clt`]. With
     `format="circuit-tracer"` or `"hf_clt"` it can be a repository on the Hub too.
@@ -126,7 +127,7 @@ def convert(
     from_format: str | None = None,
     to_format: str = "hf_clt",
     overwrite: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[str, CLTConfig, list[Path]]:
     """
     Converts a checkpoint, one layer at a time. The files are written into a folder beside the output and moved there

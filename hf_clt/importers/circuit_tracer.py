@@ -8,6 +8,7 @@ safety-research/circuit-tracer.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ..configuration_clt import CLTConfig
 from .shared import Checkpoint
 
 
-def read(folder: Path, **overrides) -> Checkpoint:
+def read(folder: Path, **overrides: Any) -> Checkpoint:
     """A released CLT, or a folder that has circuit-tracer's files alone; `overrides` are fields of [`CLTConfig`]."""
     config = files.read_config(folder, overrides)
     files.check_files(folder, config)

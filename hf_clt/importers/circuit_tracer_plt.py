@@ -17,6 +17,7 @@ Sources in safety-research/circuit-tracer: `circuit_tracer/transcoder/single_lay
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import Tensor
@@ -32,7 +33,7 @@ LAYER_FILE = "layer_{}.safetensors"
 THRESHOLD = "activation_function.threshold"
 
 
-def read(folder: Path, **overrides) -> shared.Checkpoint:
+def read(folder: Path, **overrides: Any) -> shared.Checkpoint:
     """
     Per-layer transcoders as a CLT of `decoder_reach` 1.
 

@@ -18,6 +18,7 @@ Sources in LLM-Interp/CLT-Forge: `src/clt_forge/clt.py` (also of the shards, `_l
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ SCALING_FACTORS = ("estimated_norm_scaling_factor_in", "estimated_norm_scaling_f
 BUFFERS = ("feature_count", "layer_mask", "l_idx", "k_idx")  # counts of the training, and what follows from L
 
 
-def read(path: Path, **overrides) -> shared.Checkpoint:
+def read(path: Path, **overrides: Any) -> shared.Checkpoint:
     """
     A CLT of CLT-Forge, its scaling factors folded in.
 

@@ -25,6 +25,7 @@ import itertools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [path for path in candidates if is_checkpoint(shared.read_header(path))]
 
 
-def read(path: Path, norm_stats: str | Path | None = None, **overrides) -> shared.Checkpoint:
+def read(path: Path, norm_stats: str | Path | None = None, **overrides: Any) -> shared.Checkpoint:
     """
     A checkpoint of crosslayer-coding, its statistics folded in.
 

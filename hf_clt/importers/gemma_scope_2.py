@@ -13,6 +13,7 @@ Sources: `load_gemma_scope_2_clt` in circuit-tracer (`circuit_tracer/transcoder/
 """
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ INPUT_HOOKS = {".pre_feedforward_layernorm.output": "mlp.hook_in"}  # ends of `h
 OUTPUT_HOOKS = {".post_feedforward_layernorm.output": "hook_mlp_out"}  # ends of `hf_hook_point_out`
 
 
-def read(folder: Path, drop_acausal: bool = False, **overrides) -> shared.Checkpoint:
+def read(folder: Path, drop_acausal: bool = False, **overrides: Any) -> shared.Checkpoint:
     """
     A cross-layer transcoder of Gemma Scope 2.
 

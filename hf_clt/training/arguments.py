@@ -46,7 +46,7 @@ class CLTTrainingArguments:
     trust_remote_code: bool = _arg(
         "model",
         False,
-        "Run Python code that the repository of --model or --dataset brings. Only for authors you trust.",
+        "Run Python code that the repository of --model brings. Only for authors you trust.",
     )
 
     # The text
@@ -403,32 +403,28 @@ class CLTTrainingArguments:
             value = getattr(self, name)
             if value is not None and value >= self.training_steps:
                 raise ValueError(f"{name}={value} is not below training_steps={self.training_steps}; lower it")
-        if self.decay_steps and self.lr_scheduler not in ("constant", "none"):
+        for name, in_vain, other, remedy in (  # one that has no effect with the value of another
+            ("decay_steps", self.lr_scheduler not in ("constant", "none"), "lr_scheduler", "constant"),
+            ("warmup_steps", self.lr_scheduler == "none", "lr_scheduler", "constant"),
+            ("k_anneal_steps", self.initial_k is None, "initial_k", 64),
+            ("weight_decay", self.optimizer == "adam", "optimizer", "adamw"),
+            ("normalization_file", self.normalization_method != "mean_std", "normalization_method", "mean_std"),
+            ("eval_replacement", self.eval_tokens == 0, "eval_tokens", 8192),
+            ("hub_push_interval", not self.push_to_hub, "push_to_hub", True),
+        ):
+            if getattr(self, name) and in_vain:
+                given, beside = f"{name}={getattr(self, name)!r}", f"{other}={getattr(self, other)!r}"
+                raise ValueError(
+                    f"{given} has no effect with {beside}; leave it out, or give for example {other}={remedy!r}"
+                )
+        if self.on_bad_activations == "skip" and self.activation_cache is not None:
             raise ValueError(
-                f"decay_steps={self.decay_steps} has no effect with lr_scheduler={self.lr_scheduler!r}; choose "
-                "lr_scheduler='constant'"
+                "on_bad_activations='skip' has no effect with activation_cache, which holds none; leave it out"
             )
         if self.decay_steps + self.num_warmup_steps > self.training_steps:
             raise ValueError(
                 f"decay_steps={self.decay_steps} begin before the warm-up of {self.num_warmup_steps} of "
                 f"training_steps={self.training_steps} ends; lower decay_steps or warmup_steps"
-            )
-        if self.k_anneal_steps and self.initial_k is None:
-            raise ValueError(f"k_anneal_steps={self.k_anneal_steps} has no effect without initial_k; give initial_k")
-        if self.warmup_steps and self.lr_scheduler == "none":
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} has no effect with lr_scheduler='none'; choose "
-                "lr_scheduler='constant'"
-            )
-        if self.weight_decay and self.optimizer == "adam":
-            raise ValueError(
-                f"weight_decay={self.weight_decay} has no effect with optimizer={self.optimizer!r}; choose "
-                "optimizer='adamw'"
-            )
-        if self.normalization_file is not None and self.normalization_method != "mean_std":
-            raise ValueError(
-                f"normalization_file={self.normalization_file!r} is not used with "
-                f"normalization_method={self.normalization_method!r}; choose normalization_method='mean_std'"
             )
         if self.normalization_file is not None and not os.path.isfile(self.normalization_file):
             raise ValueError(f"normalization_file={self.normalization_file!r} does not exist; give an existing file")
@@ -438,20 +434,12 @@ class CLTTrainingArguments:
                 f"mixed_precision='fp16' does not go with feature_parallel_size={self.feature_parallel_size}; choose "
                 "mixed_precision='bf16'"
             )
-        if self.on_bad_activations == "skip" and self.activation_cache is not None:
-            raise ValueError(
-                "on_bad_activations='skip' has no effect with activation_cache, which holds none; leave it out"
-            )
         if self.eval_replacement:
             self._check_eval_replacement()
         if self.license is not None:
             check_license(self.license)
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("push_to_hub=True needs a repository; give hub_model_id, such as 'user/clt-gpt2'")
-        if self.hub_push_interval and not self.push_to_hub:
-            raise ValueError(
-                f"hub_push_interval={self.hub_push_interval} has no effect without push_to_hub; give push_to_hub"
-            )
         if self.hub_model_id is not None:
             _check_repo_id(self.hub_model_id)
 
@@ -459,8 +447,6 @@ class CLTTrainingArguments:
         later = (
             "leave it out, and afterwards run `hf-clt evaluate OUTPUT_DIR --dataset ... --replacement --update-card`"
         )
-        if self.eval_tokens == 0:
-            raise ValueError("eval_replacement=True has no effect with eval_tokens=0; give some thousand eval_tokens")
         if self.activation_cache is not None:
             raise ValueError(
                 "eval_replacement=True needs the language model, which does not run with activation_cache="

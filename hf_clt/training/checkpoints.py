@@ -436,22 +436,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = [
-    "CheckpointError",
-    "find_checkpoint",
-    "foreign_checkpoints",
-    "list_checkpoints",
-    "load_checkpoint",
-    "load_optimizer_tensors",
-    "load_shared",
-    "newest_usable",
-    "optimizer_tensors",
-    "own_from_others",
-    "remove_checkpoint",
-    "remove_checkpoints_after",
-    "remove_leftovers",
-    "read_state",
-    "save_checkpoint",
-]

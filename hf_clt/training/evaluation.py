@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from ..evaluation.evaluate import activations
+from ..evaluation.evaluate import activations, measure
 from ..evaluation.metrics import MetricSums
 from ..evaluation.replacement import replacement_metrics
 from ..harvest.statistics import gather
-from ..modeling_clt import CrossLayerTranscoder
+from ..modeling_clt import CLTOutput, CrossLayerTranscoder
 from ..sharding import gather_tokens
 from .processes import StopRequested, any_process, together
 
@@ -35,26 +35,30 @@ def evaluate_heldout(trainer: "CLTTrainer", folded: bool, with_replacement: bool
     if clt.config.activation_fn == "batchtopk" and accelerator.num_processes > 1:
         for threshold in clt.thresholds:  # those of the first process, which are released
             torch.distributed.broadcast(threshold.value, src=0)
-    sums = MetricSums(clt.config.num_layers, clt.config.d_model, clt.num_held, accelerator.device)
     bar = tqdm(
         total=trainer.args.eval_tokens, desc="Evaluating", unit="token", disable=not trainer.progress, leave=False
     )
     dtype = torch.promote_types(trainer.buffer.dtype, torch.float32)
 
-    def measure() -> None:
+    def forward(inputs: torch.Tensor) -> CLTOutput:
+        with trainer.clt_stopwatch.running():
+            # Not `clt(...)`, which with mixed precision would round the raw activations to half precision.
+            return CrossLayerTranscoder.forward(clt, inputs)
+
+    def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches = activations(trainer.harvester, trainer.heldout, trainer.args.batch_size, dtype, trainer.skip_bad)
         for batch in batches if shard is None else read_in_lockstep(trainer, batches):
             if trainer.signals.requested and shard is None:
                 raise StopRequested
-            with trainer.clt_stopwatch.running():
-                # Not `clt(...)`, which with mixed precision would round the raw activations to half precision.
-                output = CrossLayerTranscoder.forward(clt, batch["inputs"].to(accelerator.device))
-            sums.update(batch["labels"], output.reconstruction, output.features)
+            yield batch["inputs"], batch["labels"]
             bar.update(len(batch["inputs"]))
+
+    def measured() -> MetricSums:
+        return measure(clt, rows(), forward)
 
     with clt.folded() if folded else nullcontext():
         with bar:
-            together(accelerator, measure) if shard is None else measure()
+            sums = together(accelerator, measured) if shard is None else measured()
         metrics = gather_sums(trainer, sums).compute()
         return {**metrics, **measure_replacement(trainer)} if with_replacement else metrics
 
@@ -106,6 +110,3 @@ def gather_sums(trainer: "CLTTrainer", sums: MetricSums) -> MetricSums:
     if trainer.shard is not None:
         parts = MetricSums.with_joined_features(parts, trainer.shard.size)
     return MetricSums.from_gathered(parts)
-
-
-__all__ = ["evaluate_heldout", "gather_sums", "measure_replacement", "read_in_lockstep"]

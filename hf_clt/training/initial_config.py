@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from ..configuration_clt import CLTConfig
+from ..files import one_line
 from .arguments import CLTTrainingArguments
 
 
@@ -77,18 +78,12 @@ def _load_model_config(args: CLTTrainingArguments):
     looks_local = args.model.startswith((".", "/", "~")) or args.model.count("/") > 1
     if looks_local and not os.path.isdir(args.model):
         raise OSError(f"model={args.model!r} is no folder; give a Hub name or an existing folder")
-    if os.path.isdir(args.model) and not os.path.isfile(os.path.join(args.model, "config.json")):
-        raise OSError(f"model={args.model!r} has no config.json; give a folder written by save_pretrained")
     try:
         config = AutoConfig.from_pretrained(
             args.model, revision=args.model_revision, trust_remote_code=args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise OSError(
-            f"model={args.model!r} cannot be loaded; check the name and the connection ({reason})"
+            f"model={args.model!r} cannot be loaded; check the name and the connection ({one_line(error)})"
         ) from error
     return config.get_text_config()
-
-
-__all__ = ["build_config"]

@@ -54,6 +54,3 @@ def as_text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(value) or "none"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-__all__ = ["as_text", "check_value", "kind_of"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .trainer import CLTTrainer
 
 RUN_FILES = ("config.json", "metrics.jsonl")
-MEANWHILE = ".pushing.tmp"  # folder in output_dir with what is pushed while training goes on
+PUSH_FOLDER = ".pushing.tmp"  # folder in output_dir with what is pushed while training goes on
 
 
 def prepare_output_dir(trainer: "CLTTrainer") -> None:
@@ -34,11 +34,11 @@ def prepare_output_dir(trainer: "CLTTrainer") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trainer.lock = lock_folder(folder)
     remove_leftovers(folder)
-    shutil.rmtree(folder / MEANWHILE, ignore_errors=True)  # of a run that was stopped in a push
+    shutil.rmtree(folder / PUSH_FOLDER, ignore_errors=True)  # of a run that was stopped in a push
     if trainer.goes_on:
         # In this order: the newest checkpoint, whichever that is after a crash, has all its lines of metrics.
         remove_checkpoints_after(folder, trainer.step)
-        truncate_metrics(folder / "metrics.jsonl", trainer.step)
+        truncate_metrics(folder, trainer.step)
     elif trainer.args.overwrite_output_dir:
         remove_run(folder)
 
@@ -136,6 +136,3 @@ def remove_run(output_dir: Path) -> None:
     files.remove_release(output_dir)
     write_facts(output_dir, {})
     draw_plots(output_dir, {})
-
-
-__all__ = ["check_output_dir", "foreign_files", "lock_folder", "prepare_output_dir", "remove_run"]

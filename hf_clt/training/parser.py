@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from ..command import OneLineParser
 from ..configuration_clt import ACTIVATION_DEFAULTS, CLT_CONFIG_HELP, CLTConfig
+from ..files import one_line
 from .arguments import CACHED, CLTTrainingArguments
 from .options import as_text, check_value, kind_of
 
@@ -81,7 +82,7 @@ class SettingsLoader(yaml.SafeLoader):
     (so that `mixed_precision: no` is the text "no"), and dates are text. A key given twice is refused.
     """
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [str(self.construct_object(key, deep=True)).replace("-", "_") for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -109,7 +110,7 @@ def read_settings(path: str, options: dict[str, Option]) -> list[str]:
         with open(path, encoding="utf-8") as file:
             settings = yaml.load(file, Loader=SettingsLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"not valid YAML: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"it holds a {type(settings).__name__}; write lines of the form name: value")
     words = []
@@ -149,7 +150,7 @@ HF_CLT_DEBUG=1 in the environment shows the traceback of an error.
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows each option once, with dashes, and keeps option names in texts whole."""
 
-    def __init__(self, prog):
+    def __init__(self, prog: str):
         super().__init__(prog, max_help_position=36, width=119)
 
     def _split_lines(self, text, width):
@@ -275,6 +276,3 @@ def parse_train_args(argv: list[str] | None = None) -> tuple[CLTTrainingArgument
                 f"{getattr(args, name)!r}; leave {name} out, or write another cache"
             )
     return args, {name: value for name, value in values.items() if name in CLT_CONFIG_HELP}
-
-
-__all__ = ["SettingsLoader", "all_options", "parse_train_args"]

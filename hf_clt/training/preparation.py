@@ -22,6 +22,8 @@ from .processes import together
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .trainer import CLTTrainer
 
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
@@ -33,7 +35,7 @@ def open_activations(
     name: str | None,
     accelerator: Accelerator,
     harvester: Harvester | None,
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase | None",
 ) -> tuple:
     """
     What gives activations (a [`Harvester`] or an [`ActivationCache`]), and the extraction batches to train and (or
@@ -109,6 +111,3 @@ def read_statistics(trainer: "CLTTrainer") -> dict | None:
         trainer.skip_bad,
         partial(together, trainer.accelerator),
     )
-
-
-__all__ = ["initialize_from_data", "open_activations", "read_statistics"]

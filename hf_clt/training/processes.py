@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+from ..files import one_line
+
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,7 +121,7 @@ def _exchange(accelerator, numbers: list[int], reduction: str) -> list[int]:
     try:
         dist.all_reduce(numbers, op=getattr(dist.ReduceOp, reduction), group=accelerator.hosts)
     except RuntimeError as failure:  # of the connection
-        reason = " ".join(str(failure).split())[:200]
+        reason = one_line(failure, 200)
         raise OtherProcessGone(f"another process of this run was killed, or failed alone ({reason})") from failure
     return numbers.tolist()
 
@@ -176,7 +178,7 @@ class AgreedBatches:
         per_update (`int`): Batches per optimizer update.
     """
 
-    def __init__(self, accelerator, buffer: "ActivationBuffer", per_update: int):
+    def __init__(self, accelerator: "Accelerator", buffer: "ActivationBuffer", per_update: int):
         self.accelerator, self.buffer, self.per_update = accelerator, buffer, per_update
         self.num_agreed = 0  # batches that all have ready, of those agreed on last
         self._last_agreed = 0
@@ -217,18 +219,3 @@ class AgreedBatches:
             self.num_agreed = self._last_agreed = number
             self._asked_at = now
         return batch
-
-
-__all__ = [
-    "AgreedBatches",
-    "OtherProcessFailed",
-    "OtherProcessGone",
-    "StopRequested",
-    "StopSignals",
-    "any_process",
-    "connect_hosts",
-    "disconnect",
-    "smallest",
-    "together",
-    "wait_for_all",
-]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..configuration_clt import CLTConfig
 from ..hub.card import save_model_card
 from ..hub.report import read_history
-from .output_folder import MEANWHILE
+from .output_folder import PUSH_FOLDER
 from .processes import any_process
 from .reporting import command_line, hardware, non_default_config, versions
 
@@ -39,12 +39,12 @@ def write_release(trainer: "CLTTrainer", folder: Path) -> None:
     )
 
 
-def push_meanwhile(trainer: "CLTTrainer") -> None:
+def push_in_background(trainer: "CLTTrainer") -> None:
     """Writes the CLT as it is now beside the output and begins to push it, unless a push is under way."""
     if any_process(trainer.accelerator, trainer.background_push.is_running):
         logger.info("step %d: the push before is still under way, this one is left out", trainer.step)
         return
-    folder = trainer.output_dir / MEANWHILE
+    folder = trainer.output_dir / PUSH_FOLDER
     write_release(trainer, folder)
     if trainer.accelerator.is_main_process:
         trainer.background_push.start(folder, f"Step {trainer.step}")
@@ -55,7 +55,7 @@ def push_finished(trainer: "CLTTrainer") -> None:
     if trainer.background_push is not None:
         trainer.background_push.wait()
         if trainer.accelerator.is_main_process:
-            shutil.rmtree(trainer.output_dir / MEANWHILE, ignore_errors=True)
+            shutil.rmtree(trainer.output_dir / PUSH_FOLDER, ignore_errors=True)
     try:
         trainer.push_to_hub()
     except Exception as error:
@@ -88,6 +88,3 @@ def training_facts(trainer: "CLTTrainer") -> dict:
         "settings": settings,
         "versions": versions(),
     }
-
-
-__all__ = ["push_finished", "push_meanwhile", "training_facts", "write_release"]

@@ -1,12 +1,12 @@
 """What a run tells: the figures of the progress bar, `metrics.jsonl`, and the facts for the model card."""
 
 import importlib.metadata
-import json
 import logging
 import os
 import platform
 import shlex
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 
 from .. import __version__
-from ..configuration_clt import TOPK_FAMILY, CLTConfig
+from ..configuration_clt import CLT_CONFIG_HELP, TOPK_FAMILY, CLTConfig
 from ..files import as_json, format_number, write_text
+from ..hub.report import is_dense, read_history
 from ..sparsity import SparseFeatures
 from .checkpoints import newest_usable
 from .trackers import log_row
@@ -60,7 +61,7 @@ def warn_if_wide(features: SparseFeatures, config: CLTConfig) -> None:
 def warn_if_dense(row: dict, config: CLTConfig) -> bool:
     """Warns when after a quarter of training more than a tenth of the features are active; says whether it did."""
     per_layer = row["l0"] / config.num_layers
-    if per_layer <= config.num_features / 10:
+    if not is_dense(per_layer, config.num_features):
         return False
     logger.warning(
         "step %d: %.0f of %d features per layer are active on a token, more than a tenth; such a CLT is neither "
@@ -88,43 +89,24 @@ def write_row(trainer: "CLTTrainer", row: dict) -> None:
     log_row(trainer.accelerator, row)
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step` that a run wrote between its last checkpoint and its end."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
-            break
-        if row["step"] > step:
-            break
-        kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+def truncate_metrics(output_dir: Path, step: int) -> None:
+    """Drops the lines after `step` that a run wrote to `metrics.jsonl` between its last checkpoint and its end."""
+    rows = takewhile(lambda row: row["step"] <= step, read_history(output_dir, was_killed=True))
+    if (path := output_dir / "metrics.jsonl").is_file():
+        write_text(path, "".join(as_json(row, indent=None) for row in rows))
 
 
-def last_evaluated_step(path: Path) -> int | None:
-    """The step of the last evaluation in a `metrics.jsonl`; None if there is none."""
-    if not path.is_file():
-        return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [row["step"] for row in rows if row["split"] == "heldout"]
-    return steps[-1] if steps else None
+def last_evaluated_step(output_dir: Path) -> int | None:
+    """The step of the last evaluation in a run's `metrics.jsonl`; None if there is none."""
+    return max((row["step"] for row in read_history(output_dir) if row["split"] == "heldout"), default=None)
 
 
 def non_default_config(config: CLTConfig) -> dict:
     """Fields of the configuration that were chosen, for the model card."""
-    plain = CLTConfig(
-        num_layers=config.num_layers,
-        d_model=config.d_model,
-        num_features=config.num_features,
-        activation_fn=config.activation_fn,
-        k=min(CLTConfig.k, config.num_features),
-    )
-    names = ("k", "k_scope", "jumprelu_threshold", "jumprelu_bandwidth", "decoder_reach", "decoder_tying")
-    names += ("skip_connection", "sparsity_lambda", "sparsity_c", "preactivation_coef", "aux_coef", "aux_k")
+    of_model = [name for name in CLT_CONFIG_HELP if name.startswith(("base_model", "feature_"))]
+    given = {name: getattr(config, name) for name in ("num_layers", "d_model", "num_features", "activation_fn")}
+    plain = CLTConfig(**given, k=min(CLTConfig.k, config.num_features))
+    names = [name for name in CLT_CONFIG_HELP if name not in (*of_model, *given)]
     chosen = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(plain, name)}
     return {"num_features": config.num_features, "activation_fn": config.activation_fn, **chosen}
 
@@ -165,17 +147,3 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on."""
     others = {name: importlib.metadata.version(name) for name in VERSIONED}
     return {"python": platform.python_version(), "hf_clt": __version__} | others
-
-
-__all__ = [
-    "command_line",
-    "hardware",
-    "last_evaluated_step",
-    "non_default_config",
-    "progress_figures",
-    "truncate_metrics",
-    "versions",
-    "warn_if_dense",
-    "warn_if_wide",
-    "write_row",
-]

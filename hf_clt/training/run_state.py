@@ -199,6 +199,3 @@ def check_same_run(trainer: "CLTTrainer", state: dict) -> None:
     if changed and trainer.accelerator.is_main_process:
         told = ", ".join(f"{field} {old!r} -> {new!r}" for field, (old, new) in changed.items())
         logger.warning("%s was trained with other settings, and goes on with: %s", name, told)
-
-
-__all__ = ["check_same_run", "checkpoint_on_failure", "moving_state", "restore_run", "restore_weights", "save_run"]

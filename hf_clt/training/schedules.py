@@ -58,6 +58,3 @@ def last_restart(step: int, training_steps: int) -> int:
 
 def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
-
-
-__all__ = ["annealed_k", "last_restart", "learning_rate_scale", "restarts_threshold", "sparsity_scale"]

@@ -187,14 +187,12 @@ class Layout:
     Args:
         shard ([`FeatureShard`] or None): The slice of this process; None: all features, n = 1.
         replica (`int`): d.
-        num_replicas (`int`): Number of groups.
         replicas (`ProcessGroup` or None): The processes with the same f, for DistributedDataParallel; None if there is
             one.
     """
 
     shard: FeatureShard | None = None
     replica: int = 0
-    num_replicas: int = 1
     replicas: dist.ProcessGroup | None = None
 
 
@@ -213,12 +211,12 @@ def make_layout(accelerator: Accelerator, feature_parallel_size: int) -> Layout:
         )
     num_replicas = num_processes // size
     if size == 1:
-        return Layout(None, rank, num_replicas, dist.group.WORLD if num_replicas > 1 else None)
+        return Layout(None, rank, dist.group.WORLD if num_replicas > 1 else None)
     # Every process takes part in making every group, those of others too.
     groups = [dist.new_group(range(d * size, (d + 1) * size)) for d in range(num_replicas)]
     replicas = [dist.new_group(range(f, num_processes, size)) for f in range(size)] if num_replicas > 1 else None
     shard = FeatureShard(rank % size, size, groups[rank // size])
-    return Layout(shard, rank // size, num_replicas, replicas[shard.rank] if replicas else None)
+    return Layout(shard, rank // size, replicas[shard.rank] if replicas else None)
 
 
 def check_shard(config: CLTConfig, size: int, model: CrossLayerTranscoder | None) -> None:
@@ -287,21 +285,3 @@ def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
         raise ValueError(
             f"initial_k={initial_k} is outside k={config.k} to num_features={config.num_features}; give one between"
         )
-
-
-__all__ = [
-    "check_gpus",
-    "check_launch",
-    "check_num_processes",
-    "check_shard",
-    "Layout",
-    "load_initial_clt",
-    "make_accelerator",
-    "make_layout",
-    "keep_freed_memory",
-    "prepare_cpu",
-    "keep_device_choices",
-    "gpu_defaults",
-    "fill_device_defaults",
-    "take_device",
-]

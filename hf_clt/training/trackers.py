@@ -14,6 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
+from ..files import one_line
 from .arguments import CLTTrainingArguments
 
 
@@ -100,7 +101,7 @@ def finish_trackers(accelerator: Accelerator) -> None:
 
 
 def _warn_of(name: str, what: str, error: Exception) -> None:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    reason = one_line(f"{type(error).__name__}: {error}", 200)
     logger.warning(
         "%s %s (%s); it gets nothing more of this run, which goes on: metrics.jsonl holds all metrics",
         *(name, what, reason),
@@ -153,6 +154,3 @@ def tracked_values(row: dict) -> tuple[dict[str, int | float], dict[str, dict]]:
         elif isinstance(value, dict):
             histograms[prefix + name] = value
     return scalars, histograms
-
-
-__all__ = ["check_trackers", "finish_trackers", "log_row", "start_trackers", "tracked_values"]

@@ -7,6 +7,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from accelerate.utils import set_seed
 from huggingface_hub import CommitInfo
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from ..configuration_clt import CLTConfig
 from ..device import Stopwatch, rounded_products
@@ -79,7 +81,7 @@ class CLTTrainer:
         model: CrossLayerTranscoder | None = None,
         *,
         harvester: Harvester | None = None,
-        tokenizer=None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         if (harvester is None) != (tokenizer is None):
             raise ValueError("harvester and tokenizer belong together; give both, or neither to have model loaded")
@@ -202,7 +204,7 @@ class CLTTrainer:
         else:
             optimizer = restore_run(self)
         together(accelerator, partial(prepare_output_dir, self))
-        self.last_written = last_evaluated_step(self.output_dir / "metrics.jsonl")
+        self.last_written = last_evaluated_step(self.output_dir)
         model, optimizer = self._distribute(optimizer)
         start_trackers(accelerator, args, self.config, self.run_id, self.step, self.goes_on)
         # An evaluation that failed after its update was checkpointed is made up for.
@@ -235,7 +237,7 @@ class CLTTrainer:
                     if not is_last and is_due(self.step, args.checkpoint_interval):
                         save_run(self, optimizer)
                     if not is_last and is_due(self.step, args.hub_push_interval):
-                        publishing.push_meanwhile(self)
+                        publishing.push_in_background(self)
             self._evaluate_and_write(optimizer)
             self.model.eval()
             # The first two are accelerate's, which round to half precision.
@@ -410,7 +412,7 @@ class CLTTrainer:
     def _release(self) -> None:
         publishing.write_release(self, self.output_dir)
 
-    def push_to_hub(self, repo_id: str | None = None, **kwargs) -> "CommitInfo | None":
+    def push_to_hub(self, repo_id: str | None = None, **kwargs: Any) -> "CommitInfo | None":
         """
         Pushes the finished CLT in `output_dir`, which [`train`] wrote, and its measured card; all processes may call
         this, and the first pushes.

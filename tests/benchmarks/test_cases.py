@@ -11,16 +11,16 @@ SMALL = {"num_layers": 8, "d_model": 4, "num_features": 512, "tokens": 64, "l0":
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"l0": 600}, "l0=600 does not fit num_features=512"),
-        ({"l0": 512}, "l0=512 does not fit num_features=512 .jumprelu."),
+        ({"l0": 600}, "l0=600 .*num_features=512"),
+        ({"l0": 512}, "l0=512 .*num_features=512.*jumprelu"),
         ({"l0": 0}, "l0=0 is not positive"),
         ({"tokens": 0}, "tokens=0 is not positive"),
         ({"dense_steps": 0}, "dense_steps=0 is not positive"),
-        ({"activation_fn": "gelu"}, "activation_fn='gelu' is unknown; choose from relu, jumprelu, topk, batchtopk"),
+        ({"activation_fn": "gelu"}, "activation_fn='gelu'.*relu, jumprelu, topk, batchtopk"),
         ({"k_scope": "batch"}, "k_scope='batch' is unknown"),
         ({"dtype": "float64"}, "dtype='float64' is unknown"),
         ({"autocast": "float16"}, "autocast='float16' is unknown"),
-        ({"device": "tpu"}, "device='tpu': hf_clt runs on CPUs and NVIDIA GPUs"),
+        ({"device": "tpu"}, "device='tpu'.*give cpu"),
         ({"device": "cuda:x"}, "device='cuda:x': hf_clt runs on"),
         ({"optimizer": "sgd"}, "optimizer"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 is negative"),
@@ -35,12 +35,12 @@ def test_wrong_values_are_refused_by_name(fields, message):
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="device='cuda', but no GPU is available"):
+    with pytest.raises(ValueError, match=r"device='cuda'.*give cpu"):
         Case(**SMALL, device="cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert Case(**SMALL, device="cuda:1").device == "cuda:1"
-    with pytest.raises(ValueError, match="device='cuda:2' is GPU 2, but there are 2"):
+    with pytest.raises(ValueError, match=r"device='cuda:2'.* 2,"):
         Case(**SMALL, device="cuda:2")
 
 
@@ -58,7 +58,7 @@ def test_presets(monkeypatch):
         6, 256, 8192, 32, "topk"
     )  # fmt: skip
     assert (second.num_layers, second.d_model, second.num_features, second.tokens) == (12, 768, 6144, 512)
-    with pytest.raises(ValueError, match="preset='x' is unknown; choose from issue"):
+    with pytest.raises(ValueError, match=r"preset='x'.*issue"):
         preset_cases("x", {})
 
 
@@ -73,7 +73,7 @@ def test_growth_changes_one_field():
         (4, 3),
         (8, 3),
     ]
-    with pytest.raises(ValueError, match="grow='D' is unknown; choose from L, F, N, k"):
+    with pytest.raises(ValueError, match=r"grow='D'.*L, F, N, k"):
         grown_cases(base, "D")
 
 

@@ -161,7 +161,7 @@ def test_wrong_options_give_one_line(tiny_gpt2, text_file, more, message, capsys
 def test_a_loss_that_is_not_finite_stops_the_comparison():
     config, args, statistics, batches = make_problem(torch.float32, activation_fn="topk")
     batches[2]["labels"][0, 0, 0] = torch.inf
-    with pytest.raises(FloatingPointError, match="ours: the loss is not finite at step 3; lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"ours: .*step 3.*learning_rate"):
         train(VARIANTS["ours"], start(config, args, statistics, batches, torch.float32), args, batches)
 
 

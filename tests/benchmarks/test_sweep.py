@@ -148,7 +148,7 @@ def test_remembered_activations_are_those_that_were_read(tiny_gpt2):
         ("k: [2, 4]", "kk: [2, 4]", "group k: .*kk.*k"),
         ("k: [2, 4]", "learning-rate: [1e-3, fast]", "group k: .*--learning-rate.*'fast'"),
         ("num_features: 48", "num_features: 0.5", "num_features"),
-        ("groups:", "grid:", "must hold the keys base and groups"),
+        ("groups:", "grid:", "base and groups"),
         ("base:", "base: {", "not valid YAML"),
     ],
 )

@@ -51,8 +51,8 @@ GAPS = {
 }
 
 
-def make_language_model(folder: Path):
-    """A random Llama of three layers with a `rope_theta` of its own and a word tokenizer, saved to `folder`."""
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of [`PROMPT`]'s words, saved to `folder`; 64 tokens, of which the first is special."""
     words = ["<bos>", "<unk>", "The", "capital", "of", "France", "is", *(f"word{i}" for i in range(57))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -60,8 +60,14 @@ def make_language_model(folder: Path):
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>"
     )
     tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_language_model(folder: Path):
+    """A random Llama of three layers with a `rope_theta` of its own and a word tokenizer, saved to `folder`."""
+    tokenizer = make_tokenizer(folder)
     shape = {"hidden_size": SHAPE["d_model"], "num_hidden_layers": SHAPE["num_layers"], "intermediate_size": 64}
-    shape |= {"vocab_size": len(words), "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    shape |= {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
     rope = {"rope_theta": 100.0, "rope_type": "default"}
     with torch.random.fork_rng():
         torch.manual_seed(0)

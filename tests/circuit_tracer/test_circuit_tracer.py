@@ -1,6 +1,7 @@
 """
-circuit-tracer and SAELens read what hf_clt saves and pushes: check.py, where their environment is made, and without it
-what can be told: how make makes it, and that the documentation says what was measured.
+circuit-tracer and SAELens read what hf_clt saves and pushes (check.py), and circuit-tracer's graphs are hf_clt's
+(compare_graphs.py), where their environment is made; and without it what can be told: how make makes it, and that the
+documentation says what was measured.
 """
 
 import json
@@ -9,6 +10,7 @@ import shutil
 
 import pytest
 
+from tests.circuit_tracer import compare_graphs
 from tests.circuit_tracer.check import GAPS, PYTHON, ROOT, SAME, run
 from tests.test_packaging import FAKE_PYTHON, make
 
@@ -29,6 +31,15 @@ def test_circuit_tracer_reads_what_we_push(tmp_path):
     assert compared >= {*SAME, *GAPS, "reach_1_plt", "reach_2_padded", "SAELens, relu", "docs/circuit_tracer.md"}
 
 
+@pytest.mark.slow
+def test_our_graphs_are_those_of_circuit_tracer(tmp_path):
+    if not PYTHON.is_file():
+        pytest.skip("circuit-tracer's environment is not made; `make circuit-tracer` makes it")
+    rows = compare_graphs.run(tmp_path, PYTHON, quickstart=tmp_path)
+    assert [row for row in rows if row["wrong"]] == []
+    assert {row["case"].partition(",")[0] for row in rows} >= {*compare_graphs.ARCHITECTURES}
+
+
 @pytest.fixture
 def checkout(tmp_path):
     for venv in (".venv", ".venv-circuit-tracer"):
@@ -44,10 +55,10 @@ def checkout(tmp_path):
 
 def test_make_gives_circuit_tracer_versions_of_its_own(checkout):
     make(checkout, "install")
-    install, check = make(checkout, "test-circuit-tracer")
+    install, *checks = make(checkout, "test-circuit-tracer")
     assert install.startswith("-m pip install") and install.endswith(f"-c {PINS} circuit-tracer sae-lens")
-    assert check == "-m tests.circuit_tracer.check"
-    assert make(checkout, "test-circuit-tracer") == [check]  # once
+    assert checks == ["-m tests.circuit_tracer.check", "-m tests.circuit_tracer.compare_graphs"]
+    assert make(checkout, "test-circuit-tracer") == checks  # once
     assert make(checkout, "graph-scores") == ["scripts/attribute_clt.py quickstart/clt --model quickstart/model"]
 
 

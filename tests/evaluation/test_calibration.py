@@ -292,18 +292,18 @@ def test_wrong_input_gives_one_clear_line(tmp_path):
     clt = original(activation_fn="topk")
     batches = heldout(clt)
     jumprelu = random_clt(double=False)
-    with pytest.raises(ValueError, match="activation_fn='jumprelu': only topk and batchtopk"):
+    with pytest.raises(ValueError, match="activation_fn='jumprelu'"):
         jumprelu.to_jumprelu(batches)
     with pytest.raises(ValueError, match="can be read only once"):
         clt.to_jumprelu(iter(batches))
     once = iter(batches)
-    with pytest.raises(ValueError, match="90 tokens in the first pass and 0 in a later one"):
+    with pytest.raises(ValueError, match=r"90 tokens.* 0 in"):
         clt.to_jumprelu(lambda: once)
     with pytest.raises(ValueError, match="gave no tokens"):
         clt.to_jumprelu([])
-    with pytest.raises(ValueError, match=r"a batch is \['inputs'\]; give dicts of inputs and labels"):
+    with pytest.raises(ValueError, match=r"\['inputs'\].*inputs and labels"):
         clt.to_jumprelu([{"inputs": batches[0]["inputs"]}])
-    with pytest.raises(ValueError, match="a batch is tuple; give dicts"):
+    with pytest.raises(ValueError, match=r"tuple.*dicts"):
         clt.to_jumprelu([(batches[0]["inputs"], batches[0]["labels"])])
     with pytest.raises(ValueError, match=r"inputs have shape .*num_layers=3"):
         clt.to_jumprelu([{name: rows.transpose(1, 2) for name, rows in batches[0].items()}])

@@ -134,15 +134,15 @@ def test_with_the_replacement_model(harvester, tokens):
 
 def test_wrong_input_gives_one_clear_line(harvester, tokens, language_model):
     clt = make_clt()
-    with pytest.raises(ValueError, match="batch_size=0 is below 1"):
+    with pytest.raises(ValueError, match="batch_size=0"):
         evaluate_clt(clt, harvester, tokens(), batch_size=0)
-    with pytest.raises(ValueError, match=r"num_layers=3 does not fit .* which has 2"):
+    with pytest.raises(ValueError, match=r"num_layers=3 .*num_layers=2"):
         evaluate_clt(make_clt(num_layers=3), harvester, tokens())
-    with pytest.raises(ValueError, match="d_model=32 does not fit"):
+    with pytest.raises(ValueError, match="d_model=32"):
         evaluate_clt(make_clt(d_model=32), harvester, tokens())
-    with pytest.raises(ValueError, match=r"feature_input_hook=.* does not fit"):
+    with pytest.raises(ValueError, match=r"feature_input_hook="):
         evaluate_clt(make_clt(feature_input_hook="mlp.hook_in"), harvester, tokens())
-    with pytest.raises(ValueError, match="no tokens to evaluate on"):
+    with pytest.raises(ValueError, match="eval_tokens"):
         evaluate_clt(clt, harvester, [])
     with pytest.raises(ValueError, match="no running threshold yet"):
         evaluate_clt(make_clt(activation_fn="batchtopk"), harvester, tokens())
@@ -183,5 +183,5 @@ def test_history(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     assert [row["loss"] for row in read_history(tmp_path)] == [2.0, 1.0]
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": ')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl has a line that is no JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl .*JSON"):
         read_history(tmp_path)

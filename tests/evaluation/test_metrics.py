@@ -166,13 +166,13 @@ def test_bad_input_is_refused():
     sums = MetricSums(2, 3, 4)
     good = torch.zeros(5, 2, 3)
     acts = torch.zeros(5, 2, 4)
-    with pytest.raises(ValueError, match=r"no tokens to evaluate on.*eval_tokens"):
+    with pytest.raises(ValueError, match=r"eval_tokens"):
         sums.compute()
-    with pytest.raises(ValueError, match=r"labels must have shape \(N, 2, 3\), got \(5, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"labels .*\(N, 2, 3\).*\(5, 3, 2\)"):
         sums.update(good.transpose(1, 2), good, acts)
     with pytest.raises(ValueError, match="same tokens"):
         sums.update(good, good[:4], acts)
-    with pytest.raises(ValueError, match="acts must have shape"):
+    with pytest.raises(ValueError, match=r"acts .*shape"):
         sums.update(good, good, acts[:4])
     with pytest.raises(ValueError, match="same CLT"):
         sums.merge(MetricSums(2, 3, 5))

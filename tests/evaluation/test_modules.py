@@ -85,7 +85,7 @@ def test_replacement_metrics_by_hand(load):
     agreement.add(count=8, top1_agreement=6)
     assert agreement.compute() == {"top1_agreement": 0.75}
     kl.add(count=0, kl=0.0)
-    with pytest.raises(ValueError, match="count=0: no prediction was counted"):
+    with pytest.raises(ValueError, match="count=0"):
         kl.compute()
 
 
@@ -101,7 +101,7 @@ def test_every_file_is_named():
 
 
 def test_wrong_input_is_refused(load):
-    with pytest.raises(ValueError, match="name='mse' is no metric here; give one of nmse"):
+    with pytest.raises(ValueError, match=r"name='mse'.*nmse"):
         module_path("mse")
     nmse = load("nmse")
     with pytest.raises(ValueError, match=r"Bad inputs .*'active_counts'"):
@@ -113,5 +113,5 @@ def test_wrong_input_is_refused(load):
         nmse.compute()
     l0 = load("l0")
     l0.add(count=0, active_counts=[[0, 0]])
-    with pytest.raises(ValueError, match="no tokens to evaluate on"):
+    with pytest.raises(ValueError, match="eval_tokens"):
         l0.compute()

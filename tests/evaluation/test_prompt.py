@@ -89,10 +89,10 @@ def test_heat_map_shows_the_numbers(prompt, strength, tmp_path):
 
 def test_misfits_are_refused(prompt):
     clt, harvester, input_ids, tokens = prompt
-    with pytest.raises(ValueError, match=r"input_ids has shape \(2, \d+\); give one prompt"):
+    with pytest.raises(ValueError, match=r"input_ids .*\(2, \d+\).*one prompt"):
         prompt_features(clt, harvester, input_ids.repeat(2, 1))
     features = prompt_features(clt, harvester, input_ids)
-    with pytest.raises(ValueError, match="tokens has 1 entries, but the features are on"):
+    with pytest.raises(ValueError, match="tokens has 1 "):
         top_features(features, ["a"])
-    with pytest.raises(ValueError, match="position=99 is outside the prompt's"):
+    with pytest.raises(ValueError, match="position=99 "):
         top_features(features, tokens, position=99)

@@ -196,7 +196,7 @@ def test_layer_by_layer_equals_the_clt(fields, statistics):
 
 def test_layers_are_given_in_order():
     found = LayerwiseReconstruction(clt_for(), 2)
-    with pytest.raises(ValueError, match="layer=1 is given after 0 layers; give all layers in order"):
+    with pytest.raises(ValueError, match=r"layer=1 .*in order"):
         found(1, torch.zeros(2, D).double())
 
 
@@ -360,16 +360,16 @@ def test_intervention_on_a_layer_that_is_not_replaced_acts_on_later_ones():
 @pytest.mark.parametrize(
     ("intervention", "message"),
     [
-        ((3, 1, 0, 1.0), r"interventions\[1\]=\(3, 1, 0, 1.0\): layer 3 is outside 0 to 2"),
-        ((-1, 1, 0, 1.0), "layer -1 is outside 0 to 2"),
-        ((0, 1, 24, 1.0), "feature 24 is outside 0 to 23"),
-        ((0, 1, 0, math.inf), "value inf is not finite"),
-        ((0, 1, 0), r"give \(layer, position, feature, value\)"),
-        ((0, 1.5, 0, 1.0), r"give \(layer, position, feature, value\)"),
-        ((0, 0, 0, 1.0), "no row has a token at this position whose MLP outputs are replaced"),
-        ((0, 9, 0, 1.0), "no row has a token at this position"),
-        ((0, -1, 0, 1.0), "no row has a token at this position"),
-        ((2, 1, 0, 1.0), r"layer 2 writes to layers 2 to 2, none of which is replaced \(layers=\[0, 1\]\)"),
+        ((3, 1, 0, 1.0), r"interventions\[1\]=\(3, 1, 0, 1.0\): layer 3 .*0 to 2"),
+        ((-1, 1, 0, 1.0), "layer -1 .*0 to 2"),
+        ((0, 1, 24, 1.0), "feature 24 .*0 to 23"),
+        ((0, 1, 0, math.inf), "value inf "),
+        ((0, 1, 0), r"\(layer, position, feature, value\)"),
+        ((0, 1.5, 0, 1.0), r"\(layer, position, feature, value\)"),
+        ((0, 0, 0, 1.0), "no row .*replaced"),
+        ((0, 9, 0, 1.0), "no row"),
+        ((0, -1, 0, 1.0), "no row"),
+        ((2, 1, 0, 1.0), r"layer 2 .*layers=\[0, 1\]"),
     ],
 )
 def test_interventions_that_cannot_work_are_refused(intervention, message):
@@ -416,7 +416,7 @@ def test_generate_steers():
     )
     assert torch.equal(plain[:, :12], steered[:, :12])
     assert not torch.equal(plain, steered)
-    with pytest.raises(ValueError, match="no row has a token at this position"):
+    with pytest.raises(ValueError, match="no row"):
         replaced.generate(tokens(), max_new_tokens=2, interventions=[(0, 0, 3, 40.0)])
 
 
@@ -462,7 +462,7 @@ def test_generate_with_several_rows_per_prompt(options):
 
 
 def test_generate_needs_padding_on_the_left():
-    with pytest.raises(ValueError, match="padding in the last column, where generation goes on: pad on the left"):
+    with pytest.raises(ValueError, match="pad on the left"):
         ReplacementModel(build(), clt_for()).generate(*padded("right"), max_new_tokens=1)
 
 
@@ -470,7 +470,7 @@ def test_generate_needs_padding_on_the_left():
 
 
 def test_clts_that_cannot_be_read_layer_by_layer_are_refused():
-    with pytest.raises(ValueError, match=r"k_scope='token'.*train it with k_scope='layer'"):
+    with pytest.raises(ValueError, match=r"k_scope='token'.*k_scope='layer'"):
         ReplacementModel(build(), clt_for(activation_fn="topk", k_scope="token"))
     clt = clt_for(activation_fn="batchtopk")
     clt.restart_running_thresholds()
@@ -481,8 +481,8 @@ def test_clts_that_cannot_be_read_layer_by_layer_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_layers": 2}, "num_layers=2 does not fit the language model, which has 3"),
-        ({"d_model": 8}, "d_model=8 does not fit the language model, which has 16"),
+        ({"num_layers": 2}, "num_layers=2 .*num_layers=3"),
+        ({"d_model": 8}, "d_model=8 .*d_model=16"),
     ],
 )
 def test_clt_of_another_model_is_refused(fields, message):
@@ -492,25 +492,25 @@ def test_clt_of_another_model_is_refused(fields, message):
 
 @pytest.mark.parametrize("layers", [[], [3], [-1, 0]])
 def test_layers_that_are_none_are_refused(layers):
-    with pytest.raises(ValueError, match=r"layers=.* must name at least one layer from 0 to 2; leave it out"):
+    with pytest.raises(ValueError, match=r"layers=.* 0 to 2; leave it out"):
         ReplacementModel(build(), clt_for(), layers=layers)
 
 
 def test_what_is_no_clt_or_has_no_head_is_refused():
-    with pytest.raises(ValueError, match="clt is a str; give a CrossLayerTranscoder, or a function"):
+    with pytest.raises(ValueError, match=r"clt is a str.*CrossLayerTranscoder"):
         ReplacementModel(build(), "user/clt-gpt2")
-    with pytest.raises(ValueError, match="GPT2Model, which has no language modeling head"):
+    with pytest.raises(ValueError, match=r"GPT2Model.*AutoModelForCausalLM"):
         ReplacementModel(build(auto=AutoModel), clt_for())
 
 
 def test_tokens_that_do_not_fit_are_refused():
     model = build()
     replaced = ReplacementModel(model, clt_for())
-    with pytest.raises(ValueError, match=r"counted has shape \(2, 8\) and input_ids \(2, 9\)"):
+    with pytest.raises(ValueError, match=r"counted .*\(2, 8\).*\(2, 9\)"):
         replaced(tokens(), counted=torch.ones(2, 8).bool())
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(9,\)"):
+    with pytest.raises(ValueError, match=r"attention_mask .*\(9,\)"):
         replaced(tokens(), attention_mask=torch.ones(9))
-    with pytest.raises(ValueError, match=r"input_ids has shape \(9,\); give \(prompts, tokens\)"):
+    with pytest.raises(ValueError, match=r"input_ids .*\(9,\).*\(prompts, tokens\)"):
         replaced(tokens()[0])
     with pytest.raises(ValueError, match=f"to {VOCABULARY} do not fit"):
         replaced(tokens() + VOCABULARY - tokens().max())
@@ -524,7 +524,7 @@ def test_tokens_that_do_not_fit_are_refused():
 def test_function_has_no_features():
     replaced = ReplacementModel(build(), lambda layer, inputs, outputs: outputs)
     assert replaced(tokens()).features is None
-    with pytest.raises(ValueError, match="a function stands in for the CLT and has no features"):
+    with pytest.raises(ValueError, match="a function stands in"):
         replaced(tokens(), interventions=[(0, 1, 0, 1.0)])
 
 
@@ -692,10 +692,10 @@ def test_sums_by_hand():
 
 def test_batches_that_can_be_read_once_are_refused():
     batch = batch_of(*padded("right"))
-    with pytest.raises(ValueError, match=r"batches is an iterator, which can be read once.*give list\(batches\)"):
+    with pytest.raises(ValueError, match=r"batches .*list\(batches\)"):
         replacement_metrics(build(), clt_for(), iter([batch]))
 
 
 def test_no_prediction():
-    with pytest.raises(ValueError, match=r"no prediction counts: .*raise eval_tokens or give more text"):
+    with pytest.raises(ValueError, match=r"no prediction.*eval_tokens"):
         replacement_metrics(build(), clt_for(), [batch_of(*padded("right", (2, 2)))])

@@ -115,7 +115,7 @@ def test_settings_that_cannot_be_are_refused():
         ("after", -3),
         ("seed", -1),
     ):
-        with pytest.raises(ValueError, match=rf"{name}={value} is below \d; give"):
+        with pytest.raises(ValueError, match=rf"{name}={value} "):
             ExampleSettings(**{name: value})
 
 

@@ -193,7 +193,7 @@ def test_endless_goes_through_epochs():
 def test_a_batch_larger_than_the_buffer_is_refused():
     stream = make_stream()[0]  # 2 prompts of 7 tokens and BOS: 14 tokens per extraction batch
     ActivationBuffer(stream, NumberHarvester(), n_batches=2, batch_size=28)
-    with pytest.raises(ValueError, match=r"batch_size=29 is larger than the buffer, which holds 28 tokens; lower"):
+    with pytest.raises(ValueError, match=r"batch_size=29 .*28"):
         ActivationBuffer(stream, NumberHarvester(), n_batches=2, batch_size=29)
 
 
@@ -202,7 +202,7 @@ def test_a_text_without_counted_tokens_is_refused():
     stream._counted = lambda ids, offset: torch.zeros(len(ids), dtype=torch.bool).numpy()
     buffer = ActivationBuffer(stream, NumberHarvester(), n_batches=2, batch_size=4)
     assert list(buffer) == []
-    with pytest.raises(ValueError, match="dataset: the text has no token that counts"):
+    with pytest.raises(ValueError, match=r"dataset: .*no token"):
         next(buffer.endless())
 
 
@@ -464,7 +464,7 @@ def test_a_state_does_not_change_when_the_buffer_goes_on():
 
 def test_another_capacity_is_refused():
     state = make_buffer(n_batches=4).state_dict()
-    with pytest.raises(ValueError, match="the checkpoint's buffer holds 56 tokens, this one 70; resume with the same"):
+    with pytest.raises(ValueError, match=r"56 tokens.* 70;"):
         make_buffer(n_batches=5).load_state_dict(*state)
 
 
@@ -559,5 +559,5 @@ def test_a_position_of_an_older_version_is_refused_in_words():
     values, tensors = buffer.state_dict()
     values["text"] = {"streams": []}
     for state in ((values, tensors), deal_buffers([(values, tensors)] * 2, 0, 1, torch.Generator())):
-        with pytest.raises(ValueError, match="the saved position in the text was taken with context_size=None"):
+        with pytest.raises(ValueError, match="context_size=None"):
             make_buffer().load_state_dict(*state)

@@ -65,7 +65,7 @@ def test_training_from_it_equals_training_from_the_stream(cached, tiny_gpt2, tex
     assert clt.config.base_model_name_or_path == tiny_gpt2
     assert (trainer.args.dataset, trainer.args.context_size) == (text_file, 32)
     assert training_facts(trainer)["dataset"] == text_file
-    with pytest.raises(ValueError, match="eval_replacement=True needs the language model, which does not run with"):
+    with pytest.raises(ValueError, match=r"eval_replacement=True .*activation_cache="):
         CLTTrainingArguments(**{**trainer.args.to_dict(), "eval_replacement": True})
 
     # In another order, and with rounding, it is nearly as good.
@@ -129,7 +129,7 @@ def test_writing_that_was_interrupted_goes_on(cached, tiny_gpt2, text_file, tmp_
     arguments += ["--disable-progress-bar"]
     assert run(*arguments) == 130
     assert "goes on after the last whole shard" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="holds no complete activation cache"):
+    with pytest.raises(ValueError, match="no complete"):
         ActivationCache(tmp_path / "c")
     done = sorted(path.name for path in (tmp_path / "c").glob("*.safetensors"))
     assert done
@@ -192,12 +192,12 @@ def test_a_cache_that_does_not_fit_is_refused(cached, tiny_gpt2, text_file, tmp_
     for options, message in (
         (["--context-size", "64"], "context_size=64, but activation_cache"),
         (["--context-size", "128"], "context_size=128, but activation_cache"),  # the default, but asked for
-        (["--on-bad-activations", "skip"], "has no effect with activation_cache"),
+        (["--on-bad-activations", "skip"], "on_bad_activations='skip' .*activation_cache"),
         (["--model", "other/model"], "model='other/model', but activation_cache"),
         (["--dataset", "other.txt"], "dataset='other.txt'"),
         (["--num-layers", "3"], "num_layers=3 does not fit"),
         (["--feature-input-hook", "mlp.hook_in"], "feature_input_hook=mlp.hook_in does not fit"),
-        (["--activation-cache", str(tmp_path)], "holds no complete activation cache"),
+        (["--activation-cache", str(tmp_path)], "no complete"),
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path, "refused", "--activation-cache", folder, *options)
@@ -218,7 +218,7 @@ def test_damage_is_found(cached, tiny_gpt2, text_file, tmp_path, capsys):
     with pytest.raises(ValueError, match="the manifest says"):
         ActivationCache(folder)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="missing or damaged"):
+    with pytest.raises(ValueError, match=r"manifest\.json .*JSON"):
         ActivationCache(folder)
 
 
@@ -232,7 +232,7 @@ def test_the_script_refuses_wrong_options_in_one_line(tiny_gpt2, text_file, tmp_
         ([*base, "--context-size", "4096"], "context_size is 4096"),
         ([*base, "--dtype", "int4"], "int4"),
         ([tmp_path / "full", *base[1:], *TEXT], "is not empty (thesis.pdf)"),
-        ([tmp_path / "c", "--verify"], "holds no complete activation cache"),
+        ([tmp_path / "c", "--verify"], "no complete"),
     ):
         assert run(*arguments) == 2
         *bars, error = capsys.readouterr().err.splitlines()

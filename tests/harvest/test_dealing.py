@@ -157,8 +157,8 @@ def test_another_text_is_refused(stream):
     other = make_stream(num_documents=60, seed=4)[0]
     values, tensors = deal_buffers([one.state_dict()], 1, 2, torch.Generator())
     new = ActivationBuffer(share_of(other, 1, 2), NumberHarvester(), n_batches=3, batch_size=10)
-    with pytest.raises(ValueError, match=r"the saved position in the text .* holds other tokens now"):
+    with pytest.raises(ValueError, match=r"other tokens now"):
         new.load_state_dict(values, tensors)
     cut_otherwise = TokenStream(stream._dataset, stream.tokenizer, context_size=9, prompts_per_batch=2)
-    with pytest.raises(ValueError, match="was taken with context_size=8, and now context_size=9"):
+    with pytest.raises(ValueError, match=r"context_size=8.*context_size=9"):
         cut_otherwise.continue_after(values["text"]["others"])

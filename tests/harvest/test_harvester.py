@@ -131,7 +131,7 @@ def test_left_padding_is_refused_where_positions_cannot_be_given():
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0
     harvester(tokens(), mask)
-    with pytest.raises(ValueError, match=r"LlamaWithoutPositions takes no position_ids.*pad on the right"):
+    with pytest.raises(ValueError, match=r"LlamaWithoutPositions .*pad on the right"):
         harvester(tokens(), mask.flip(1))
 
 
@@ -276,9 +276,7 @@ def test_foreign_token_ids_are_refused():
 
 
 def test_unknown_hook():
-    with pytest.raises(
-        ValueError, match=r"hook_resid_mid and mlp\.hook_in, outputs are hook_mlp_out and mlp\.hook_out"
-    ):
+    with pytest.raises(ValueError, match=r"hook_resid_mid and mlp\.hook_in.*hook_mlp_out and mlp\.hook_out"):
         Harvester(gpt2(), "resid")
 
 
@@ -339,7 +337,7 @@ def test_load_language_model(folder):
 
 
 def test_load_refuses_unknown_dtype(folder):
-    with pytest.raises(ValueError, match="model_dtype is 'fp8': it must be one of float32, bfloat16, float16, auto"):
+    with pytest.raises(ValueError, match=r"model_dtype.*'fp8'.*float32, bfloat16, float16, auto"):
         load_language_model(folder, dtype="fp8")
 
 
@@ -352,7 +350,7 @@ def test_load_refuses_what_is_not_there(tmp_path, no_hub):
         load_language_model("nobody/nothing")
     assert error.value.__cause__ is not None
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"model .*config\.json"):
         load_language_model(tmp_path)
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ValueError, match="there is no such folder"):
@@ -377,7 +375,7 @@ def test_a_tokenizer_of_a_few_tokens_is_one(tmp_path, words):
     if words:
         assert len(load_language_model(tmp_path)[1]) == 5
     else:
-        with pytest.raises(ValueError, match="has no tokenizer files"):
+        with pytest.raises(ValueError, match="no tokenizer"):
             load_language_model(tmp_path)
 
 
@@ -400,7 +398,7 @@ def test_a_fingerprint_tells_models_apart_and_not_their_formats():
 def test_load_refuses_missing_weights(folder):
     # a model without its head, as AutoModel saves it
     AutoModel.from_pretrained(folder).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"lacks 1 of its weights \(lm_head\.weight"):
+    with pytest.raises(ValueError, match=r" 1 .*lm_head\.weight"):
         load_language_model(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model '.*' cannot be loaded: .*model\.safetensors"):
@@ -417,7 +415,7 @@ def test_load_refuses_a_truncated_file(folder):
 
 def test_load_refuses_an_encoder_decoder(tmp_path):
     BartConfig(d_model=D).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\(bart\) is an encoder-decoder"):
+    with pytest.raises(ValueError, match=r"bart.*decoder-only"):
         load_language_model(tmp_path)
 
 

@@ -125,7 +125,7 @@ def test_more_batches_than_the_text_has_is_all_of_it(language_model, tokens):
 
 def test_no_counted_token_is_refused(language_model, tokens):
     tokens._counted = lambda ids, offset: torch.zeros(len(ids), dtype=torch.bool).numpy()
-    with pytest.raises(ValueError, match="dataset: no token counts for training; give more text"):
+    with pytest.raises(ValueError, match=r"dataset: .*more text"):
         estimate_statistics(tokens, Harvester(language_model[0]), 2, progress=False)
 
 
@@ -149,7 +149,7 @@ def test_a_missing_tensor_is_named(tmp_path, name):
     statistics = some_statistics()
     del statistics[name]
     save_file(statistics, tmp_path / "statistics.safetensors")
-    with pytest.raises(ValueError, match=rf"normalization_file='.*statistics.safetensors' has no tensor {name}"):
+    with pytest.raises(ValueError, match=rf"normalization_file='.*statistics.safetensors'.* {name}"):
         load_statistics(str(tmp_path / "statistics.safetensors"))
 
 

@@ -357,9 +357,9 @@ def test_a_state_from_other_settings_or_text_is_refused():
     stream = TokenStream(as_dataset(texts), TOKENIZER, context_size=16)
     next(iter(stream))
     state = stream.state_dict()
-    with pytest.raises(ValueError, match="context_size=16, and now context_size=32"):
+    with pytest.raises(ValueError, match=r"context_size=16.*context_size=32"):
         TokenStream(as_dataset(texts), TOKENIZER, context_size=32).load_state_dict(state)
-    with pytest.raises(ValueError, match="rank=0, and now rank=1"):
+    with pytest.raises(ValueError, match=r"rank=0.*rank=1"):
         TokenStream(as_dataset(texts), TOKENIZER, context_size=16, rank=1, world_size=2).load_state_dict(state)
     with pytest.raises(ValueError, match="holds other tokens now"):
         TokenStream(as_dataset(["other"] + texts), TOKENIZER, context_size=16).load_state_dict(state)
@@ -532,8 +532,8 @@ def test_streams_on_one_dataset_do_not_disturb_each_other():
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"context_size": 2}, "context_size is 2: it must be at least 3"),
-        ({"context_size": 1, "prepend_bos": False}, "context_size is 1: it must be at least 2"),
+        ({"context_size": 2}, "context_size is 2: .*at least 3"),
+        ({"context_size": 1, "prepend_bos": False}, "context_size is 1: .*at least 2"),
         ({"prompts_per_batch": 0}, "prompts_per_batch is 0"),
         ({"heldout_tokens": -1}, "heldout_tokens is -1"),
         ({"heldout": True}, "heldout_tokens is 0"),
@@ -541,7 +541,7 @@ def test_streams_on_one_dataset_do_not_disturb_each_other():
         ({"heldout_tokens": 10**6}, r"too small.*1000000.*gives \d+ tokens"),
         ({"heldout_tokens": 10**6, "heldout": True}, r"too small.*1000000.*gives \d+ tokens"),
         ({"rank": 0, "world_size": 4}, "3 of 4 processes"),
-        ({"text_column": "content"}, "document 0 .*no column 'content'.*: text_column must be one of text"),
+        ({"text_column": "content"}, "document 0 .*'content'.*text_column"),
     ],
 )
 def test_bad_stream_options_are_refused(options, match):
@@ -564,7 +564,7 @@ def test_too_little_text_is_refused():
     available = num_counted(list(TokenStream(as_dataset(TEXTS), TOKENIZER)))
     options = {"heldout_tokens": available}
     assert num_counted(list(TokenStream(as_dataset(TEXTS), TOKENIZER, heldout=True, **options))) == available
-    with pytest.raises(ValueError, match=rf"{available} tokens are held out, and 0 of 1 processes have text left"):
+    with pytest.raises(ValueError, match=rf"{available} tokens .*0 of 1 "):
         TokenStream(as_dataset(TEXTS), TOKENIZER, **options)
     # one token that falls on position 0 trains nothing
     word = next(word for word in WORDS if len(encode(word)) == 1)

@@ -289,7 +289,7 @@ def test_plots_that_are_not_of_this_release_go(tmp_path):
     assert not (tmp_path / "metrics.json").exists() and "plots/" not in (tmp_path / "README.md").read_text()
     (tmp_path / "metrics.json").write_text('{"nmse": 1}')  # of someone else: not removed, and not taken for ours
     save_model_card(tmp_path, config())
-    with pytest.raises(ValueError, match="is not the one that is written with a model card; move it away"):
+    with pytest.raises(ValueError, match="move it away"):
         read_facts(tmp_path)
 
 
@@ -335,7 +335,7 @@ def test_long_commands_are_broken_and_stay_the_same():
 def test_licences():
     check_license("apache-2.0")
     for wrong in ("", "MIT license", "mit\nother: 1"):
-        with pytest.raises(ValueError, match=r"license=.* is not a licence name"):
+        with pytest.raises(ValueError, match=r"license="):
             check_license(wrong)
 
 
@@ -365,16 +365,16 @@ def test_new_metrics_take_the_place_of_the_old_ones(tmp_path):
 
 
 def test_what_cannot_be_put_on_a_card_is_refused_first(tmp_path):
-    with pytest.raises(ValueError, match="'user/clt' is not a folder with a config"):
+    with pytest.raises(ValueError, match=r"'user/clt' .*config"):
         check_update("user/clt", EVALUATION)
     config().save_pretrained(tmp_path)
     save_model_card(tmp_path, config(), METRICS, TRAINING | {"eval_tokens": 2048})
-    with pytest.raises(ValueError, match="eval_tokens=4096, but training held out 2048 tokens of this text"):
+    with pytest.raises(ValueError, match=r"eval_tokens=4096.* 2048 "):
         check_update(tmp_path, EVALUATION)
     check_update(tmp_path, EVALUATION | {"eval_tokens": 2048})
     check_update(tmp_path, EVALUATION | {"dataset": "someone/other"})  # which was not trained on
     (tmp_path / "metrics.json").unlink()  # as in a release from before there was one
-    with pytest.raises(ValueError, match=r"tells of a training, but metrics\.json is missing"):
+    with pytest.raises(ValueError, match=r"metrics\.json .*delete"):
         check_update(tmp_path, EVALUATION)
 
 

@@ -166,7 +166,7 @@ def test_plt_top_k_needs_consent(tmp_path):
     assert 5 < positive.sum() < N
     assert_computes(clt, inputs[positive], acts[positive], reconstruction[positive])
     make_plt(folder, threshold=False, activation="topk")
-    with pytest.raises(ValueError, match=r"k is missing; give k"):
+    with pytest.raises(ValueError, match=r"k is missing"):
         importers.import_clt(folder, "circuit-tracer-plt", activation_fn="topk")
     assert importers.import_clt(folder, "circuit-tracer-plt", activation_fn="topk", k=3).config.k == 3
 
@@ -207,7 +207,7 @@ def test_a_hook_without_a_name_can_be_given(tmp_path):
         folder, "circuit-tracer-plt", feature_input_hook="mlp.hook_in", base_model_name_or_path="a/b"
     )
     assert clt.config.feature_input_hook == "mlp.hook_in" and clt.config.base_model_name_or_path == "a/b"
-    with pytest.raises(ValueError, match=r"feature_input_hook='mlp' is none of"):
+    with pytest.raises(ValueError, match=r"feature_input_hook='mlp'"):
         importers.import_clt(folder, "circuit-tracer-plt", feature_input_hook="mlp")
     with pytest.raises(ValueError, match=r"num_layers=4 is given.*leave out num_layers"):
         importers.import_clt(folder, "circuit-tracer-plt", num_layers=4)
@@ -225,7 +225,7 @@ def test_a_hook_without_a_name_can_be_given(tmp_path):
         ({"W_skip": None}, r"W_skip in .*layer_1.* shape None"),
         (
             {"activation_function.threshold": torch.tensor([-1.0, -2.0] + [1.0] * (F - 2))},
-            r"threshold of layer 1 has 2 negative",
+            r"threshold of layer 1 .*2 negative",
         ),
         (
             {"activation_function.threshold": torch.full((F,), torch.nan)},
@@ -406,7 +406,7 @@ def test_coding_from_the_file_and_with_statistics_elsewhere(tmp_path):
     file = folder / "clt_checkpoint_10.safetensors"
     assert importers.detect_format(file) == "crosslayer-coding"
     assert_same_clt(importers.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
-    with pytest.raises(ValueError, match=r"normalization_method='mean_std'.*no norm_stats\.json is beside"):
+    with pytest.raises(ValueError, match=r"normalization_method='mean_std'.*norm_stats\.json"):
         importers.import_clt(file)
     with pytest.raises(ValueError, match=r"norm_stats='none', normalization_method='mean_std'"):
         importers.import_clt(file, norm_stats="none")
@@ -414,7 +414,7 @@ def test_coding_from_the_file_and_with_statistics_elsewhere(tmp_path):
     change_json(folder / "cfg.json", normalization_method="none")
     assert_same_clt(importers.import_clt(file, norm_stats=tmp_path / "elsewhere.json"), expected)
     (tmp_path / "elsewhere.json").rename(folder / "norm_stats.json")
-    with pytest.raises(ValueError, match=r"normalization_method='none'.* a norm_stats\.json is beside.*'none'"):
+    with pytest.raises(ValueError, match=r"normalization_method='none'.*norm_stats\.json.*'none'"):
         importers.import_clt(file)
     raw = importers.import_clt(file, norm_stats="none")
     assert torch.equal(raw.encoders[0].weight, load_file(file)["encoder_module.encoders.0.weight"])
@@ -628,7 +628,7 @@ def test_forge_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
         ({"b_dec": None}, r"b_dec in .*shape None"),
         ({"W_enc": torch.zeros(L, D)}, r"W_enc in .*\(3, 5\).*\(L, D, F\)"),
         ({"b_enc": torch.zeros(L, D)}, r"b_enc in .*\(3, 5\).*\(3, 7\)"),
-        ({"log_threshold": torch.full((L, F), torch.nan)}, r"threshold of layer 0 has 7 negative or NaN"),
+        ({"log_threshold": torch.full((L, F), torch.nan)}, r"threshold of layer 0 .*7 negative"),
         ({"estimated_norm_scaling_factor_in": torch.tensor([1.0, 0.0, 1.0])}, r"factor_in.*not positive"),
         ({"W_skip": torch.zeros(L, D, D)}, r"W_skip.*not known"),
     ],
@@ -742,7 +742,7 @@ def test_gemma_configuration_that_cannot_be_expressed(tmp_path, cfg, message):
     "changes, message",
     [
         ({"threshold": None}, r"threshold in .*shape None"),
-        ({"threshold": torch.tensor([-0.1] * 3 + [1.0] * (F - 3))}, r"threshold of layer 1 has 3 negative"),
+        ({"threshold": torch.tensor([-0.1] * 3 + [1.0] * (F - 3))}, r"threshold of layer 1 .*3 negative"),
         ({"w_dec": torch.zeros(F, L - 1, D)}, r"w_dec in .*\(7, 2, 5\).*\(7, 3, 5\)"),
         ({"w_enc": torch.zeros(F, D)}, r"w_enc in .*\(7, 5\).*\(5, 7\)"),
         ({"b_skip": torch.zeros(D)}, r"b_skip.*not known"),
@@ -813,13 +813,13 @@ def test_what_is_in_no_format(tmp_path):
     with pytest.raises(ValueError, match=r"in none of the formats hf_clt, .*it holds nothing"):
         importers.detect_format(tmp_path)
     (tmp_path / "clt.pt").write_bytes(b"\x80\x02")
-    with pytest.raises(ValueError, match=r"clt\.pt is no safetensors file.*pickle"):
+    with pytest.raises(ValueError, match=r"clt\.pt .*pickle"):
         importers.detect_format(tmp_path / "clt.pt")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     for path, held in ((tmp_path, "clt.pt, model.safetensors"), (tmp_path / "model.safetensors", "weight")):
         with pytest.raises(ValueError, match=f"none of the formats.*it holds {held}"):
             importers.import_clt(path)
-    with pytest.raises(ValueError, match=r"format='saelens' is none of hf_clt"):
+    with pytest.raises(ValueError, match=r"format='saelens'.*hf_clt"):
         importers.import_clt(tmp_path, format="saelens")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):

@@ -290,7 +290,7 @@ class TestYaml:
     def test_numbers(self, tmp_path, text, expected):
         path = write(tmp_path, f"learning_rate: {text}")
         if expected is None:
-            with pytest.raises(ValueError, match=r"learning_rate=-0\.0001 is not positive"):
+            with pytest.raises(ValueError, match=r"learning_rate=-0\.0001"):
                 parse_train_args([path, *REQUIRED])
         else:
             assert parse_train_args([path, *REQUIRED])[0].learning_rate == expected
@@ -386,7 +386,7 @@ class TestValidation:
             ("decay_steps", 5, "lr_scheduler='constant'"),
             ("sparsity_delay_steps", 10000, "training_steps=10000"),
             ("k_anneal_steps", 10000, "training_steps=10000"),
-            ("k_anneal_steps", 5, "give initial_k"),
+            ("k_anneal_steps", 5, "initial_k=64"),
             ("initial_k", 0, "a value above 0"),
         ],
     )
@@ -399,16 +399,16 @@ class TestValidation:
         assert remedy in message
 
     def test_combinations(self, tmp_path):
-        with pytest.raises(ValueError, match="push_to_hub=True needs a repository; give hub_model_id"):
+        with pytest.raises(ValueError, match=r"push_to_hub=True .*hub_model_id"):
             CLTTrainingArguments(push_to_hub=True)
         CLTTrainingArguments(push_to_hub=True, hub_model_id="user/clt", hub_push_interval=10)
-        with pytest.raises(ValueError, match="hub_push_interval=10 has no effect without push_to_hub"):
+        with pytest.raises(ValueError, match=r"hub_push_interval=10 .*push_to_hub"):
             CLTTrainingArguments(hub_push_interval=10, hub_model_id="user/clt")
         with pytest.raises(ValueError, match="hub_push_interval=-1 is negative"):
             CLTTrainingArguments(push_to_hub=True, hub_model_id="user/clt", hub_push_interval=-1)
-        with pytest.raises(ValueError, match="warmup_steps=3 has no effect with lr_scheduler='none'"):
+        with pytest.raises(ValueError, match=r"warmup_steps=3 .*lr_scheduler='none'"):
             CLTTrainingArguments(lr_scheduler="none", warmup_steps=3)
-        with pytest.raises(ValueError, match="report_to='mlflow' is unknown; choose from tensorboard"):
+        with pytest.raises(ValueError, match=r"report_to='mlflow' .*tensorboard"):
             CLTTrainingArguments(report_to=["wandb", "mlflow"])
         with pytest.raises(ValueError, match="does not exist"):
             CLTTrainingArguments(normalization_method="mean_std", normalization_file=str(tmp_path / "no.safetensors"))
@@ -416,14 +416,14 @@ class TestValidation:
         CLTTrainingArguments(normalization_method="mean_std", normalization_file=tmp_path / "s.safetensors")
         CLTTrainingArguments(optimizer="adamw", weight_decay=0.1)
         CLTTrainingArguments(lr_scheduler="constant", decay_steps=5, initial_k=64, k_anneal_steps=5)
-        with pytest.raises(ValueError, match="decay_steps=7 begin before the warm-up of 4 of training_steps=10 ends"):
+        with pytest.raises(ValueError, match=r"decay_steps=7 .* 4 of training_steps=10"):
             CLTTrainingArguments(lr_scheduler="constant", training_steps=10, warmup_steps=4, decay_steps=7)
 
     def test_batch_has_to_fit_the_buffer(self):
         # 2 extraction batches of 3 rows with 4 counted positions each.
         sizes = {"n_batches_in_buffer": 2, "store_batch_size_prompts": 3, "context_size": 5}
         assert CLTTrainingArguments(batch_size=24, **sizes).tokens_in_buffer == 24
-        with pytest.raises(ValueError, match=r"batch_size=25 is larger than the buffer, which holds 24 tokens"):
+        with pytest.raises(ValueError, match=r"batch_size=25 .*24"):
             CLTTrainingArguments(batch_size=25, **sizes)
 
     def test_python_values_are_taken_as_meant(self, tmp_path):
@@ -528,9 +528,9 @@ class TestBuildConfig:
             assert part in str(error.value)
 
     def test_unknown_model(self, tmp_path):
-        with pytest.raises(OSError, match="is no folder"):
+        with pytest.raises(OSError, match=r"model='.*nowhere'.*existing folder"):
             build_config(CLTTrainingArguments(model=str(tmp_path / "nowhere")), {"num_features": 8})
-        with pytest.raises(OSError, match=r"has no config\.json"):
+        with pytest.raises(OSError, match=r"model='.*config\.json"):
             build_config(CLTTrainingArguments(model=str(tmp_path)), {"num_features": 8})
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(OSError, match=r"cannot be loaded.*model_type"):

@@ -251,7 +251,7 @@ def test_another_language_model_of_the_same_shape_is_refused(stopped, changed):
         "shifted": shifted(100.0),
         "tuned": lambda model: model.h[1].mlp.c_fc.weight.add_(1e-3 * torch.randn_like(model.h[1].mlp.c_fc.weight)),
     }.items():
-        with pytest.raises(ValueError, match=r"model=.*gives other activations than those that checkpoint-4"):
+        with pytest.raises(ValueError, match=r"model=.*checkpoint-4"):
             stopped(model=changed(change, name)).train()
 
 
@@ -260,7 +260,7 @@ def test_another_language_model_of_the_same_shape_is_refused(stopped, changed):
 )
 def test_what_cannot_change_within_a_run_is_refused(stopped, arguments):
     ((name, value),) = arguments.items()
-    with pytest.raises(ValueError, match=rf"{name}='{value}', but checkpoint-4 was trained with {name}="):
+    with pytest.raises(ValueError, match=rf"{name}='{value}'.*checkpoint-4 .*{name}="):
         stopped(**arguments).train()
 
 
@@ -309,7 +309,7 @@ def test_weights_that_are_not_finite_never_take_the_place_of_a_good_checkpoint(m
         return result
 
     trainer._update = breaking
-    with pytest.raises(CheckpointError, match=r"step 6 is not saved: .*not finite.*checkpoint-4 is whole"):
+    with pytest.raises(CheckpointError, match=r"step 6 .*not finite.*checkpoint-4"):
         trainer.train()
     (left,) = list_checkpoints(tmp_path / "run")
     assert left.name == "checkpoint-4"

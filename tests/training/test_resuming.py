@@ -140,17 +140,15 @@ def test_after_a_resume_from_an_older_checkpoint_the_newest_is_the_one_written_l
 def test_a_resume_with_another_configuration_is_refused(make, tmp_path):
     make(training_steps=4, checkpoint_interval=2).train()
     for config, message in (
-        ({"num_features": 80}, "num_features=80, but checkpoint-2 was trained with num_features=96"),
+        ({"num_features": 80}, "num_features=80.*checkpoint-2.*num_features=96"),
         (
             {"activation_fn": "topk"},
-            "activation_fn='topk', but checkpoint-2 was trained with activation_fn='jumprelu'",
+            "activation_fn='topk'.*checkpoint-2.*activation_fn='jumprelu'",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             make(config, resume_from_checkpoint="latest").train()
-    with pytest.raises(
-        ValueError, match="the checkpoint's buffer holds 496 tokens, this one 620; resume with the same"
-    ):
+    with pytest.raises(ValueError, match=r"496 tokens.* 620;"):
         make(resume_from_checkpoint="latest", n_batches_in_buffer=5).train()
 
 
@@ -219,7 +217,7 @@ def test_text_that_fails_for_good_stops_with_a_checkpoint(make, tmp_path, accumu
     for number in (10, 12, 15, 17, 19):  # 4 batches for the statistics, 4 for the first fill
         trainer = make(config, **arguments)
         failing_from(trainer.tokens, number)
-        with pytest.raises(StreamError, match=r"the text cannot be read, .*=0 \(ConnectionError: no") as info:
+        with pytest.raises(StreamError, match=r"stream_retries=0 .*ConnectionError: no") as info:
             trainer.train()
         in_an_update += trainer.tokens_since_log > 0
         assert trainer.step > 0
@@ -294,9 +292,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(make, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "_write_tensors", full)
-        with pytest.raises(
-            CheckpointError, match=r"checkpoint-6 cannot be written to .*No space.*checkpoint-3 is whole"
-        ):
+        with pytest.raises(CheckpointError, match=r"checkpoint-6 .*No space.*checkpoint-3"):
             make(**arguments).train()
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-3"]
     (tmp_path / "run" / ".checkpoint-9.tmp").mkdir()  # as a killed process leaves
@@ -317,7 +313,7 @@ def test_a_disk_that_is_full_at_a_line_of_metrics(make, tmp_path, monkeypatch):
         write(trainer, row)
 
     monkeypatch.setattr(trainer_module, "write_row", full)
-    with pytest.raises(OSError, match=r"^metrics.jsonl cannot be written to .*No space left.*; checkpoint-4 is whole"):
+    with pytest.raises(OSError, match=r"^metrics.jsonl .*No space left.*checkpoint-4"):
         trainer.train()
 
 

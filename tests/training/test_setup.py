@@ -116,14 +116,14 @@ def test_processes_that_would_train_alone_are_refused(name, monkeypatch):
 
 def test_more_processes_than_gpus_are_refused():
     check_gpus(4, 4)
-    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE=3 processes on this machine, which has 2 GPUs; start at"):
+    with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE=3 .*2 GPUs"):
         check_gpus(3, 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no such locks")
 def test_a_folder_is_written_to_by_one_run(tmp_path):
     held = lock_folder(tmp_path)
-    with pytest.raises(ValueError, match="is being written to by another run; give another folder"):
+    with pytest.raises(ValueError, match="another run; give another folder"):
         lock_folder(tmp_path)
     os.close(held)
     os.close(lock_folder(tmp_path))

@@ -265,7 +265,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tiny_gpt2, small_text_file, 
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", without_trackio)
-    with pytest.raises(ValueError, match=r"report_to='trackio': trackio is not installed; install it with `pip") as e:
+    with pytest.raises(ValueError, match=r"report_to='trackio'.*`pip") as e:
         make_trainer(settings_of(tiny_gpt2, small_text_file, tmp_path / "run"))
     assert "\n" not in str(e.value)
     assert not (tmp_path / "run").exists()

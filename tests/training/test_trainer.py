@@ -279,9 +279,9 @@ def test_k_is_annealed(make, tmp_path, activation_fn, k_scope):
 
 def test_an_initial_k_that_does_not_fit_is_refused(make):
     for config, initial_k, message in [
-        ({"activation_fn": "relu"}, 9, "initial_k=9 has no effect with activation_fn='relu'"),
-        ({"activation_fn": "topk", "k": 4}, 3, "initial_k=3 is outside k=4 to num_features="),
-        ({"activation_fn": "topk", "k": 4}, 10**6, "initial_k=1000000 is outside k=4 to num_features="),
+        ({"activation_fn": "relu"}, 9, "initial_k=9 .*activation_fn='relu'"),
+        ({"activation_fn": "topk", "k": 4}, 3, "initial_k=3 .*k=4 "),
+        ({"activation_fn": "topk", "k": 4}, 10**6, "initial_k=1000000 .*num_features="),
     ]:
         with pytest.raises(ValueError, match=message):
             make(config, initial_k=initial_k)
@@ -328,11 +328,11 @@ def test_the_card_has_the_replacement_metrics_where_asked_for(make, tmp_path):
 
 
 def test_replacement_metrics_that_cannot_be_had_are_refused(make):
-    with pytest.raises(ValueError, match="eval_replacement=True has no effect with eval_tokens=0"):
+    with pytest.raises(ValueError, match=r"eval_replacement=True .*eval_tokens=0"):
         make(eval_replacement=True, eval_tokens=0)
-    with pytest.raises(ValueError, match=r"eval_replacement=True needs the whole CLT .* --replacement --update-card"):
+    with pytest.raises(ValueError, match=r"eval_replacement=True .*feature_parallel_size=.* --update-card"):
         make(eval_replacement=True, feature_parallel_size=2)
-    with pytest.raises(ValueError, match="depend on later layers"):
+    with pytest.raises(ValueError, match=r"eval_replacement=True .*k_scope='layer'"):
         make({"activation_fn": "topk", "k_scope": "token"}, eval_replacement=True)
 
 
@@ -686,7 +686,7 @@ def test_gradients_are_clipped(make, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make):
-    with pytest.raises(FloatingPointError, match=r"the loss is not finite at step \d.*lower learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"loss .*step \d.*learning_rate"):
         make({"activation_fn": "relu"}, learning_rate=1e30, training_steps=20, max_grad_norm=0).train()
 
 
@@ -717,7 +717,7 @@ def test_without_evaluation(make, tmp_path):
     trainer.train()
     assert rows_of(tmp_path / "run", "heldout") == []
     assert not (tmp_path / "run" / "eval_results.json").exists()
-    with pytest.raises(ValueError, match="eval_tokens=0: there is no held-out text; give eval_tokens"):
+    with pytest.raises(ValueError, match="eval_tokens=0"):
         trainer.evaluate()
 
 
@@ -735,14 +735,14 @@ def test_an_output_folder_with_a_run_is_refused_and_left_alone(make, tmp_path):
     folder = tmp_path / "run"
     make(training_steps=4, checkpoint_interval=2).train()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"output_dir='.*' already holds a run .*--overwrite-output-dir"):
+    with pytest.raises(ValueError, match=r"output_dir='.*--overwrite-output-dir"):
         make()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     # also where there is a checkpoint alone
     shutil.move(folder / "checkpoint-2", tmp_path / "kept")
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "kept", folder / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"already holds a run \(checkpoint-2\)"):
+    with pytest.raises(ValueError, match=r"output_dir=.*\(checkpoint-2\)"):
         make()
 
 
@@ -752,7 +752,7 @@ def test_a_folder_that_another_run_writes_to_is_left_alone(make, tmp_path):
     make(training_steps=3, checkpoint_interval=1).train()
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     held = lock_folder(tmp_path / "run")
-    with pytest.raises(ValueError, match="is being written to by another run"):
+    with pytest.raises(ValueError, match="another run; give another folder"):
         make(overwrite_output_dir=True).train()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
     os.close(held)
@@ -776,7 +776,7 @@ def test_a_mistake_found_while_overwriting_costs_nothing(make, tmp_path):
     make(training_steps=2).train()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     save_file({"mean_in": torch.zeros(2, 64)}, tmp_path / "statistics.safetensors")
-    with pytest.raises(ValueError, match="has no tensor std_in"):
+    with pytest.raises(ValueError, match="std_in"):
         make(
             overwrite_output_dir=True,
             normalization_method="mean_std",
@@ -792,24 +792,24 @@ def test_either_a_configuration_or_a_model(make, tiny_gpt2):
     args = CLTTrainingArguments(model=tiny_gpt2, dataset="text.txt")
     config = CLTConfig(num_layers=2, d_model=64, num_features=8)
     for given in ({}, {"config": config, "model": CrossLayerTranscoder(config)}):
-        with pytest.raises(ValueError, match="CLTTrainer needs either config"):
+        with pytest.raises(ValueError, match=r"config .*model"):
             CLTTrainer(args, **given)
 
 
 @pytest.mark.parametrize(
     "config, arguments, message",
     [
-        ({"num_layers": 3}, {}, r"num_layers=3 does not fit .*, which has 2; give num_layers=2"),
-        ({"d_model": 32}, {}, r"d_model=32 does not fit .*, which has 64; give d_model=64"),
-        ({}, {"context_size": 256}, r"context_size is 256, and the language model has 128 positions: use at most 128"),
+        ({"num_layers": 3}, {}, r"num_layers=3 .*give num_layers=2"),
+        ({"d_model": 32}, {}, r"d_model=32 .*give d_model=64"),
+        ({}, {"context_size": 256}, r"context_size is 256.*at most 128"),
         (
             {},
             {"eval_tokens": 100_000},
-            r"too small: heldout_tokens \(eval_tokens\) is 100000, and all its text gives \d+",
+            r"eval_tokens.*100000.* \d+ tokens",
         ),
-        ({}, {"dataset": None}, r"dataset=None: give a Hub name or a local"),
-        ({}, {"model": None}, r"model=None: give the Hub name or folder"),
-        ({}, {"device": "cuda"}, r"device='cuda', but no GPU is available"),
+        ({}, {"dataset": None}, r"dataset=None"),
+        ({}, {"model": None}, r"model=None"),
+        ({}, {"device": "cuda"}, r"device='cuda'.*give cpu"),
     ],
 )
 def test_misfits_are_found_before_any_work(make, tmp_path, config, arguments, message):
