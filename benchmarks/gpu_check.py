@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import TOPK_FAMILY
 from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
-from hf_clt.kernels import triton_rows
+from hf_clt.kernels import triton_adam, triton_rows, triton_topk
 from hf_clt.selection import largest_dead, positions_batchtopk, positions_topk
 from hf_clt.sparsity import LayerFeatures, features_at, true_positions
 from hf_clt.training.optimizers import CompactAdam
@@ -52,8 +53,13 @@ FORMATS = {
     "bfloat16": {"autocast": "bfloat16", "dtype": "bfloat16", "optimizer": "adam_compact"},
 }
 # Shape, format, and about how many seconds ours and the dense side take, and ours with dead features.
-UPDATES = [("A", "autocast", 15, 8), ("B", "autocast", 15, 8), ("A", "bfloat16", 12, 8), ("C", "bfloat16", 30, 20),
-           ("A200", "autocast", 15, 8), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 12, 8)]  # fmt: skip
+UPDATES = [("A", "autocast", 8, 5), ("B", "autocast", 10, 8), ("A", "bfloat16", 10, 6), ("C", "bfloat16", 20, 18),
+           ("A200", "autocast", 8, 5), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 10, 6)]  # fmt: skip
+# Entries and columns at a time and warps of a program of posting_dots.
+POSTINGS = ((4, 512, 1), (2, 512, 1), (8, 512, 1), (4, 256, 1), (4, 512, 2), (4, 1024, 1), (4, 1024, 2), (4, 2048, 4))
+TOPKS = ((1024, 4), (2048, 4), (4096, 8))  # columns at a time and warps of a program
+SPLITS = (32, 64, 128, 256, 512, 2**30)  # entries of a posting list that one program takes
+ADAM_BLOCKS = [(1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 256), (4096, 512), (8192, 512)]
 TOP = 12  # kernels that are shown
 
 
@@ -69,6 +75,7 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
     """The sums and dot products of gathered rows against their formulas in float64, element by element."""
     on_gpu = device.type == "cuda"
     kernels = triton_rows if on_gpu else rows_module
+    entry_dots = dots_by_posting if on_gpu else dots_by_row
     print("the Triton kernels" if on_gpu else "the CPU's ways in kernels/rows.py: Triton's kernels do not run here")
     shapes = [(1024, 8192, 32, 9216), (4096, 24576, 32, 768), (777, 1000, 5, 300), (64, 100, 3, 7)]
     torch.manual_seed(0)
@@ -83,17 +90,18 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
             grad = torch.randn(num_tokens, columns, device=device, dtype=dtype)
             wide, wide_grad, acts = decoder.double(), grad.double(), entries.values.double()
             dense = entries.dense(acts)
+            dots = (
+                rows_module.row_dots_reference(wide_grad, tokens, wide, indices),
+                rows_module.row_dots_reference(wide_grad.abs(), tokens, wide.abs(), indices),
+            )
             checks = {  # what is found, wanted, and the sum of the absolute values of its terms
                 "row_sums": (
                     partial(kernels.row_sums, decoder, indices, offsets, entries.values),
                     dense @ wide,
                     dense.abs() @ wide.abs(),
                 ),
-                "row_dots": (
-                    partial(kernels.row_dots, grad, tokens, decoder, indices),
-                    rows_module.row_dots_reference(wide_grad, tokens, wide, indices),
-                    rows_module.row_dots_reference(wide_grad.abs(), tokens, wide.abs(), indices),
-                ),
+                "row_dots": (partial(kernels.row_dots, grad, tokens, decoder, indices), *dots),
+                "entry_dots": (partial(entry_dots, grad, decoder, entries), *dots),
                 "transposed_row_sums": (
                     partial(kernels.transposed_row_sums, grad, entries, entries.values),
                     dense.T @ wide_grad,
@@ -103,19 +111,91 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
             for name, given in checks.items():
                 shape = {"tokens": num_tokens, "features": num_features, "columns": columns}
                 row = {"check": name, "dtype": str(dtype).removeprefix("torch."), **shape}
-                print_check(attempt(rows, row, partial(kernel_check, name, *given)))
+                print_check(attempt(rows, row, partial(kernel_check, *given)))
 
 
-def kernel_check(name: str, work: Callable[[], Tensor], wanted: Tensor, terms: Tensor) -> dict:
+def dots_by_posting(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
+    """What `entry_dots` does on a GPU, whatever the density."""
+    dots = triton_rows.posting_dots(left, right, entries)
+    return torch.empty_like(dots).index_copy_(0, entries.by_feature[0], dots)
+
+
+def dots_by_row(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
+    """The same by `row_dots`, as it was done before."""
+    order, _ = entries.by_feature
+    dots = rows_module.row_dots(left, entries.tokens[order], right, entries.indices[order])
+    return torch.empty_like(dots).index_copy_(0, order, dots)
+
+
+def kernel_check(work: Callable[[], Tensor], wanted: Tensor, terms: Tensor) -> dict:
     """The largest error as a share of its bound: one rounding of the result, and sums in float32."""
     found = work()
-    rounding, within = torch.finfo(found.dtype).eps / 2, 1e-6
-    if name == "transposed_row_sums" and found.dtype != torch.float32:
-        within = rounding / 4  # hot features: PyTorch may add up parts of a product in their own format
-    bound = rounding * (wanted.abs() + torch.finfo(found.dtype).tiny) + within * terms
+    rounding = torch.finfo(found.dtype).eps / 2
+    bound = rounding * (wanted.abs() + torch.finfo(found.dtype).tiny) + 1e-6 * terms
     error = ((found.double() - wanted).abs() / bound).max().item()
     same = torch.equal(found, work())
     return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+
+
+def check_topk(rows: list, device: torch.device, tiny: bool) -> None:
+    """The k largest of each row, to the position, beside a stable sort, which takes the first of equal entries."""
+    shapes = [(4096, 24576, 32), (4096, 24576, 200), (777, 1000, 5), (64, 256, 4)]
+    for num_tokens, num_features, k in shapes[3 if tiny else 0 :]:
+        for dtype in (torch.float32, torch.bfloat16):
+            row = {"check": "positions_topk", "dtype": str(dtype).removeprefix("torch.")}
+            row |= {"shape": (num_tokens, num_features, k)}
+            print_check(attempt(rows, row, partial(topk_check, dtype, num_tokens, num_features, k, device)))
+
+
+def topk_check(dtype: torch.dtype, num_tokens: int, num_features: int, k: int, device: torch.device) -> dict:
+    values = torch.randn(num_tokens, num_features, device=device).to(dtype)
+    values[::2, ::3] = -torch.inf  # as of features that are not dead
+    found = positions_topk(values, k)
+    columns = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    wanted = columns + num_features * torch.arange(num_tokens, device=device)[:, None]
+    wanted = wanted.flatten()
+    if device.type != "cuda":  # where it is not said which of equal entries are taken
+        found, wanted = (values.flatten()[places].view(num_tokens, k).sort().values for places in (found, wanted))
+    other = (found != wanted).sum().item()
+    same = torch.equal(positions_topk(values, k), positions_topk(values, k))
+    return {"errors": {"other entries": other}, "same_bits": same, "passed": other == 0 and same}
+
+
+def check_adam(rows: list, device: torch.device) -> None:
+    """Three steps of CompactAdam's kernel beside the plain code on weights and gradients in float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((1000, 9216), (100, 59904), (777, 300), (64, 7), (5000,)):
+            for beta1 in (0.9, 0.0):
+                row = {"check": "adam_step", "dtype": str(dtype).removeprefix("torch."), "shape": shape}
+                row["beta1"] = f"beta1 {beta1:g}"
+                print_check(attempt(rows, row, partial(adam_check, dtype, shape, beta1, device)))
+
+
+def adam_check(dtype: torch.dtype, shape: tuple, beta1: float, device: torch.device, steps: int = 3) -> dict:
+    start = torch.randn(shape, device=device).to(dtype)
+    gradients = [torch.randn(shape, device=device).mul_(10.0**-step).to(dtype) for step in range(steps)]
+
+    def run(wanted: torch.dtype) -> Tensor:
+        weight = torch.nn.Parameter(start.to(wanted, copy=True))
+        optimizer = CompactAdam([weight], lr=0.01, betas=(beta1, 0.999), weight_decay=0.1)
+        for gradient in gradients:
+            weight.grad = gradient.to(wanted)
+            optimizer.step()
+        return weight.detach()
+
+    found = run(dtype)
+    with plain_adam():
+        expected = run(torch.float32)
+    # The weight and, where it is stored, the quotient that is added to it are rounded at each step.
+    bound = steps * (torch.finfo(dtype).eps * (expected.abs() + 0.01) + 0.01 * 2**-8 * (beta1 > 0))
+    error = ((found - expected).abs() / bound).max().item()
+    same = torch.equal(found, run(dtype))
+    return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+
+
+def plain_adam():
+    """A context in which CompactAdam's step is the plain code, in torch's operators."""
+    return patch.object(triton_adam, "takes", lambda parameter: False)
 
 
 def print_check(row: dict) -> None:
@@ -227,7 +307,7 @@ def add_timing(rows: list, device: torch.device, name: str, work, size: float = 
         rates = {"TB/s": size / spent / 1e9, "TFLOP/s": flops / spent / 1e9}
         needed = f"{size / 1e9:.3f} GB" if size else f"{flops / 1e12:.4f} TFLOP" if flops else ""
         unit = "TB/s" if size else "TFLOP/s"
-        print(f"{name:32}{spent:10.3f} ms" + (f"{rates[unit]:9.3f} {unit} for {needed}" if needed else ""), flush=True)
+        print(f"{name:44}{spent:10.3f} ms" + (f"{rates[unit]:9.3f} {unit} for {needed}" if needed else ""), flush=True)
         return {"ms": spent, "bytes": size, "flops": flops, **rates}
 
     attempt(rows, {"name": name}, timed)
@@ -266,6 +346,18 @@ def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
     h = F.linear(x, weight, bias)
     cut = h[:16].float().flatten().kthvalue(16 * (num_features - k)).values
     add("positions_topk", lambda: positions_topk(h, k), 2 * h.numel())
+    with patch.object(triton_topk, "takes", lambda values: False):
+        add("positions_topk, in torch's operators", lambda: positions_topk(h, k), 2 * h.numel())
+    if device.type == "cuda":
+        for columns, warps in TOPKS:
+            with patch.multiple(triton_topk, TOPK_COLUMNS=columns, TOPK_WARPS=warps):
+                add(f"    {columns} columns, {warps} warps", lambda: positions_topk(h, k), 2 * h.numel())
+    wide = h.float()
+    add("positions_topk, float32", lambda: positions_topk(wide, k), 4 * h.numel())
+    with patch.object(triton_topk, "takes", lambda values: False):
+        add("positions_topk, float32, in torch's operators", lambda: positions_topk(wide, k), 4 * h.numel())
+        # The largest of the whole batch in two rounds, as of one long row.
+        add("positions_batchtopk, in groups", lambda: positions_topk(h.flatten()[None], k * N), 2 * h.numel())
     add("torch.topk", lambda: h.topk(k, dim=1, sorted=False), 2 * h.numel())
     add("positions_batchtopk", lambda: positions_batchtopk(h, k * N), 2 * h.numel())
     add("true_positions of h > cut", lambda: true_positions(h > cut), 2 * h.numel())
@@ -284,18 +376,86 @@ def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
     add("transposed_row_sums, encoder", lambda: transposed(x, entries, values), 2 * (listed * D + weight.numel()))
 
 
-def time_optimizers(rows: list, device: torch.device, shape: tuple) -> None:
-    """An update of one decoder in float32, and the clipping before it."""
-    L, D, num_features, *_ = shape
-    for name, make, least in (
-        ("Adam, fused", partial(torch.optim.Adam, fused=True), 28),  # bytes per weight
-        ("CompactAdam", CompactAdam, 16),
-        ("clip_grad_norm_", None, 12),
-    ):
-        weight = torch.nn.Parameter(torch.randn(num_features, L, D, device=device))
+def time_variants(rows: list, device: torch.device, shape: tuple) -> None:
+    """
+    The sums and dot products along posting lists of the first source layer, with other settings of the kernels than
+    theirs, in both formats; features fire equally often, and as unequally as those of a trained CLT.
+    """
+    L, D, num_features, N, k = shape
+    even, uneven = random_entries(N, num_features, k / num_features, str(device)), uneven_entries(device, shape)
+    for title, found in (("even", even), ("uneven", uneven)):
+        print(
+            f"{title}: the longest posting list has {int(found.by_feature[1].diff().max())} of {N} tokens", flush=True
+        )
+        for dtype in (torch.bfloat16, torch.float32):
+            entries = found.with_values(found.values.to(dtype))
+            C, bytes_of, listed = L * D, dtype.itemsize, found.values.numel()
+            x, grad = (torch.randn(N, width, device=device, dtype=dtype) for width in (D, C))
+            form = f"{title}, {str(dtype).removeprefix('torch.')}"
+            sums = partial(rows_module.transposed_row_sums, grad, entries, entries.values)
+            short = partial(rows_module.transposed_row_sums, x, entries, entries.values)
+            for split in SPLITS:
+                with patch.object(triton_rows, "SPLIT", split):
+                    size = bytes_of * C * (listed + num_features)
+                    add_timing(rows, device, f"sums, {form}, split {split}", sums, size)
+            decoder = torch.randn(num_features, C, device=device, dtype=dtype)
+            dots = partial(rows_module.entry_dots, grad, decoder, entries)
+            least = bytes_of * C * (listed + num_features)  # each row of the decoder once
+            before = partial(dots_by_row, grad, decoder, entries)
+            add_timing(rows, device, f"dots, {form}, row_dots", before, 2 * bytes_of * C * listed)
+            for number, columns, warps in POSTINGS:
+                names = {"POSTING_ENTRIES": number, "POSTING_COLUMNS": columns, "POSTING_WARPS": warps}
+                with patch.multiple(triton_rows, **names):
+                    add_timing(rows, device, f"dots, {form}, {number} x {columns}, {warps} warps", dots, least)
+            add_timing(rows, device, f"sums, {form}, encoder", short, bytes_of * D * (listed + num_features))
+
+
+def uneven_entries(device: torch.device, shape: tuple) -> LayerFeatures:
+    """Three features on every token, a quarter on none, the others about as often as a log-normal number says."""
+    _, _, num_features, N, k = shape
+    rates = torch.exp(1.5 * torch.randn(num_features, device=device))
+    rates[torch.rand(num_features, device=device) < 0.25] = 0
+    rates *= k / rates.sum()
+    rates[:3] = 1
+    support = torch.rand(N, num_features, device=device) < rates
+    return features_at(torch.rand(N, num_features, device=device), support)
+
+
+def time_optimizers(rows: list, device: torch.device, shapes: dict) -> None:
+    """
+    An update of the first decoder and encoder in float32, and the clipping before it; CompactAdam's kernel beside the
+    plain code and with other blocks, in both formats, and for the longest rows.
+    """
+    L, D, num_features, *_ = shapes["A"]
+    wide, half = torch.float32, torch.bfloat16
+    decoder, encoder = (num_features, L, D), (num_features, D)
+    longest = shapes["C"][2], shapes["C"][0], shapes["C"][1]
+
+    def add(name: str, make, size: tuple, dtype: torch.dtype, least: int) -> None:  # bytes per weight
+        weight = torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype))
         weight.grad = torch.randn_like(weight)
         work = partial(torch.nn.utils.clip_grad_norm_, [weight], 1.0) if make is None else make([weight]).step
         add_timing(rows, device, name, work, least * weight.numel())
+
+    adam = partial(torch.optim.Adam, fused=True)
+    add("Adam, fused", adam, decoder, wide, 28)
+    add("clip_grad_norm_", None, decoder, wide, 12)
+    add("Adam, fused, encoder", adam, encoder, wide, 28)
+    for name, size, dtype, least in (
+        ("CompactAdam", decoder, wide, 16),
+        ("CompactAdam, encoder", encoder, wide, 16),
+        ("CompactAdam, bfloat16", decoder, half, 10),
+        ("CompactAdam, bfloat16, rows of C", longest, half, 10),
+    ):
+        add(name, CompactAdam, size, dtype, least)
+        if size != longest:
+            with plain_adam():
+                add(f"{name}, plain", CompactAdam, size, dtype, least)
+        if device.type != "cuda":
+            continue
+        for columns, per_warp in ADAM_BLOCKS:
+            with patch.multiple(triton_adam, ADAM_COLUMNS=columns, ADAM_PER_WARP=per_warp):
+                add(f"    {columns} columns, {per_warp} a warp", CompactAdam, size, dtype, least)
 
 
 # -- ours beside a dense step -----------------------------------------------------------------------------------------
@@ -402,12 +562,16 @@ def main(argv: list[str] | None = None) -> int:
         report.piece(name, 1 if tiny else about, lambda rows: work(rows, *arguments))
 
     shapes = {name: TINY if tiny else shape for name, shape in SHAPES.items()}
-    piece("kernels", 25, check_kernels, device, tiny)
-    piece("steps", 35, check_steps, device, tiny)
-    piece("rates", 6, time_rates, device, tiny)
+    piece("kernels", 15, check_kernels, device, tiny)
+    piece("topk", 4, check_topk, device, tiny)
+    piece("adam", 5, check_adam, device)
+    piece("steps", 12, check_steps, device, tiny)
+    piece("rates", 4, time_rates, device, tiny)
     for name in ("A", "A200", "B"):
         piece(f"parts {name}", 5, time_parts, device, shapes[name])
-    piece("optimizers", 4, time_optimizers, device, shapes["A"])
+    for name, about in (("A", 30), ("A200", 10), ("B", 8)):
+        piece(f"variants {name}", about, time_variants, device, shapes[name])
+    piece("optimizers", 20, time_optimizers, device, shapes)
     for name, form, *seconds in UPDATES:
         for dead, about in zip((0.0, 0.3), seconds, strict=True):
             case = make_case(shapes[name], form, device, dead=dead)

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_clt.estimate import memory
 from hf_clt.files import write_text
-from hf_clt.kernels import triton_rows
+from hf_clt.kernels import triton_adam, triton_rows, triton_topk
 
 from .cases import Case
 from .measure import PHASES
@@ -219,8 +219,20 @@ def count(case: Case) -> dict:
         recorder.waits[f"tolist {place()}"] += 1
         return [dead] * len(tensor)
 
-    kernels = patch.multiple(triton_rows, row_sums_kernel=recorder, row_dots_kernel=recorder)
-    with kernels, patch.object(FakeTensor, "tolist", even), FakeTensorMode(), recorder:
+    names = ("row_sums_kernel", "piece_sums_kernel", "row_dots_kernel", "posting_dots_kernel")
+    of_rows = dict.fromkeys(names, recorder)
+    of_adam, of_topk = (
+        patch.object(module, name, recorder)
+        for module, name in ((triton_adam, "adam_kernel"), (triton_topk, "topk_kernel"))
+    )
+    with (
+        patch.multiple(triton_rows, **of_rows),
+        of_adam,
+        of_topk,
+        patch.object(FakeTensor, "tolist", even),
+        FakeTensorMode(),
+        recorder,
+    ):
         update = Update(replace(case, dead=0.0))
         if dead:
             update.dead = torch.zeros(layers, features, dtype=torch.bool, device=GPU)

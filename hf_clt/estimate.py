@@ -206,7 +206,7 @@ def memory(plan: Plan) -> dict[str, int]:
     encoders = 4 * layers * config.num_features // n * width
     copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
     block = min(GPU_BLOCK, max(p.numel() for p in parameters))  # of weights that the optimizer works on
-    block *= 4 if plan.optimizer == "adam_compact" else 8 if plan.clt_dtype != "float32" else 0
+    block *= 8 if plan.optimizer != "adam_compact" and plan.clt_dtype != "float32" else 0
     # Of each listed entry its feature, token, value and gradient, and the same in the order of the features.
     entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
     # topk and batchtopk revive dead features by reconstructing twice as many tokens, and keep the inputs twice more

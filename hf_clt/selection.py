@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from .configuration_clt import CLTConfig
 from .device import is_on_cpu
+from .kernels import triton_topk
 from .sharding import FeatureShard, gather_candidates
 from .sparsity import (
     LayerFeatures,
@@ -158,8 +159,11 @@ def positions_topk(h: Tensor, k: int) -> Tensor:
     """
     Flat positions, in storage order, of the k largest entries of each row of `h` (N, F), ascending, k·N in all.
 
-    Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima.
+    Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima. On a GPU it
+    is one kernel.
     """
+    if triton_topk.takes(h):
+        return triton_topk.positions_topk(h, k)
     num_tokens, num_features = h.shape
     by_feature = is_stored_by_feature(h)
     sizes = [size for size in GROUPS if num_features % size == 0 and 0 < k * size <= num_features // 2]

@@ -145,36 +145,34 @@ def find_sources(
     """
     device = frozen.tokens.device
     outputs = torch.stack([block.written for block in frozen.blocks])
+    biases = torch.stack([decoder.bias.to(outputs) for decoder in clt.decoders])
     nodes, activations, unique, places = [], [], [], []
     for s, block in enumerate(frozen.blocks):
-        found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever mode the CLT is in
+        found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever the CLT is in
         kept = ((found.values > 0) & ~cleared.to(clt.device)[found.tokens]).nonzero().squeeze(1)
-        found = found.take(kept)
-        nodes.append(torch.stack([torch.full_like(found.tokens, s), found.tokens, found.indices], dim=1).to(device))
-        activations.append(found.values.to(outputs))
-        features, place = found.indices.unique(return_inverse=True)
+        features, place = found.indices[kept].unique(return_inverse=True)
+        tokens = found.tokens[kept].to(device)
+        nodes.append(torch.stack([torch.full_like(tokens, s), tokens, found.indices[kept].to(device)], dim=1))
+        activations.append(found.values[kept].to(outputs))
         unique.append(features)
         places.append(place)
     rows, written, starts = read_decoders(clt, unique, places, outputs)
-    places = [place.to(device) for place in places]
-    biases = torch.stack([decoder.bias.to(outputs) for decoder in clt.decoders])
-    skips = [skip.weight.to(outputs) for skip in clt.skips] if clt.config.skip_connection else None
     given = biases[:, None].expand_as(outputs).clone()
-    for s, found in enumerate(rows):
-        if len(found):
-            where = torch.stack([nodes[s][:, 1], places[s]])
-            at = torch.sparse_coo_tensor(where, activations[s], (len(cleared), len(found)))
-            for target in range(found.shape[1]):
-                given[s + target] += torch.sparse.mm(at, found[:, target])
-        if skips is not None:
-            given[s] += frozen.blocks[s].read @ skips[s]
+    for s, values in enumerate(activations):
+        at = torch.stack([nodes[s][:, 1], places[s].to(device)])
+        at = torch.sparse_coo_tensor(at, values, (len(cleared), len(unique[s])))
+        for target in range(rows[s].shape[1] if len(values) else 0):
+            given[s + target] += torch.sparse.mm(at, rows[s][:, target])
+    skips = [skip.weight.to(outputs) for skip in clt.skips] if clt.config.skip_connection else None
+    for layer in range(len(given)) if skips else ():
+        given[layer] += frozen.blocks[layer].read @ skips[layer]
     return Sources(
         features=torch.cat(nodes),
         activations=torch.cat(activations),
         errors=(outputs - given).masked_fill(cleared[None, :, None], 0),
         cleared=cleared,
         rows=rows,
-        places=torch.cat(places),
+        places=torch.cat(places).to(device),
         biases=biases,
         skips=skips,
         written=written,

@@ -126,6 +126,9 @@ def entry_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
     if use_dense(features.indices, features.num_tokens, features.num_features):
         return (left @ right.T)[features.tokens, features.indices]
     order, offsets = features.by_feature  # by feature, so that each row of `right` is read once
+    if use_triton(left):
+        dots = triton_rows.posting_dots(left, right, features)
+        return torch.empty_like(dots).index_copy_(0, order, dots)
     tokens = features.tokens[order]
     count = num_tiles(left)
     if count > 1 and has_sparse_product(left):

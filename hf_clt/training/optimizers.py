@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..kernels import triton_adam
 from ..modeling_clt import CrossLayerTranscoder
 from ..sharding import sum_over
 from .arguments import CLTTrainingArguments
@@ -52,10 +53,12 @@ class _OneByOne(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            self._update_all([parameter for parameter in group["params"] if parameter.grad is not None], group)
         return loss
+
+    def _update_all(self, parameters: list[Tensor], group: dict) -> None:
+        for parameter in parameters:
+            self._update(parameter, group)
 
 
 class WideAdam(_OneByOne, torch.optim.AdamW):
@@ -102,7 +105,8 @@ class CompactAdam(_OneByOne):
     one-dimensional parameter (bias, threshold) is a feature of its own, and nothing of it is kept in float16. Sums are
     in float32 or better whatever the parameter's type.
 
-    No step waits for the device. `load_state_dict` keeps the number formats of the state.
+    No step waits for the device, and on a GPU it is one kernel per parameter (`kernels/triton_adam.py`).
+    `load_state_dict` keeps the number formats of the state.
 
     Args:
         params: Parameters, or groups of them with their own settings; as in torch.optim.
@@ -137,19 +141,32 @@ class CompactAdam(_OneByOne):
         for parameter in group["params"]:
             _check_range(parameter, *group["betas"])
 
+    def _update_all(self, parameters: list[Tensor], group: dict) -> None:
+        taken = {}  # by device
+        for parameter in parameters:
+            if not triton_adam.takes(parameter):
+                self._update(parameter, group)
+                continue
+            if not self.state[parameter]:
+                self.state[parameter].update(_initial_state(parameter, group["betas"][0]))
+            taken.setdefault(parameter.device, []).append(parameter)
+        kept = 1 - group["lr"] * group["weight_decay"]
+        for some in taken.values():
+            steps = [self.state[parameter]["step"] for parameter in some]
+            torch._foreach_add_(steps, 1)
+            factors = torch.stack(_factors(torch.stack(steps), group), dim=1).float()
+            for place, parameter in enumerate(some):
+                triton_adam.adam_step(parameter, self.state[parameter], factors, place, group["betas"], kept)
+
     def _update(self, parameter: Tensor, group: dict) -> None:
+        """The formula in torch's operators: what is computed where the kernel cannot run."""
         beta1, beta2 = group["betas"]
         state = self.state[parameter]
         if not state:
             state.update(_initial_state(parameter, beta1))
         state["step"] += 1
-        # On the device, which a step must not wait for; in float64, since 1 - beta2^t loses digits in float32.
-        step = state["step"].double()
         dtype = state["second_moment"].dtype
-        # The correction of v is one factor for all features: it goes to eps and to the learning rate.
-        correction = (1 - beta2**step).sqrt()
-        eps = (group["eps"] * correction).to(dtype)
-        factor = (-group["lr"] * (1 - beta1) / (1 - beta1**step) * correction).to(dtype)
+        eps, factor = (number.to(dtype) for number in _factors(state["step"], group))
         state["second_moment"].mul_(beta2)
         state["denominator"].mul_(beta1)  # of the step before: update · denominator = beta1 · m
 
@@ -185,6 +202,18 @@ def state_entries(optimizer: torch.optim.Optimizer) -> set[str]:
 def _block(parameter: Tensor) -> int:
     """Elements that are worked on at a time."""
     return GPU_BLOCK if parameter.is_cuda else CPU_BLOCK * torch.get_num_threads()
+
+
+def _factors(step: Tensor, group: dict) -> tuple[Tensor, Tensor]:
+    """
+    What is added to the root of the second moment at this step (any shape, on the device, which a step must not wait
+    for), and what the quotient of the moment and that is multiplied with. The correction of v is one factor for all
+    features, and so goes to these. In float64, since 1 - beta2^t loses digits in float32.
+    """
+    beta1, beta2 = group["betas"]
+    step = step.double()
+    correction = (1 - beta2**step).sqrt()
+    return group["eps"] * correction, -group["lr"] * (1 - beta1) / (1 - beta1**step) * correction
 
 
 def _initial_state(parameter: Tensor, beta1: float) -> dict[str, Tensor]:

@@ -1,0 +1,40 @@
+"""Triton kernels without a GPU: interpreted, and compiled for an H100."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+
+def load_copy(module, name):
+    """A second copy of a module of `hf_clt.kernels`, to be loaded under other circumstances."""
+    spec = importlib.util.spec_from_file_location(f"hf_clt.kernels.{name}", module.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def compile_kernel(folder, kernel, types, constants, num_warps):
+    """
+    Compiles a kernel as a launch with 16-divisible shapes and pointers would, and checks that it reads and writes 16
+    bytes at a time, that it keeps its numbers in registers, and that it gives the same bits each time. Other arguments
+    than those in `types` and `constants` are i32.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    whole = {name for name, kind in signature.items() if kind.startswith(("*", "i"))}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in whole}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    (folder / "cubin").write_bytes(compiled.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([cuobjdump, "-res-usage", folder / "cubin"], check=True, capture_output=True, text=True)
+    ptx, usage = compiled.asm["ptx"], usage.stdout + usage.stderr
+    assert re.search(r"ld\.global\S*\.v4\.b32", ptx), "rows are not loaded 16 bytes at a time"
+    assert not re.search(r"\b(atom|red)\.", ptx), "atomics make results differ from run to run"
+    assert "STACK:0" in usage and "LOCAL:0" in usage, f"registers are spilled: {usage}"
+    return ptx, int(re.search(r"REG:(\d+)", usage)[1])
