@@ -162,6 +162,15 @@ def sources_with(**changes):
     )
 
 
+def rows_with(edit):
+    def mutate(case):
+        rows = [edit(rows) for rows in case.sources.rows]
+        written = torch.cat([part.flatten(0, 1) for part in rows])
+        return replace(case, sources=replace(case.sources, rows=rows, written=written))
+
+    return mutate
+
+
 def seeds_with(change):
     return lambda case: replace(case, edit_seeds=lambda seeds: change(case, seeds))
 
@@ -389,17 +398,14 @@ MUTANTS = {
         sources_with(activations=ones("activations")), "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
     "decoder rows in the wrong order": (
-        sources_with(written=lambda s: s.written.flip(0)),
-        "llama", HOOKS[0], False, "conservation autograd doubling",
+        rows_with(lambda rows: rows.flip(1)), "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
     "features that write to their own layer alone": (
-        sources_with(rows=lambda s: [rows[:, :1] for rows in s.rows]),
+        rows_with(lambda rows: torch.cat([rows[:, :1], 0 * rows[:, 1:]], dim=1)),
         "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
     "rows of other features": (
-        # All of a layer write what its first does.
-        sources_with(starts=lambda s: s.starts[torch.searchsorted(*2 * [s.features[:, 0].contiguous()])]),
-        "llama", HOOKS[0], False, "conservation autograd doubling",
+        rows_with(lambda rows: rows.roll(1, 0)), "llama", HOOKS[0], False, "conservation autograd doubling",
     ),
 }  # fmt: skip
 
