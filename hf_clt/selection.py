@@ -166,26 +166,37 @@ def positions_topk(h: Tensor, k: int) -> Tensor:
         return triton_topk.positions_topk(h, k)
     num_tokens, num_features = h.shape
     by_feature = is_stored_by_feature(h)
-    sizes = [size for size in GROUPS if num_features % size == 0 and 0 < k * size <= num_features // 2]
+    sizes = group_sizes(num_features, k)
     if sizes and by_feature and h.dtype in (torch.float32, torch.float64):
         positions = _positions_topk_above_cut(h.T, k, max(sizes))
         if positions is not None:
             return positions
-    if not sizes:
-        columns = h.topk(k, dim=1, sorted=False).indices
-    else:
-        size = min(sizes, key=lambda size: num_features / size + k * size)  # entries seen in both rounds
-        # A group is every `width`-th column, so that the maxima are taken over whole rows at a time.
-        width = num_features // size
-        groups = h.reshape(num_tokens, size, width).amax(dim=1).topk(k, dim=1, sorted=False).indices
-        members = torch.arange(0, num_features, width, device=h.device)
-        candidates = (groups[:, None, :] + members[:, None]).flatten(1)
-        best = h.gather(1, candidates).topk(k, dim=1, sorted=False).indices
-        columns = candidates.gather(1, best)
+    columns = _topk_in_groups(h, k)
     tokens = torch.arange(num_tokens, device=h.device)[:, None]
     if by_feature:
         return ascending((columns * num_tokens + tokens).flatten(), h.numel())
     return (columns.sort(dim=1).values + tokens * num_features).flatten()
+
+
+def group_sizes(num_columns: int, k: int) -> list[int]:
+    """Those of [`GROUPS`] with which the first of two rounds leaves at most half of a row of this length."""
+    return [size for size in GROUPS if num_columns % size == 0 and 0 < k * size <= num_columns // 2]
+
+
+def _topk_in_groups(rows: Tensor, k: int) -> Tensor:
+    """Columns of the k largest entries of each row (R, C), (R, k), in no particular order."""
+    num_rows, num_columns = rows.shape
+    sizes = group_sizes(num_columns, k)
+    if not sizes:
+        return rows.topk(k, dim=1, sorted=False).indices
+    size = min(sizes, key=lambda size: num_columns / size + k * size)  # entries seen in both rounds
+    # A group is every `width`-th column, so that the maxima are taken over whole rows at a time.
+    width = num_columns // size
+    groups = rows.reshape(num_rows, size, width).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    members = torch.arange(0, num_columns, width, device=rows.device)
+    candidates = (groups[:, None, :] + members[:, None]).flatten(1)
+    best = rows.gather(1, candidates).topk(k, dim=1, sorted=False).indices
+    return candidates.gather(1, best)
 
 
 def _positions_topk_above_cut(h: Tensor, k: int, size: int) -> Tensor | None:
@@ -222,8 +233,11 @@ def kth_largest(rows: Tensor, k: int) -> Tensor:
 def positions_batchtopk(h: Tensor, count: int) -> Tensor:
     """
     Flat positions, in storage order, of the `count` largest entries of `h` (N, F) (Bussmann et al. 2024), ascending.
+    On a GPU in two rounds, half the time of one (benchmarks/README.md).
     """
-    return ascending(largest(in_storage_order(h), count), h.numel())
+    entries = in_storage_order(h)
+    chosen = largest(entries, count) if is_on_cpu(h) else _topk_in_groups(entries[None], count)[0]
+    return ascending(chosen, h.numel())
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -70,6 +70,14 @@ def test_batchtopk(count):
     check_positions(positions_batchtopk(stored_by_feature(h), count), h.T, count)
 
 
+@pytest.mark.parametrize("count", [1, 40, 700, 9000])
+def test_batchtopk_in_two_rounds_as_on_a_gpu(monkeypatch, count):
+    """In groups where they leave out half of the entries, and without; ties included."""
+    monkeypatch.setattr("hf_clt.selection.is_on_cpu", lambda tensor: False)
+    h = torch.randn(20, 960, generator=generator()).mul(4).round()
+    check_positions(positions_batchtopk(h, count), h, count)
+
+
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_topk_over_all_layers(k):
     h = [torch.randn(6, 8, generator=generator(s)) + s for s in range(3)]

@@ -35,7 +35,7 @@ SPLIT = 128
 # A program of row_dots: this many entries times this many columns at a time.
 DOT_ENTRIES, DOT_COLUMNS, DOT_WARPS = 4, 512, 4
 # A program of posting_dots: in each round this many entries times this many columns, the only ones that it sees.
-POSTING_ENTRIES, POSTING_COLUMNS, POSTING_WARPS = 4, 512, 1
+POSTING_ENTRIES, POSTING_COLUMNS, POSTING_WARPS = 2, 512, 1
 
 
 if triton is not None:

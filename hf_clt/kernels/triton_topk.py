@@ -19,7 +19,7 @@ if triton is not None:
     from .triton_rows import add
 
 # Columns of a row at a time, as many as there are maxima; and warps of a program.
-TOPK_COLUMNS, TOPK_WARPS = 2048, 8
+TOPK_COLUMNS, TOPK_WARPS = 1024, 4
 # Low bits that are 0 in every entry of these once it is in float32.
 EMPTY_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 

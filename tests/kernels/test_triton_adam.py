@@ -68,17 +68,25 @@ def train(parameters, history, plain=False, strided=False, **settings):
 
 
 def assert_same_step(found, wanted, dtype, steps):
-    """Weights and state of two optimizers, up to one rounding per step of what each holds."""
+    """
+    Weights and state of two optimizers, up to one rounding per step of what each holds; float32 sums over rows of up
+    to 60,000 in different orders; and a quotient, in float16 up to 155, that is rounded the other way.
+    """
+    momentum = found.param_groups[0]["betas"][0] > 0
     for ours, plain in zip(found.param_groups[0]["params"], wanted.param_groups[0]["params"], strict=True):
         assert ours.dtype == dtype and ours.isfinite().all()
-        rounding = {"rtol": 2 * steps * ROUNDING[dtype], "atol": 2 * steps * ROUNDING[dtype] * 0.01}
+        share = 2 * steps * ROUNDING[dtype]
+        rounding = {"rtol": share, "atol": max(share * 0.05, steps * 2e-5 * momentum)}
         torch.testing.assert_close(ours.detach().double(), plain.detach().double(), **rounding)
         state, expected = found.state[ours], wanted.state[plain]
         assert state.keys() == expected.keys()
         for name, value in state.items():
             assert value.dtype == expected[name].dtype and value.shape == expected[name].shape
-            eps = 2**-10 if value.dtype == torch.float16 else 2**-20
-            torch.testing.assert_close(value.double(), expected[name].double(), rtol=steps * eps, atol=steps * eps)
+            # A quotient's rounding stays in absolute terms where later gradients take most of it away.
+            eps = 2**-10 if value.dtype == torch.float16 else 2**-18
+            largest = expected[name].abs().amax().item() if value.dtype == torch.float16 else 1
+            tolerance = {"rtol": steps * eps, "atol": steps * eps * max(1, largest)}
+            torch.testing.assert_close(value.double(), expected[name].double(), **tolerance)
         assert state["step"] == steps
 
 

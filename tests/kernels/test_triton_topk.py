@@ -26,9 +26,9 @@ def interpreted():
 
 
 def sorted_topk(values, k):
-    """By a stable sort: of equal entries those that come first."""
-    columns = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-    return (columns + values.shape[1] * torch.arange(len(values), device=values.device)[:, None]).flatten()
+    """By a stable sort on the CPU: of equal entries those that come first."""
+    columns = values.cpu().double().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    return (columns + values.shape[1] * torch.arange(len(values))[:, None]).flatten().to(values.device)
 
 
 def random_values(num_rows, num_columns, dtype, device="cpu"):
