@@ -188,6 +188,8 @@ def plot(record: dict, path: Path) -> None:
             panel.plot([row[name] for row in rows], [row["seconds"] for row in rows], "o-", color=BLUE)
             memory.plot([row[name] for row in rows], [row["bytes"] / 1e9 for row in rows], "s--", color=ORANGE)
             panel.set_xscale("log")
+            panel.set_xticks([row[name] for row in rows], [f"{row[name]:,}" for row in rows])
+            panel.minorticks_off()
             panel.set_xlabel(label)
             panel.set_ylabel("seconds", color=BLUE)
             memory.set_ylabel("GB beyond model and CLT", color=ORANGE)
