@@ -144,12 +144,16 @@ def test_make_quickstart_trains_then_resumes_then_shows(checkout):
     make(checkout, "install")
     prepare = "scripts/prepare_quickstart.py"
     train = "scripts/train_clt.py scripts/quickstart.yaml --output-dir quickstart/clt"
+    trace = (
+        "-m hf_clt trace quickstart/clt --model quickstart/model --prompt The capital of the state containing Dallas "
+    )
+    trace += "is --output quickstart/trace --overwrite"
     result = checkout / "quickstart" / "clt"
-    assert make(checkout, "quickstart") == [prepare, f"{train} --overwrite-output-dir"]
+    assert make(checkout, "quickstart") == [prepare, f"{train} --overwrite-output-dir", trace]
     (result / "checkpoint-10").mkdir(parents=True)
-    assert make(checkout, "quickstart") == [prepare, f"{train} --resume-from-checkpoint latest"]
+    assert make(checkout, "quickstart") == [prepare, f"{train} --resume-from-checkpoint latest", trace]
     (result / "config.json").touch()
-    assert make(checkout, "quickstart") == [prepare, "-m hf_clt info quickstart/clt"]
+    assert make(checkout, "quickstart") == [prepare, "-m hf_clt info quickstart/clt", trace]
     make(checkout, "clean")
     assert not result.exists()
 
@@ -180,7 +184,11 @@ def test_wheel_holds_everything_and_works_where_it_is_installed(tmp_path, setup_
 
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_clt").rglob("*.py")}
-    assert names == code | {"hf_clt/py.typed", "hf_clt/hub/card.md.jinja", "hf_clt/features/page.html"}
+    assert names == code | {
+        "hf_clt/py.typed",
+        "hf_clt/hub/card.md.jinja",
+        *(f"hf_clt/{part}/page.html" for part in ("attribution", "features")),
+    }
     assert any(name.endswith("LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
     # An empty environment; the dependencies come from this one, whose own editable hf_clt

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..files import read_json, write_json
+from ..release import write_tensors
 
 
 FORMAT = 1
@@ -301,9 +302,7 @@ class AttributionGraph:
             "dropped": self.dropped,
             **{f"rest.{name}": values for name, values in self.rest.items()},
         }
-        partial = folder / "graph.safetensors.tmp"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(folder / "graph.safetensors")
+        write_tensors(folder / "graph.safetensors", {name: tensor.cpu() for name, tensor in tensors.items()})
         write_json(
             folder / "graph.json",
             {

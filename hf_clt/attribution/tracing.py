@@ -111,7 +111,7 @@ def attribute(
         used = [t for target in chosen if isinstance(target, TokenTarget) for t in (target.token, target.minus)]
         words = {str(token): tokenizer.decode([token]) for token in used if token is not None}
     ids = frozen.input_ids.cpu()
-    return AttributionGraph(
+    graph = AttributionGraph(
         input_ids=ids,
         tokens=[str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids.tolist()],
         features=sources.features[kept].cpu(),
@@ -137,6 +137,8 @@ def attribute(
             "target_words": words,
         },
     )
+    graph.info |= {"scores": graph.scores(), "outside": graph.outside()}  # of the whole graph, also once it is pruned
+    return graph
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------
