@@ -31,7 +31,12 @@ __getattr__, __dir__, _lazy = lazy_names(
         "CLTTrainer": "training.trainer",
         "CLTTrainingArguments": "training.arguments",
         "CrossLayerTranscoder": "modeling_clt",
+        "Harvester": "harvest.harvester",
+        "ReplacementModel": "evaluation.replacement",
         "attribute": "attribution.tracing",
+        "evaluate_clt": "evaluation.evaluate",
+        "import_clt": "importers",
+        "load_language_model": "harvest.harvester",
     },
 )
 
