@@ -16,7 +16,7 @@ prompt, and every step is then compared with what the model computed ([`check_st
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,7 @@ from ..harvest.harvester import check_context_size
 from ..harvest.sites import resolve_sites
 
 
-ATTENTION = "hf_clt_recorded"  # the name under which attention is recorded
+ATTENTION = "hf_clt"  # the name of our attention functions
 # Of the norm of what a step adds, and of the stream it is added to; by the model's number format.
 STEP_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -191,10 +191,10 @@ def _recorded_attention(module: nn.Module, query: Tensor, key: Tensor, value: Te
 
 
 @contextmanager
-def recorded_attention(model: PreTrainedModel):
-    """Within, attention runs as its family's eager one and is kept on its modules, in `hf_clt_recorded`."""
+def attending_by(model: PreTrainedModel, attend: Callable) -> Iterator[None]:
+    """Within, the model attends by a function of transformers' attention interface."""
     # Without a mask function of the same name there would be no causal mask.
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _recorded_attention)
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -202,8 +202,6 @@ def recorded_attention(model: PreTrainedModel):
         yield
     finally:
         model.set_attn_implementation(before)
-        for module in model.modules():
-            vars(module).pop("hf_clt_recorded", None)
 
 
 @torch.no_grad()
@@ -230,11 +228,13 @@ def run_recorded(
     if "use_cache" in inspect.signature(type(model).forward).parameters:
         arguments["use_cache"] = False
     try:
-        with recorded_attention(model):
+        with attending_by(model, _recorded_attention):
             logits = model(**arguments).logits[0]
     finally:
         for handle in handles:
             handle.remove()
+        for module in model.modules():
+            vars(module).pop("hf_clt_recorded", None)
     return seen, logits
 
 

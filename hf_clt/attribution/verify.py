@@ -9,25 +9,20 @@ with what the graph says.
   agree says how far the CLT tells the truth about the model, here.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..harvest.sites import resolve_sites
 from ..modeling_clt import CrossLayerTranscoder
-from .frozen import FrozenModel, freeze
+from .frozen import FrozenModel, attending_by, freeze
 from .graph import AttributionGraph, FeatureTarget, Target
 from .rows import decoder_rows
-
-
-FROZEN = "hf_clt_frozen"  # the name of attention with a pattern that is given
 
 
 @torch.no_grad()
@@ -187,12 +182,10 @@ def target_values(
     return torch.stack(values)
 
 
-@contextmanager
-def attention_as(model: PreTrainedModel, frozen: FrozenModel | None) -> Iterator[None]:
+def attention_as(model: PreTrainedModel, frozen: FrozenModel | None) -> AbstractContextManager[None]:
     """Within, each layer of the model attends with the pattern that it had on the frozen prompt; None: as usual."""
     if frozen is None:
-        yield
-        return
+        return nullcontext()
     # In the order in which the layers run: attention functions are not told which layer they are in.
     patterns = iter([block.attention.pattern for block in frozen.blocks])
 
@@ -201,14 +194,7 @@ def attention_as(model: PreTrainedModel, frozen: FrozenModel | None) -> Iterator
         value = value.repeat_interleave(len(pattern) // value.shape[1], dim=1)
         return (pattern @ value).transpose(1, 2).contiguous(), pattern[None]
 
-    ALL_ATTENTION_FUNCTIONS.register(FROZEN, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(FROZEN, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    before = model.config._attn_implementation
-    model.set_attn_implementation(FROZEN)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return attending_by(model, attend)
 
 
 def spearman(left: Tensor, right: Tensor) -> float:
