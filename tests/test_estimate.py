@@ -129,10 +129,10 @@ def test_what_an_h200_took(name, form):
     plan = replace(rates.plan_of(case), product_dtype="bfloat16", buffer_on_device=False)
     assert memory(plan)["total"] == pytest.approx(row["ours"]["peak_bytes"], rel=0.04)
     spent = seconds(plan, data_sheet_rates("H200", plan))
-    # In bfloat16 that run multiplied in float32, and at B its optimizer waited for the host.
-    times = {"update_ms": "total", "optimizer": "optimizer"} if form == "autocast" else {"optimizer": "optimizer"}
-    for measured, phase in times.items():
-        assert 0.5 < 1000 * spent[phase] / row["ours"][measured] < 1.3
+    # Its rates are data sheets' and caches are left out: docs/scale.md says how far off the times are.
+    assert 0.6 < 1000 * spent["total"] / row["ours"]["update_ms"] < 1.7
+    ratio = 1000 * spent["optimizer"] / row["ours"]["optimizer"]
+    assert 0.75 < ratio < 0.9 if form == "autocast" else ratio == pytest.approx(1, abs=0.1)
 
 
 def test_rates_are_found_again():
