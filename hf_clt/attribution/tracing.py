@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from operator import index
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ from ..harvest.harvester import Harvester, check_fit
 from ..modeling_clt import CrossLayerTranscoder
 from .frozen import FrozenModel, freeze
 from .graph import AttributionGraph, FeatureTarget, Target, TokenTarget, influences
-from .rows import Seeds, Sources, feature_seeds, find_sources, logit_seeds, pull
+from .rows import RESTS, Seeds, Sources, feature_seeds, find_sources, logit_seeds, pull
 
 
 GRADIENT_BYTES, MOST_ROWS = 2**27, 256  # of one batch of rows; bytes at one layer
@@ -41,6 +42,7 @@ def attribute(
     """
     The attribution graph of one prompt (Ameisen et al. 2025): what each target and each active feature comes from,
     exactly, in the language model with attention patterns and the scales of norms held as they are on this prompt.
+    Processes of a group (`torchrun`) share the rows: all of them call this, with the same arguments.
 
     Args:
         model (`PreTrainedModel`): The causal language model, in eval mode.
@@ -210,15 +212,22 @@ def check_memory(num_rows: int, num_columns: int, dtype: torch.dtype, device: to
 def rows_of(
     frozen: FrozenModel, sources: Sources, seeds: Seeds, out: Tensor, batch_size: int, bar
 ) -> dict[str, Tensor]:
-    """Writes the rows of seeds (R,) to `out` (R, columns), those of like positions together; the rests."""
+    """
+    Writes the rows of seeds (R,) to `out` (R, columns), of zeros, those of like positions together; the rests. Of
+    processes in a group each computes a share of the batches, and all have all rows in the end.
+    """
     order = seeds.positions.argsort(stable=True, descending=True)
-    rests = {}
-    for batch in order.split(batch_size):
-        edges, found = pull(frozen, sources, seeds.take(batch))
-        out[batch] = edges
-        for name, values in found.items():
-            rests.setdefault(name, values.new_zeros(len(order)))[batch] = values
+    rests = {name: seeds.own.new_zeros(len(order)) for name in RESTS}
+    in_group = dist.is_available() and dist.is_initialized()
+    share, shares = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+    for number, batch in enumerate(order.split(batch_size)):
+        if number % shares == share:
+            out[batch], found = pull(frozen, sources, seeds.take(batch))
+            for name, values in found.items():
+                rests[name][batch] = values
         bar.update(len(batch))
+    for tensor in (out, *rests.values()) if shares > 1 else ():
+        dist.all_reduce(tensor)
     return rests
 
 

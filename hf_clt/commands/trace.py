@@ -78,6 +78,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError for what would fail after the work."""
+    from ..training.setup import launched_processes
+
+    if (launched := launched_processes()) > 1:
+        raise ValueError(f"WORLD_SIZE={launched}: hf-clt trace is one process; attribute() in Python shares its rows")
     if options.output is None and not options.dry_run:
         raise ValueError("output is missing; give --output FOLDER, or --dry-run")
     if options.contrast and (options.targets or options.feature):

@@ -314,6 +314,11 @@ def test_wrong_options_are_one_line(refused, words, said):
     assert re.search(said, refused(*words))
 
 
+def test_several_processes_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2" in refused()
+
+
 def test_wrong_prompts_are_one_line(refused, tmp_path):
     assert "has 1 tokens" in refused(prompt=("--prompt", "a"))
     assert re.search(r"has \d+ tokens; give one of 2 to 128", refused(prompt=("--prompt", "word " * 200)))

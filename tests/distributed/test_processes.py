@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CrossLayerTranscoder
+from hf_clt.attribution import AttributionGraph
 from hf_clt.commands.cache import main as cache_activations
 from hf_clt.evaluation.evaluate import measure
 from hf_clt.harvest.cache import ActivationCache, CachedTokens
@@ -25,7 +26,7 @@ from hf_clt.training.checkpoints import feature_axis, load_shared, shared_file
 from tests.distributed.launch import launch
 from tests.distributed.sharded_model import CASES
 from tests.distributed.worker import __file__ as WORKER
-from tests.distributed.worker import counted_tokens, make_trainer, run
+from tests.distributed.worker import counted_tokens, make_graphs, make_trainer, run
 
 
 SHAPE = {"num_layers": 2, "d_model": 64, "num_features": 48, "k": 6}
@@ -578,3 +579,14 @@ def test_sigterm_ends_the_wait_for_text(stopped, folder):
     assert report["error"][:2] == ["StopRequested", f"stopped at step {report['step']}"]
     assert report["seconds"] < 8.5
     assert (folder / "pause" / f"checkpoint-{report['step']}").is_dir()
+
+
+def test_a_graph_is_the_same_from_two_processes(two, folder):
+    """Up to the rounding of sums over other batches; the selection too."""
+    for number, graph in enumerate(make_graphs()):
+        for rank in range(2):
+            found = AttributionGraph.load(folder / f"graph-{number}-{rank}")
+            assert torch.equal(found.features, graph.features)
+            torch.testing.assert_close(found.edges, graph.edges, rtol=1e-10, atol=1e-12)
+            for name, values in graph.rests().items():
+                torch.testing.assert_close(found.rests()[name], values, rtol=1e-10, atol=1e-12)

@@ -19,12 +19,15 @@ from datasets.utils import file_utils
 from safetensors.torch import save_file
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments
+from hf_clt.attribution import AttributionGraph, attribute
 from hf_clt.training import evaluation, processes
 from hf_clt.training.checkpoints import optimizer_tensors
 from hf_clt.training.evaluation import read_in_lockstep
 from hf_clt.training.processes import disconnect
 from hf_clt.training.setup import load_initial_clt
+from tests.attribution.cases import make_model, prompt
 from tests.distributed.sharded_model import check_model
+from tests.reference import random_clt
 
 
 class DeadConnection(io.BytesIO):
@@ -192,10 +195,20 @@ def count_held(trainer: CLTTrainer, optimizer) -> dict:
     }
 
 
+def make_graphs() -> list[AttributionGraph]:
+    """Of one prompt, with every active feature a node, and with some."""
+    model = make_model("llama")
+    clt = random_clt(num_layers=model.config.num_hidden_layers, d_model=model.config.hidden_size, num_features=20)
+    settings = {"dtype": torch.float64, "batch_size": 7}
+    return [attribute(model, clt, prompt(), max_feature_nodes=nodes, rank_every=9, **settings) for nodes in (None, 25)]
+
+
 def main(folder: str, runs: str) -> None:
     """Each run is a list: arguments, fields of the CLT, and per process what else [`run`] takes."""
     if os.environ["WORLD_SIZE"] == "2":
         check_model(Path(folder))
+        for number, graph in enumerate(make_graphs()):
+            graph.save(Path(folder) / f"graph-{number}-{os.environ['RANK']}")
     for name, (arguments, config, *further) in json.loads(runs).items():
         rank = int(os.environ["RANK"])
         report = run(arguments, config, **(further[rank] if further else {}))
