@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from operator import index
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -125,9 +126,9 @@ def attribute(
         dropped=dropped.cpu(),
         num_layers=len(frozen.blocks),
         info={
-            "clt": clt.config.name_or_path or None,
+            "clt": public_name(clt.config.name_or_path),
             "clt_revision": getattr(clt.config, "_commit_hash", None),
-            "model": model.config.name_or_path or None,
+            "model": public_name(model.config.name_or_path),
             "model_revision": getattr(model.config, "_commit_hash", None),
             "dtype": str(dtype).removeprefix("torch."),
             "active_features": n,
@@ -141,6 +142,13 @@ def attribute(
     )
     graph.info |= {"scores": graph.scores(), "outside": graph.outside()}  # of the whole graph, also once it is pruned
     return graph
+
+
+def public_name(name_or_path: str) -> str | None:
+    """A name on the Hub; of a local folder its own name alone, since pages and graphs are passed on."""
+    if not name_or_path:
+        return None
+    return Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
 
 
 # -- targets ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hf_clt import CrossLayerTranscoder
 from hf_clt.attribution import AttributionGraph, FeatureTarget, TokenTarget, attribute
 from hf_clt.attribution import tracing as tracing_module
 from hf_clt.attribution.graph import influences, threshold_at
+from hf_clt.attribution.tracing import public_name
 from tests.attribution.autograd_reference import double_throughout, make_model, prompt
 from tests.attribution.cases import HOOKS, make_case, model_of
 from tests.reference import random_clt, random_statistics
@@ -654,3 +655,8 @@ def test_bfloat16_model():
         logits = model(prompt()).logits[0, -1].float()
     found = (graph.edges.sum(1) + sum(graph.rests().values()))[-1]
     assert found.item() == pytest.approx((logits[5] - logits.mean()).item(), abs=0.05 * logits.abs().max().item())
+
+
+def test_a_graph_tells_no_folders(tmp_path):
+    assert public_name(str(tmp_path)) == tmp_path.name
+    assert public_name("user/clt") == "user/clt" and public_name("") is None
