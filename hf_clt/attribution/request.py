@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..files import read_json
 from .graph import FeatureTarget, Target, TokenTarget
 
 
@@ -31,6 +32,26 @@ def slug_of(text: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^<> ]*>", "", text.lower())).strip("-") or "prompt"
     slug = slug if len(slug) <= 40 else slug[:41].rpartition("-")[0] or slug[:40]  # whole words
     return f"a-{slug}" if slug in RESERVED else slug
+
+
+def read_groups(path: Path, num_layers: int) -> list[list[tuple[int, int, int]]]:
+    """
+    The groups in a file that Save on a graph's page wrote: (layer, position, feature) of each feature in them; nodes
+    of other kinds are left out.
+
+    Raises:
+        ValueError: For a file that is something else, or has no group with a feature.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("supernodes"), list):
+        raise ValueError(f"groups={str(path)!r} has no supernodes; give a file that Save on a graph's page wrote")
+    groups = []
+    for _, *ids in record["supernodes"]:
+        places = [tuple(map(int, node.split("_"))) for node in ids if re.fullmatch(r"\d+_\d+_\d+", node)]
+        groups.append([(layer, position, feature) for layer, feature, position in places if layer < num_layers])
+    if not any(groups):
+        raise ValueError(f"groups={str(path)!r} has no group with a feature; make one on the page, and save it")
+    return [group for group in groups if group]
 
 
 def read_prompts(path: Path, targets: Sequence[str] = ()) -> list[Prompt]:

@@ -54,6 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
     graph.add_argument("--edge-threshold", type=float, default=0.98, metavar="SHARE", help="its edges (default: 0.98)")
     text = "ablate and double the N strongest features in the language model, and compare"
     graph.add_argument("--verify", type=int, metavar="N", help=text)
+    text = "with --verify: these groups of features as well, each at once; a file that Save on a graph's page wrote"
+    graph.add_argument("--groups", type=Path, metavar="FILE", help=text)
 
     example = parser.add_argument_group("examples and labels of the features in the pruned graph")
     source = example.add_mutually_exclusive_group()
@@ -86,6 +88,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("output is missing; give --output FOLDER, or --dry-run")
     if options.contrast and (options.targets or options.feature):
         raise ValueError("contrast has targets of its own; leave --targets and --feature out")
+    if options.groups and not options.verify:
+        raise ValueError("groups are checked with the strongest features; give --verify N as well")
     values = {name: getattr(options, name) for name in ("max_feature_nodes", "rank_every", "batch_size", "verify")}
     for name, value in (*values.items(), ("example_tokens", options.eval_tokens)):
         if value is not None and value < 1:
@@ -137,7 +141,7 @@ def trace(options: argparse.Namespace, model, clt, tokenizer, input_ids, targets
         found = [(folder, of_targets(graph, [number])) for number, folder in enumerate([output, *sides])]
     if options.verify and graph.num_features:
         begin = time.perf_counter()
-        verify(found[0][1], model, clt, options.verify, progress=show)
+        verify(found[0][1], model, clt, options.verify, options.groups or (), progress=show)
         found[0][1].info["seconds"]["checking"] = time.perf_counter() - begin
     remove_old(output)
     for folder, part in found:
@@ -179,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..attribution.cost import estimate_cost, format_cost
     from ..attribution.examples import check_pages, describe, from_pages
     from ..attribution.report import format_prompt
-    from ..attribution.request import Prompt, chosen_targets, prompt_tokens, read_prompts, slug_of
+    from ..attribution.request import Prompt, chosen_targets, prompt_tokens, read_groups, read_prompts, slug_of
     from ..harvest.harvester import Harvester, check_context_size, check_fit
     from ..harvest.tokens import open_text
 
@@ -195,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     clt = clt if options.lazy else clt.to(model.device)
     harvester = Harvester(model, clt.config.feature_input_hook, clt.config.feature_output_hook)
     check_fit(clt.config, harvester)
+    if options.groups:
+        options.groups = read_groups(options.groups, clt.config.num_layers)
     asked = []
     for prompt, folder in jobs:  # of all, before any work
         ids = prompt_tokens(tokenizer, prompt.text, model.config, options.raw, options.chat)

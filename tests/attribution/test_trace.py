@@ -314,6 +314,26 @@ def test_wrong_options_are_one_line(refused, words, said):
     assert re.search(said, refused(*words))
 
 
+def test_files_without_groups_are_refused(refused, tmp_path):
+    saved = tmp_path / "page.json"
+    assert "verify" in refused("--groups", saved)
+    for text, said in (("{}", "has no supernodes"), ('{"supernodes": [["a", "E_4_1"]]}', "has no group")):
+        saved.write_text(text)
+        assert said in refused("--verify", 1, "--groups", saved)
+
+
+def test_groups_of_the_page_are_checked_together(trace, tmp_path):
+    out, _ = trace("--verify", 3)
+    graph = AttributionGraph.load(out)
+    ids = [f"{layer}_{feature}_{position}" for layer, position, feature in graph.features[:2].tolist()]
+    others = [f"{graph.num_layers + 1}_5_3", "0_-1_2", "E_4_1"]  # a target, an error, a token
+    saved = tmp_path / "page.json"
+    saved.write_text(json.dumps({"supernodes": [["mine", *ids, *others], ["errors", "0_-1_2"]]}))
+    out, _ = trace("--verify", 3, "--groups", saved, "--overwrite")
+    verified = AttributionGraph.load(out).info["verified"]
+    assert verified["groups"] == [ids] and "group_0" in verified["nodes"] and len(verified["nodes"]) == 4
+
+
 def test_several_processes_are_refused(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE=2" in refused()
