@@ -25,8 +25,8 @@ def clt(tmp_path_factory, tiny_gpt2):
 
 def test_a_graph_is_measured(clt, tiny_gpt2):
     found = attribution.measure(tiny_gpt2, str(clt), list(range(1, 9)), nodes=6)
-    # A process that has been larger before may need no more memory.
-    assert found["features"] == 6 < found["active"] and found["bytes"] >= 0
+    # Of its memory nothing is asked: this process has been larger before.
+    assert found["features"] == 6 < found["active"] and isinstance(found["bytes"], int)
     assert 0 < sum(found["phases"].values()) <= 1.05 * found["seconds"]
 
 
