@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import torch
 
-from .graph import AttributionGraph
+from .graph import AttributionGraph, feature_id
 
 
 def of_targets(graph: AttributionGraph, numbers: Sequence[int]) -> AttributionGraph:
     """The graph of some of its targets alone, by their number."""
     n, m = graph.num_features, len(graph.targets)
     rows = [*range(n), *(n + number for number in numbers)]
-    return replace(
+    part = replace(
         graph,
         targets=[graph.targets[number] for number in numbers],
         target_weights=graph.target_weights[list(numbers)],
@@ -21,12 +21,14 @@ def of_targets(graph: AttributionGraph, numbers: Sequence[int]) -> AttributionGr
         dropped=graph.dropped[rows],
         info=dict(graph.info),
     )
+    part.note_scores()
+    return part
 
 
 def node_ids(graph: AttributionGraph) -> list[str]:
     """An id for every node, the same in each graph of a prompt; the targets are all `target`."""
     length = len(graph.input_ids)
-    features = [f"{layer}_{feature}_{position}" for layer, position, feature in graph.features.tolist()]
+    features = [feature_id(*feature) for feature in graph.features.tolist()]
     errors = [f"error_{layer}_{position}" for layer in range(graph.num_layers) for position in range(length)]
     return features + errors + [f"token_{position}" for position in range(length)] + ["target"] * len(graph.targets)
 

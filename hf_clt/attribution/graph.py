@@ -44,6 +44,11 @@ class FeatureTarget:
 Target = TokenTarget | FeatureTarget
 
 
+def feature_id(layer: int, position: int, feature: int) -> str:
+    """What a feature node is called in files and pages, as circuit-tracer does."""
+    return f"{layer}_{feature}_{position}"
+
+
 @dataclass
 class AttributionGraph:
     """
@@ -162,6 +167,10 @@ class AttributionGraph:
             complete = (passed @ (1 - share) + others) / (passed.sum() + others).clamp_min(SMALLEST)
             found[f"completeness{name}"] = complete.item()
         return found
+
+    def note_scores(self) -> None:
+        """Keeps scores and what belongs to no node in `info`, where a graph that is pruned from this one has them too."""
+        self.info |= {"scores": self.scores(), "outside": self.outside()}
 
     def _sums(self, with_dropped: bool) -> Tensor:
         """Σ|A| of each row, (n + m,)."""

@@ -70,11 +70,6 @@ def page_data(graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = ())
     scales = [record.get("scale", 0.0) for record in records.values()]
     edges.sort(key=lambda edge: abs(edge[2]) * scales[edge[1]], reverse=True)
     ends, weights = np.array([edge[:2] for edge in edges], "<u2"), np.array([edge[2] for edge in edges], "<f4")
-    verified = info.get("verified")
-    if verified:  # its names are `layer_position_feature`, and of groups anything
-        parts = {name: name.split("_") for name in verified["nodes"]}
-        ids = {name: "_".join((p[0], p[2], p[1])) if len(p) == 3 else name for name, p in parts.items()}
-        verified = verified | {"nodes": {ids[name]: found for name, found in verified["nodes"].items()}}
     outside = info.get("outside", graph.outside())
     return {
         "tokens": list(graph.tokens),
@@ -84,7 +79,7 @@ def page_data(graph: AttributionGraph, supernodes: Sequence[Sequence[str]] = ())
         "scores": {"": info.get("scores", graph.scores()), "after pruning": info.get("after_pruning")},
         "outside": outside if isinstance(outside, dict) else {"all": outside},
         "cleared": info.get("cleared", [0]),
-        "verified": verified,
+        "verified": info.get("verified"),
         "nodes": list(records.values()),
         "edges": {name: base64.b64encode(a.tobytes()).decode() for name, a in (("ends", ends), ("weights", weights))},
         "details": {

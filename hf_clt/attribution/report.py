@@ -31,7 +31,7 @@ def format_prompt(
 
 def format_graph(graph: AttributionGraph, pruned: AttributionGraph, count: int = 10) -> str:
     """Its size, its scores and those of the pruned graph, what belongs to no node, and its strongest features."""
-    info, scores, outside = graph.info, graph.scores(), graph.outside()
+    info, scores, outside = graph.info, graph.info["scores"], graph.info["outside"]
     seconds = ", ".join(f"{name} {format_seconds(value)}" for name, value in info["seconds"].items())
     active = info["active_features"]
     lines = [

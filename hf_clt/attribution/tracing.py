@@ -140,7 +140,7 @@ def attribute(
             "target_words": words,
         },
     )
-    graph.info |= {"scores": graph.scores(), "outside": graph.outside()}  # of the whole graph, also once it is pruned
+    graph.note_scores()
     return graph
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..harvest.sites import resolve_sites
 from ..modeling_clt import CrossLayerTranscoder
 from .frozen import FrozenModel, attending_by, freeze
-from .graph import AttributionGraph, FeatureTarget, Target
+from .graph import AttributionGraph, FeatureTarget, Target, feature_id
 from .rows import decoder_rows
 
 
@@ -49,7 +49,7 @@ def verify(
         `dict`: `frozen_error`, the largest difference between a target's change when a feature is doubled, everything
         frozen, and its edge, as a share of the largest edge of that target; `spearman`, the rank correlation between
         predicted and measured changes of the targets when a feature is ablated in the live model, over all features
-        and targets; `count`; `nodes`, for each feature `layer_position_feature` and group `group_N` the weighted sum
+        and targets; `count`; `nodes`, for each feature `layer_feature_position` and group `group_N` the weighted sum
         over the targets of `predicted` and `measured`.
 
     Raises:
@@ -66,13 +66,15 @@ def verify(
     n, effects = graph.num_features, total_effects(graph)
     dtype = torch.promote_types(model.dtype, torch.float32)
     hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
-    names = ["_".join(map(str, graph.features[node].tolist())) for node in strongest.tolist()]
+    names = [feature_id(*graph.features[node].tolist()) for node in strongest.tolist()]
     names += [f"group_{number}" for number in range(len(groups))]
     predicted, measured, worst = [], [], 0.0
     with clt.folded():
         frozen = freeze(model, graph.input_ids, *hooks, dtype=dtype)
         largest = graph.edges[n:].abs().amax(dim=1).clamp_min(1e-30)
-        value = partial(target_values, model, clt, frozen, graph.targets)
+        kept = torch.ones(frozen.num_tokens, 1, dtype=dtype, device=frozen.tokens.device)
+        kept[graph.info["cleared"]] = 0
+        value = partial(target_values, model, clt, frozen, graph.targets, kept)
         base = {live: value(None, live) for live in (False, True)}
         for nodes in tqdm(sets, desc="checking", unit="feature", disable=not progress):
             change = sum(written_by(clt, frozen, *graph.features[i].tolist(), graph.activations[i]) for i in nodes)
@@ -87,8 +89,7 @@ def verify(
         "frozen_error": worst,
         "spearman": spearman(predicted.flatten(), measured.flatten()),
         "count": len(strongest),
-        # as the page names them
-        "groups": [[f"{layer}_{feature}_{position}" for layer, position, feature in group] for group in groups],
+        "groups": [[feature_id(*feature) for feature in group] for group in groups],
         "nodes": {
             name: {"predicted": (left @ weights).item(), "measured": (right @ weights).item()}
             for name, left, right in zip(names, predicted, measured, strict=True)
@@ -129,37 +130,41 @@ def target_values(
     clt: CrossLayerTranscoder,
     frozen: FrozenModel,
     targets: Sequence[Target],
+    kept: Tensor,
     change: Tensor | None,
     live: bool,
 ) -> Tensor:
-    """The targets (m,) in the language model, with `change` (L, P, D) added to what MLPs write; held, or `live`."""
-    head, seen, handles = model.get_output_embeddings(), {}, []
+    """
+    The targets (m,) in the language model, with `change` (L, P, D) added to what MLPs write; `live`, or held, but for
+    what a skip connection writes at the positions with nodes (`kept`, (P, 1), 1 there): that follows what it reads.
+    """
+    seen, handles = {}, []
     sites = resolve_sites(model, clt.config.feature_input_hook, clt.config.feature_output_hook)[0]
 
-    def replace_output(module, function):
+    def on_output(module, function):
         handles.append(module.register_forward_hook(lambda _, args, output: function(args, output)))
 
-    def keep(key, value):
-        seen[key] = value[0].to(frozen.tokens.dtype)
+    def keep(key, is_input, args, output):
+        seen[key] = (args[0] if is_input else output)[0].to(frozen.tokens)
 
-    def written_output(held, added, _, y):
-        return ((y if held is None else held) + added).to(y.dtype).expand_as(y)
+    def write(layer, args, y):
+        block, added = frozen.blocks[layer], 0 if change is None else change[layer]
+        if live:
+            return (y + added).to(y.dtype)
+        if clt.config.skip_connection:
+            added = added + kept * (seen[layer] - block.read) @ clt.skips[layer].weight.to(block.read)
+        return (block.written + added).to(y.dtype).expand_as(y)
 
+    def normalize(norm, args, y):
+        return (norm.linear(args[0]) + norm.bias).to(y.dtype)
+
+    for layer, site in enumerate(sites):
+        on_output(model.get_submodule(site.path), partial(keep, layer, site.io == "input"))
     for layer, writer in enumerate(frozen.writers):
-        held = None if live else frozen.blocks[layer].written
-        added = 0 if change is None else change[layer]
-        replace_output(
-            writer,
-            lambda _, y, held=held, added=added: ((y if held is None else held) + added).to(y.dtype).expand_as(y),
-        )
-    if not live:
-        for module, norm in frozen.norms:
-            replace_output(module, lambda args, y, norm=norm: (norm.linear(args[0]) + norm.bias).to(y.dtype))
-    for layer in {target.layer for target in targets if isinstance(target, FeatureTarget)}:
-        module = model.get_submodule(sites[layer].path)
-        is_input = sites[layer].io == "input"
-        replace_output(module, lambda args, y, key=layer, first=is_input: keep(key, args[0] if first else y))
-    replace_output(head, lambda _, logits: keep("logits", logits))
+        on_output(writer, partial(write, layer))
+    for module, norm in [] if live else frozen.norms:
+        on_output(module, partial(normalize, norm))
+    on_output(model.get_output_embeddings(), partial(keep, "logits", False))
     try:
         with attention_as(model, None if live else frozen):
             model(input_ids=frozen.input_ids[None])

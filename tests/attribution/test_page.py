@@ -137,16 +137,6 @@ def test_edges_are_those_of_the_graph_the_most_influential_first():
     assert through == pytest.approx(sorted(through, reverse=True), rel=1e-5)
 
 
-def test_checks_get_the_ids_of_their_nodes():
-    graph = make_graph()
-    layer, position, feature = graph.features[3].tolist()
-    found = {"predicted": -1.0, "measured": -0.5}
-    graph.info["verified"] = {
-        "frozen_error": 1e-5, "spearman": float("nan"), "count": 1, "nodes": {f"{layer}_{position}_{feature}": found}
-    }  # fmt: skip
-    assert page_data(graph)["verified"]["nodes"] == {f"{layer}_{feature}_{position}": found}
-
-
 def test_a_page_of_some_hundred_nodes_is_small(tmp_path):
     graph = make_graph(num_layers=20, num_tokens=12, num_features=500, tokens=[" the", " quite", " big"])
     for value in graph.details.values():
@@ -399,8 +389,7 @@ def test_groups_by_hand_with_the_mouse(opened, graph, tmp_path):
     first, second, third = strongest(graph, 3)
     graph.info["verified"] = {"frozen_error": 1e-6, "spearman": 0.5, "count": 2, "nodes": {}}
     for name, measured in ((first, -1.0), (second, 2.0)):
-        layer, feature, position = name.split("_")
-        graph.info["verified"]["nodes"][f"{layer}_{position}_{feature}"] = {"predicted": -0.5, "measured": measured}
+        graph.info["verified"]["nodes"][name] = {"predicted": -0.5, "measured": measured}
     to_html(graph, tmp_path / "page.html")
     opened.open((tmp_path / "page.html").as_uri())
     assert "Checked in the model: 2 features" in opened.run("at('banner').textContent")

@@ -322,6 +322,14 @@ def test_files_without_groups_are_refused(refused, tmp_path):
         assert said in refused("--verify", 1, "--groups", saved)
 
 
+def test_the_scores_of_a_contrast_are_those_of_each_graph(trace):
+    out, _ = trace("--contrast", FIRST, SECOND)
+    for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
+        graph = AttributionGraph.load(folder)
+        assert graph.info["scores"] == pytest.approx(graph.scores())
+        assert graph.info["outside"] == pytest.approx(graph.outside())
+
+
 def test_groups_of_the_page_are_checked_together(trace, tmp_path):
     out, _ = trace("--verify", 3)
     graph = AttributionGraph.load(out)
