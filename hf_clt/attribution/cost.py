@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from ..files import format_duration, format_size
 from ..modeling_clt import CrossLayerTranscoder
-from .frozen import FrozenModel, freeze
+from .frozen import FrozenModel
 from .graph import Target
-from .rows import Seeds, Sources, feature_seeds, find_sources
-from .tracing import choose_targets, rows_of, target_seeds, usual_batch
+from .rows import Seeds, Sources, feature_seeds
+from .tracing import batches_of, num_columns, read_prompt, rows_of, usual_batch
 
 
 SAMPLED_BATCHES = 3
@@ -39,19 +39,12 @@ def estimate_cost(
         a batch, `language_model` and `clt` (its weights in memory); `flops`, two per multiplication; `seconds`, from
         the time of a few batches of rows.
     """
-    begin = time.perf_counter()
+    before_rows = {}
     with clt.folded():
-        frozen = freeze(model, input_ids, clt.config.feature_input_hook, clt.config.feature_output_hook, dtype=dtype)
-        blank = torch.zeros(frozen.num_tokens, dtype=torch.bool, device=frozen.tokens.device)
-        blank[list(cleared)] = True
-        sources = find_sources(clt, frozen, blank, dtype)
-        start = target_seeds(frozen, clt, choose_targets(frozen, clt, targets)[0])
-        own = feature_seeds(clt, frozen, sources.features)
-    before_rows = time.perf_counter() - begin
-    seeds = Seeds(*(torch.cat([getattr(own, name), getattr(start, name)]) for name in vars(own)))
-    n, m = len(sources.features), len(start.layers)
+        frozen, sources, chosen, _, start = read_prompt(model, clt, input_ids, targets, dtype, cleared, before_rows)
+        seeds = Seeds.joined([feature_seeds(clt, frozen, sources.features), start])
+    n, m, columns = len(sources.features), len(chosen), num_columns(frozen, sources)
     rows = m + (n if max_feature_nodes is None else min(n, max_feature_nodes))
-    columns = n + (len(frozen.blocks) + 1) * frozen.num_tokens
     batch_size = batch_size or usual_batch(frozen)
     share = rows / (n + m)
     return {
@@ -60,11 +53,11 @@ def estimate_cost(
         "columns": columns,
         "edges": rows * columns * sources.activations.element_size(),
         "decoder_rows": sum(found.nbytes for found in sources.rows),
-        "gradients": min(batch_size, rows) * len(frozen.blocks) * frozen.tokens.nbytes,
+        "gradients": min(batch_size, rows) * frozen.tokens.nbytes,
         "language_model": sum(weight.nbytes for weight in model.parameters()),
         "clt": sum(weight.nbytes for weight in clt.parameters() if not clt.lazy),
         "flops": share * flops(frozen, sources, seeds),
-        "seconds": before_rows + share * sampled_seconds(frozen, sources, seeds, batch_size),
+        "seconds": sum(before_rows.values()) + share * sampled_seconds(frozen, sources, seeds, batch_size),
     }
 
 
@@ -91,18 +84,17 @@ def flops(frozen: FrozenModel, sources: Sources, seeds: Seeds) -> float:
 
 def sampled_seconds(frozen: FrozenModel, sources: Sources, seeds: Seeds, batch_size: int) -> float:
     """Seconds of all rows, from those of a few batches at even distances in the order in which they are computed."""
-    order = (seeds.layers * (frozen.num_tokens + 1) + seeds.positions).argsort(stable=True, descending=True)
-    batches = order.split(batch_size)
+    batches, total = batches_of(seeds, batch_size), len(seeds.layers)
     count = min(SAMPLED_BATCHES, len(batches))
     sample = [batches[(2 * number + 1) * len(batches) // (2 * count)] for number in range(count)]
-    width = len(sources.features) + (len(frozen.blocks) + 1) * frozen.num_tokens
+    width = num_columns(frozen, sources)
     begin = time.perf_counter()
     with tqdm(disable=True) as bar:
         for batch in sample:
-            rows_of(frozen, sources, seeds.take(batch), frozen.tokens.new_empty(len(batch), width), len(batch), bar)
+            rows_of(frozen, sources, seeds.take(batch), frozen.tokens.new_zeros(len(batch), width), len(batch), bar)
     if frozen.tokens.device.type == "cuda":
         torch.cuda.synchronize(frozen.tokens.device)
-    return (time.perf_counter() - begin) * len(order) / sum(len(batch) for batch in sample)
+    return (time.perf_counter() - begin) * total / sum(len(batch) for batch in sample)
 
 
 def format_cost(cost: dict[str, float]) -> str:

@@ -169,7 +169,7 @@ class AttributionGraph:
         return found
 
     def note_scores(self) -> None:
-        """Keeps scores and what belongs to no node in `info`, where a graph that is pruned from this one has them too."""
+        """Keeps scores and what belongs to no node in `info`, which a graph that is pruned from this one takes over."""
         self.info |= {"scores": self.scores(), "outside": self.outside()}
 
     def _sums(self, with_dropped: bool) -> Tensor:

@@ -99,7 +99,11 @@ class Seeds:
     own: Tensor
 
     def take(self, which: Tensor) -> "Seeds":
-        return Seeds(self.layers[which], self.positions[which], self.vectors[which], self.own[which])
+        return Seeds(*(values[which] for values in vars(self).values()))
+
+    @staticmethod
+    def joined(parts: list["Seeds"]) -> "Seeds":
+        return Seeds(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 def decoder_rows(clt: CrossLayerTranscoder, layer: int, features: Tensor, dtype: torch.dtype) -> Tensor:

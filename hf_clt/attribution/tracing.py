@@ -74,36 +74,21 @@ def attribute(
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is below 1; give at least 1, or leave it out")
-    begin = time.perf_counter()
-    check_layer_by_layer(clt)
-    hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
-    check_fit(clt.config, Harvester(model, *hooks))
+    device, seconds = model.device, {}
     with clt.folded():
-        frozen = freeze(model, input_ids, *hooks, dtype=dtype)
-        seconds = {"language model": time.perf_counter() - begin}
-        length = frozen.num_tokens
-        blank = torch.zeros(length, dtype=torch.bool, device=frozen.tokens.device)
-        unknown = [position for position in cleared if not 0 <= position < length]
-        if unknown:
-            raise ValueError(
-                f"cleared={list(cleared)}: position {unknown[0]} is outside the prompt's 0 to {length - 1}"
-            )
-        blank[list(cleared)] = True
+        frozen, sources, chosen, weights, start = read_prompt(model, clt, input_ids, targets, dtype, cleared, seconds)
         begin = time.perf_counter()
-        sources = find_sources(clt, frozen, blank, dtype)
-        seconds["features"] = time.perf_counter() - begin
-        begin = time.perf_counter()
-        chosen, weights = choose_targets(frozen, clt, targets)
         n = len(sources.features)
         followed = n if max_feature_nodes is None else min(n, max_feature_nodes)
-        check_memory(followed + len(chosen), n + (len(frozen.blocks) + 1) * length, dtype, frozen.tokens.device)
+        check_memory(followed + len(chosen), num_columns(frozen, sources), dtype, device)
         batch_size = batch_size or usual_batch(frozen)
-        start = target_seeds(frozen, clt, chosen)
         bar = tqdm(total=followed + len(chosen), unit="row", disable=not progress, desc="attribution")
         with bar:
             if followed == n:
-                kept, edges, rests = all_rows(frozen, clt, sources, start, batch_size, bar)
-                dropped = edges.new_zeros(len(edges))
+                seeds = Seeds.joined([feature_seeds(clt, frozen, sources.features), start])
+                edges = frozen.tokens.new_zeros(n + len(chosen), num_columns(frozen, sources))
+                rests = rows_of(frozen, sources, seeds, edges, batch_size, bar)
+                kept, dropped = torch.arange(n, device=device), edges.new_zeros(len(edges))
             else:
                 kept, edges, rests, dropped = chosen_rows(
                     frozen, clt, sources, start, weights, followed, rank_every, batch_size, bar
@@ -142,6 +127,38 @@ def attribute(
     )
     graph.note_scores()
     return graph
+
+
+def read_prompt(
+    model: PreTrainedModel,
+    clt: CrossLayerTranscoder,
+    input_ids: Tensor,
+    targets: Sequence[Target | int] | None,
+    dtype: torch.dtype,
+    cleared: Sequence[int],
+    seconds: dict[str, float],
+) -> tuple[FrozenModel, Sources, list[Target], Tensor, Seeds]:
+    """
+    Runs the language model on a prompt, and finds what the rows of its graph begin and end in: the frozen model, the
+    sources, the targets with their weights and where their rows begin. Notes the seconds. Errors as of [`attribute`].
+    """
+    begin = time.perf_counter()
+    check_layer_by_layer(clt)
+    hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
+    check_fit(clt.config, Harvester(model, *hooks))
+    frozen = freeze(model, input_ids, *hooks, dtype=dtype)
+    length = frozen.num_tokens
+    unknown = [position for position in cleared if not 0 <= position < length]
+    if unknown:
+        raise ValueError(f"cleared={list(cleared)}: position {unknown[0]} is outside the prompt's 0 to {length - 1}")
+    blank = torch.zeros(length, dtype=torch.bool, device=frozen.tokens.device)
+    blank[list(cleared)] = True
+    seconds["language model"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    sources = find_sources(clt, frozen, blank, dtype)
+    seconds["features"] = time.perf_counter() - begin
+    chosen, weights = choose_targets(frozen, clt, targets)
+    return frozen, sources, chosen, weights, target_seeds(frozen, clt, chosen)
 
 
 def public_name(name_or_path: str) -> str | None:
@@ -195,7 +212,7 @@ def target_seeds(frozen: FrozenModel, clt: CrossLayerTranscoder, targets: list[T
             found.append(feature_seeds(clt, frozen, node))
         else:
             found.append(logit_seeds(frozen, [target.token], [target.minus], [target.position]))
-    return Seeds(*(torch.cat([getattr(seeds, name) for seeds in found]) for name in vars(found[0])))
+    return Seeds.joined(found)
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -217,6 +234,16 @@ def check_memory(num_rows: int, num_columns: int, dtype: torch.dtype, device: to
         )
 
 
+def num_columns(frozen: FrozenModel, sources: Sources) -> int:
+    """n + L·P + P."""
+    return len(sources.features) + (len(frozen.blocks) + 1) * frozen.num_tokens
+
+
+def batches_of(seeds: Seeds, batch_size: int) -> tuple[Tensor, ...]:
+    """Numbers of the rows that are computed together: of like positions, since a pass needs those up to its last."""
+    return seeds.positions.argsort(stable=True, descending=True).split(batch_size)
+
+
 def rows_of(
     frozen: FrozenModel, sources: Sources, seeds: Seeds, out: Tensor, batch_size: int, bar
 ) -> dict[str, Tensor]:
@@ -224,11 +251,10 @@ def rows_of(
     Writes the rows of seeds (R,) to `out` (R, columns), of zeros, those of like positions together; the rests. Of
     processes in a group each computes a share of the batches, and all have all rows in the end.
     """
-    order = seeds.positions.argsort(stable=True, descending=True)
-    rests = {name: seeds.own.new_zeros(len(order)) for name in RESTS}
+    rests = {name: seeds.own.new_zeros(len(seeds.own)) for name in RESTS}
     in_group = dist.is_available() and dist.is_initialized()
     share, shares = (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
-    for number, batch in enumerate(order.split(batch_size)):
+    for number, batch in enumerate(batches_of(seeds, batch_size)):
         if number % shares == share:
             out[batch], found = pull(frozen, sources, seeds.take(batch))
             for name, values in found.items():
@@ -237,16 +263,6 @@ def rows_of(
     for tensor in (out, *rests.values()) if shares > 1 else ():
         dist.all_reduce(tensor)
     return rests
-
-
-def all_rows(frozen, clt, sources: Sources, start: Seeds, batch_size: int, bar) -> tuple[Tensor, Tensor, dict]:
-    """Every active feature and the targets: the features' numbers, A and the rests."""
-    own = feature_seeds(clt, frozen, sources.features)
-    seeds = Seeds(*(torch.cat([getattr(own, name), getattr(start, name)]) for name in vars(own)))
-    width = len(sources.features) + (len(frozen.blocks) + 1) * frozen.num_tokens
-    edges = frozen.tokens.new_zeros(len(seeds.layers), width)
-    rests = rows_of(frozen, sources, seeds, edges, batch_size, bar)
-    return torch.arange(len(sources.features), device=edges.device), edges, rests
 
 
 def chosen_rows(
@@ -260,8 +276,7 @@ def chosen_rows(
         The chosen features' numbers, ascending; A and rests with rows of these and the targets, and columns of these
         and all other nodes; Σ|A| of each row over the other features.
     """
-    n, m = len(sources.features), len(start.layers)
-    width = n + (len(frozen.blocks) + 1) * frozen.num_tokens
+    n, m, width = len(sources.features), len(start.layers), num_columns(frozen, sources)
     edges = frozen.tokens.new_zeros(count + m, width)
     rests = rows_of(frozen, sources, start, edges[:m], batch_size, bar)
     visited = torch.zeros(n, dtype=torch.bool, device=edges.device)
@@ -286,4 +301,4 @@ def chosen_rows(
     return kept, edges[:, columns][rows], {name: values[rows] for name, values in rests.items()}, dropped
 
 
-__all__ = ["attribute", "choose_targets", "rows_of", "usual_batch"]
+__all__ = ["attribute", "batches_of", "num_columns", "read_prompt", "rows_of", "usual_batch"]

@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     graph = parser.add_argument_group("the graph")
     graph.add_argument("--max-feature-nodes", type=int, metavar="N", help="the most influential ones (default: all)")
     graph.add_argument("--rank-every", type=int, default=512, metavar="N", help="rows between rankings (default: 512)")
-    graph.add_argument("--batch-size", type=int, metavar="N", help="rows at a time (default: what takes 128 MB)")
+    graph.add_argument("--batch-size", type=int, metavar="N", help="rows at a time (default: 256 or fewer)")
     graph.add_argument(
         "--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="default: float32"
     )
