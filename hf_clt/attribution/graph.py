@@ -169,7 +169,7 @@ class AttributionGraph:
         return found
 
     def note_scores(self) -> None:
-        """Keeps scores and what belongs to no node in `info`, which a graph that is pruned from this one takes over."""
+        """Keeps scores and what belongs to no node in `info`, which a graph that is pruned from this one takes on."""
         self.info |= {"scores": self.scores(), "outside": self.outside()}
 
     def _sums(self, with_dropped: bool) -> Tensor:

@@ -88,6 +88,9 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("output is missing; give --output FOLDER, or --dry-run")
     if options.contrast and (options.targets or options.feature):
         raise ValueError("contrast has targets of its own; leave --targets and --feature out")
+    for name, path in (("prompts", options.prompts), ("groups", options.groups)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{name}={str(path)!r}: there is no such file; give one that exists")
     if options.groups and not options.verify:
         raise ValueError("groups are checked with the strongest features; give --verify N as well")
     values = {name: getattr(options, name) for name in ("max_feature_nodes", "rank_every", "batch_size", "verify")}

@@ -316,6 +316,9 @@ def test_wrong_options_are_one_line(refused, words, said):
 
 def test_files_without_groups_are_refused(refused, tmp_path):
     saved = tmp_path / "page.json"
+    assert "no such file" in refused("--verify", 1, "--groups", saved)
+    assert "no such file" in refused(prompt=("--prompts", tmp_path / "none.jsonl"))
+    saved.touch()
     assert "verify" in refused("--groups", saved)
     for text, said in (("{}", "has no supernodes"), ('{"supernodes": [["a", "E_4_1"]]}', "has no group")):
         saved.write_text(text)
