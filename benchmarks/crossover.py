@@ -38,7 +38,7 @@ def decoder_seconds(features: LayerFeatures, weight: torch.Tensor, dense: bool, 
     """Median seconds of one source layer's decoding, forward and backward."""
     weight.requires_grad_()
     num_targets = weight.shape[1]
-    shape = (features.num_tokens, num_targets, weight.shape[2])
+    shape = (features.num_rows, num_targets, weight.shape[2])
     grad = torch.randn(shape, device=weight.device, dtype=weight.dtype)
     seconds = []
     for _ in range(repeats + 1):

@@ -85,7 +85,7 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
         values = F.dropout(torch.randn(num_tokens, num_features, device=device), 0.2)  # zero weights
         for dtype in (torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16):
             entries = features_at(values.to(dtype), support)
-            tokens, indices, offsets = entries.tokens, entries.indices, entries.offsets
+            tokens, indices, offsets = entries.rows, entries.indices, entries.offsets
             decoder = torch.randn(num_features, columns, device=device, dtype=dtype)
             grad = torch.randn(num_tokens, columns, device=device, dtype=dtype)
             wide, wide_grad, acts = decoder.double(), grad.double(), entries.values.double()
@@ -123,7 +123,7 @@ def dots_by_posting(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tens
 def dots_by_row(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
     """The same by `row_dots`, as it was done before."""
     order, _ = entries.by_feature
-    dots = rows_module.row_dots(left, entries.tokens[order], right, entries.indices[order])
+    dots = rows_module.row_dots(left, entries.rows[order], right, entries.indices[order])
     return torch.empty_like(dots).index_copy_(0, order, dots)
 
 
@@ -250,7 +250,7 @@ def step_errors(case: Case, dead_share: float) -> tuple[dict[str, float], bool]:
     if dead is not None and case.activation_fn in TOPK_FAMILY:
         with autocast(), torch.no_grad():
             hidden = [encoder(inputs[:, s]) for s, encoder in enumerate(clt.encoders)]
-        revived = [largest_dead(h, dead[s], clt.config.aux_k) for s, h in enumerate(hidden)]
+        revived = [largest_dead(h, dead[s : s + 1], clt.config.aux_k) for s, h in enumerate(hidden)]
     wide = copy.deepcopy(clt).double()
     loss = dense_loss(wide, inputs.double(), labels.double(), output.features.layers, dead, revived)
     wanted = torch.autograd.grad(loss, list(wide.parameters()), materialize_grads=True)

@@ -26,6 +26,7 @@ import weakref
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_clt.estimate import memory
 from hf_clt.files import write_text
-from hf_clt.kernels import triton_adam, triton_rows, triton_topk
+from hf_clt.kernels import triton_adam, triton_layers, triton_rows, triton_topk
 
 from .cases import Case
 from .measure import PHASES
@@ -219,20 +220,20 @@ def count(case: Case) -> dict:
         recorder.waits[f"tolist {place()}"] += 1
         return [dead] * len(tensor)
 
-    names = ("row_sums_kernel", "piece_sums_kernel", "row_dots_kernel", "posting_dots_kernel")
-    of_rows = dict.fromkeys(names, recorder)
-    of_adam, of_topk = (
-        patch.object(module, name, recorder)
-        for module, name in ((triton_adam, "adam_kernel"), (triton_topk, "topk_kernel"))
-    )
-    with (
-        patch.multiple(triton_rows, **of_rows),
-        of_adam,
-        of_topk,
-        patch.object(FakeTensor, "tolist", even),
-        FakeTensorMode(),
-        recorder,
-    ):
+    kernels = {
+        triton_rows: ("row_sums_kernel", "row_dots_kernel"),
+        triton_layers: ("decode_kernel", "posting_kernel", "dots_kernel", "squares_kernel"),
+        triton_adam: ("adam_kernel",),
+        triton_topk: ("topk_kernel",),
+    }
+    with ExitStack() as stack:
+        for module, names in kernels.items():
+            stack.enter_context(patch.multiple(module, **dict.fromkeys(names, recorder)))
+        stack.enter_context(patch.object(FakeTensor, "tolist", even))
+        stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda tensor: 0))
+        stack.enter_context(patch.object(triton_layers, "table_on", partial(table_on, recorder)))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(recorder)
         update = Update(replace(case, dead=0.0))
         if dead:
             update.dead = torch.zeros(layers, features, dtype=torch.bool, device=GPU)
@@ -249,6 +250,12 @@ def count(case: Case) -> dict:
         "waits": dict(recorder.waits),
         "peak_bytes": recorder.peak,
     }
+
+
+def table_on(recorder: Recorder, device: torch.device, numbers: list[int]) -> torch.Tensor:
+    """A table of that length, made by a copy that is not waited for."""
+    recorder.launches += 1
+    return torch.empty(len(numbers), dtype=torch.int64, device=device)
 
 
 def make_case(**fields) -> Case:

@@ -213,7 +213,7 @@ def memory(plan: Plan) -> dict[str, int]:
     entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
     # topk and batchtopk revive dead features by reconstructing twice as many tokens, and keep the inputs twice more
     # until the encoders have gradients. relu and jumprelu keep the dead features' encoder rows so long, and write the
-    # gradient of one layer's encoder twice more.
+    # gradients of the encoders twice more.
     revives = plan.revived_per_layer > 0
     moments = (
         # Forward: inputs, labels, normalised inputs and reconstruction. No gradients yet, but of a layer the
@@ -222,7 +222,7 @@ def memory(plan: Plan) -> dict[str, int]:
         # When the decoders have gradients: the reconstruction's stands in place of the encoders'.
         (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
         # When all have.
-        (4 + revives) * batch + max(2 * encoders // layers if plan.pulled else 0, block),
+        (4 + revives) * batch + max(2 * encoders if plan.pulled else 0, block),
     )
     parts["step"] = round(max(moments) + entries)
 

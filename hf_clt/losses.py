@@ -26,8 +26,8 @@ def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c:
     mean_N Σ_s Σ_f tanh(c · ‖W_dec[s][f]‖ · a_sf); λ and its schedule are applied by the caller.
 
     Args:
-        features: The features of each source layer.
-        decoder_norms: One (F,) tensor per source layer, the norm over all targets and dimensions.
+        features: The features of all source layers, in blocks of B.
+        decoder_norms: One (B · F,) tensor per block, the norm over all targets and dimensions.
         c: Scale inside the tanh.
     """
     terms = [
@@ -52,11 +52,11 @@ def preactivation_loss(
     gradient is a product over all tokens.
 
     Args:
-        h: The pre-activations of each source layer, at least those above their threshold.
-        sums: Σ_n h of the dead features, one (dead,) tensor per source layer.
-        thresholds: One (F,) tensor of θ per source layer (0 for relu).
-        decoder_norms: One (F,) tensor per source layer.
-        dead: The dead features of each source layer, int64 vectors.
+        h: The pre-activations of all source layers, in blocks of B; at least those above their threshold.
+        sums: Σ_n h of the dead features, one (dead,) tensor per block.
+        thresholds: One (B · F,) tensor of θ per block (0 for relu).
+        decoder_norms: One (B · F,) tensor per block.
+        dead: The dead features of each block, int64 vectors.
     """
     num_tokens = h[0].num_tokens
     terms = []
@@ -76,23 +76,26 @@ def auxiliary_loss(targets: Tensor, reconstruction: Tensor, explained: Tensor) -
     return reconstruction_loss((targets - reconstruction).detach(), explained)
 
 
-def norms_over_targets(squares: list[Tensor], config: CLTConfig) -> list[Tensor]:
+def norms_over_targets(squares: Tensor, config: CLTConfig) -> Tensor:
     """
-    ‖W_dec[s][f]‖ over all targets and dimensions, (F,) per source layer, with a finite gradient at 0.
+    ‖W_dec[s][f]‖ over all targets and dimensions, (L, F), with a finite gradient at 0.
 
     Args:
-        squares: Σ of W_dec² of each decoder as stored, (F,): a tied decoder counts once.
+        squares: Σ of W_dec² of each decoder as stored, (L, F): a tied decoder counts once.
         config: Says which decoders a source layer writes through.
     """
-    reached = [range(s, s + config.num_targets(s)) for s in range(config.num_layers)]
+    num_layers = config.num_layers
     if config.decoder_tying == "per_source":
-        squares = [square * len(targets) for square, targets in zip(squares, reached, strict=True)]
+        num_targets = torch.arange(num_layers, 0, -1, device=squares.device).clamp(max=config.num_targets(0))
+        squares = squares * num_targets[:, None]
     elif config.decoder_tying == "per_target":
-        squares = [torch.stack([squares[t] for t in targets]).sum(dim=0) for targets in reached]
-    return [safe_sqrt(square) for square in squares]
+        squares = torch.stack([squares[s : s + config.num_targets(s)].sum(dim=0) for s in range(num_layers)])
+    return safe_sqrt(squares)
 
 
-def list_by_layer(dead: Tensor) -> list[Tensor]:
-    """The features that are true in (L, F), an int64 vector per layer."""
-    layer, feature = dead.nonzero(as_tuple=True)
-    return list(feature.split(layer.bincount(minlength=len(dead)).tolist()))
+def list_by_block(dead: Tensor, num_layers: int) -> list[Tensor]:
+    """The features that are true in (L, F), an int64 vector of b · F + f per block of B layers."""
+    block, feature = dead.view(-1, num_layers * dead.shape[1]).nonzero(as_tuple=True)
+    if num_layers == len(dead):
+        return [feature]
+    return list(feature.split(block.bincount(minlength=len(dead) // num_layers).tolist()))

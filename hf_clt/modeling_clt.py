@@ -11,8 +11,9 @@ reach. x and y are raw inputs and targets, x̃ and ỹ normalised ones, ŷ a rec
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,11 @@ from . import release as files
 from .configuration_clt import TOPK_FAMILY, CLTConfig
 from .device import is_on_cpu
 from .folding import STATISTICS, at_least_float32
-from .kernels.decode import add_decoded
-from .kernels.encode import encode_dense, pre_activations_at
+from .kernels.decode import add_decoded, decode_layers, takes_layers
+from .kernels.encode import encode_dense, encode_layers, pre_activation_sums, pre_activations_at
 from .losses import (
     auxiliary_loss,
-    list_by_layer,
+    list_by_block,
     norms_over_targets,
     preactivation_loss,
     reconstruction_loss,
@@ -38,7 +39,7 @@ from .losses import (
 )
 from .selection import largest_dead, select, shares_budget, within_budget
 from .sharding import FeatureShard, any_over, min_over, rows_of, sum_over, uniform_
-from .sparsity import LayerFeatures, SparseFeatures, activate, sparse_from_dense, window_floor
+from .sparsity import LayerFeatures, SparseFeatures, activate, join, sparse_from_dense, window_floor
 
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
 ALL_LAYERS = slice(None)
+ENCODED_BYTES = 2 * 2**30  # of pre-activations that are there at once, where several layers are encoded together
 
 
 @dataclass
@@ -84,24 +86,9 @@ class Encoder(nn.Module):
         self.bias = nn.Parameter(wide_empty(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        with record_function("clt::encode"):
-            return encode_dense(*self._wide(x))
-
-    def at(self, x: Tensor, selected: LayerFeatures) -> LayerFeatures:
-        """h at selected entries, differentiable; computed again where their values are of half precision."""
-        if selected.first is not None:  # below the rows of these tokens are those of their dead features
-            x = x.repeat(2, 1)
-        return pre_activations_at(x, self.weight, self.bias, selected)
-
-    def sums(self, x: Tensor, features: Tensor) -> Tensor:
-        """Σ_n h of the given features, an int64 vector."""
-        x, weight, bias = self._wide(x)
-        # no matmul, which autocast would round to half precision
-        return (weight[features] * x.sum(dim=0)).sum(dim=1) + len(x) * bias[features]
-
-    def _wide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = at_least_float32(self.weight.dtype)  # it is less in mapped files, and after `clt.to(dtype)`
-        return x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        with record_function("clt::encode"):
+            return encode_dense(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class Threshold(nn.Module):
@@ -120,13 +107,6 @@ class Threshold(nn.Module):
 
     def forward(self) -> Tensor:
         return self.value.exp() if self.is_log else self.value
-
-    @torch.no_grad()
-    def update(self, smallest_selected: Tensor, decay: float) -> None:
-        """Moves the running threshold towards the smallest selected pre-activation of a batch; infinite: none was."""
-        average = decay * self.value + (1 - decay) * smallest_selected
-        moved = torch.where(self.value.isinf(), smallest_selected, average)
-        self.value.copy_(torch.where(smallest_selected.isinf(), self.value, moved))
 
 
 class Decoder(nn.Module):
@@ -154,8 +134,7 @@ class Decoder(nn.Module):
             if self.in_file:
                 files.read_ahead(self.weight, features.indices)
             added, squares = add_decoded(reconstruction, features, self.weight, targets, with_squares)
-        if self.weight.dtype == torch.float16 and not added.isfinite().all():
-            raise ValueError("the reconstruction exceeds float16, which ends at 65,504; load the CLT in bfloat16")
+        check_half(added, self.weight.dtype)
         return added, squares
 
 
@@ -169,6 +148,18 @@ class Skip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = at_least_float32(self.weight.dtype)
         return x.to(dtype) @ self.weight.to(dtype)
+
+
+class Block(NamedTuple):
+    """
+    B consecutive source layers that are worked on at once, with their encoders, (B, F, D) and (B, F), and θ: (B · F,)
+    for jumprelu, (B,) for batchtopk, 0 for relu and topk.
+    """
+
+    layers: slice
+    weight: Tensor
+    bias: Tensor
+    theta: Tensor | float
 
 
 class CrossLayerTranscoder(PreTrainedModel):
@@ -196,6 +187,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     lazy = False  # whether the weights stay in their files; see `from_pretrained`
     threshold_decay: float = THRESHOLD_DECAY  # smaller where the trainer has a mean of few batches
     training_k: int | None = None  # k in train mode, where the trainer anneals it; None: that of the configuration
+    layers_together: bool | None = None  # whether all layers are worked on at once; None: on a GPU where they can be
 
     def __init__(self, config: CLTConfig, shard: FeatureShard | None = None):
         if config.num_layers is None:
@@ -271,14 +263,19 @@ class CrossLayerTranscoder(PreTrainedModel):
         has_preactivation, has_auxiliary = revives and not is_topk, revives and is_topk
 
         x = self.normalize_inputs(rows)
-        h, written = self._encode(x, self.training, dead if has_auxiliary else None)
-        features = [layer.without_dead() for layer in written]
+        blocks = self._blocks(x)
+        h, written = self._encode(x, blocks, self.training, dead if has_auxiliary else None)
+        features = [block.halves()[0] for block in written]
         if self.training and config.activation_fn == "batchtopk":
             self._update_running_thresholds(features)
         if has_preactivation:  # before decoding, so that decoders get their gradients first: it takes less memory
-            listed = list_by_layer(dead)
-            sums = [encoder.sums(x[:, s], listed[s]) for s, encoder in enumerate(self.encoders)]
+            listed = list_by_block(dead, features[0].num_layers)
+            sums = [
+                pre_activation_sums(x[:, block.layers], block.weight, block.bias, some)
+                for block, some in zip(blocks, listed, strict=True)
+            ]
         normalized, norms = self._decode(written, x, with_norms=has_penalty or has_preactivation)
+        norms = None if norms is None else norms.view(len(blocks), -1).unbind()
         if has_auxiliary:
             normalized, explained = normalized.split([len(x), len(x)])
         reconstruction = self.denormalize(normalized).view(inputs.shape)
@@ -293,7 +290,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             penalty = sum_over(self.shard, sparsity_loss(features, norms, config.sparsity_c))
             penalty = config.sparsity_lambda * sparsity_scale * penalty
         if has_preactivation:
-            thetas = [self.theta(s) + torch.zeros_like(encoder.bias) for s, encoder in enumerate(self.encoders)]
+            thetas = [block.theta + torch.zeros_like(block.bias).flatten() for block in blocks]
             preactivation = sum_over(self.shard, preactivation_loss(h, sums, thetas, norms, listed))
             preactivation = config.preactivation_coef * preactivation
         if has_auxiliary:
@@ -315,7 +312,8 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def encode_sparse(self, inputs: Tensor) -> SparseFeatures:
         """Feature activations of raw inputs (..., L, D), in the ragged form of the hot path."""
-        _, features = self._encode(self.normalize_inputs(self._flatten(inputs)), self.training)
+        x = self.normalize_inputs(self._flatten(inputs))
+        _, features = self._encode(x, self._blocks(x), self.training)
         return SparseFeatures(features, inputs.shape[:-2])
 
     def decode(self, acts: Tensor | SparseFeatures, inputs: Tensor | None = None) -> Tensor:
@@ -338,7 +336,7 @@ class CrossLayerTranscoder(PreTrainedModel):
             if inputs is None:
                 raise ValueError("this CLT has a skip connection: call decode(acts, inputs) with the raw inputs")
             x = self.normalize_inputs(self._flatten(inputs))
-        raw = self.denormalize(self._decode(acts.layers, x)[0])
+        raw = self.denormalize(self._decode(acts.blocks, x)[0])
         return raw.view(*acts.batch_shape, *raw.shape[1:])
 
     def _flatten(self, inputs: Tensor, labels: Tensor | None = None, dead: Tensor | None = None) -> Tensor:
@@ -396,25 +394,50 @@ class CrossLayerTranscoder(PreTrainedModel):
                 f"layer={layer}: the features of this topk CLT compete with those of other layers or processes; "
                 "use encode_sparse, for all layers"
             )
-        theta = self.theta(layer)
-        self.check_running_thresholds([theta])
-        selected, _ = self._select(layer, x, theta, self.config.k, training=False)
-        return activate(self.encoders[layer].at(x, selected), theta, self.config, training=False)
+        block = self._block(layer)
+        self.check_running_thresholds([block.theta])
+        selected, _ = self._select(block, x[:, None], block.theta, self.config.k, training=False)
+        h = pre_activations_at(x[:, None], block.weight, block.bias, selected)
+        return activate(h, block.theta, self.config, training=False)
+
+    def _block(self, layer: int) -> Block:
+        encoder = self.encoders[layer]
+        return Block(slice(layer, layer + 1), encoder.weight[None], encoder.bias[None], self.theta(layer))
+
+    def _blocks(self, x: Tensor) -> list[Block]:
+        """
+        The layers, in blocks that are worked on at once: one by one on a CPU, where each stays in a cache, and all on
+        a GPU, where each launch costs, unless they share a budget, a decoder or a process group, or are on several
+        devices.
+        """
+        config = self.config
+        together = self.layers_together
+        if together is None:
+            together = not is_on_cpu(x) and len(set(getattr(self, "hf_device_map", {"": 0}).values())) == 1
+        alone = self.shard is not None or config.k_scope == "token" or config.decoder_tying == "per_target"
+        if not together or alone or config.num_layers == 1:
+            return [self._block(layer) for layer in range(config.num_layers)]
+        weight, bias = (torch.stack([getattr(e, name) for e in self.encoders]) for name in ("weight", "bias"))
+        theta = 0.0
+        if hasattr(self, "thresholds"):
+            values = torch.cat([threshold.value for threshold in self.thresholds])
+            theta = values.exp() if self.thresholds[0].is_log else values
+        return [Block(slice(0, config.num_layers), weight, bias, theta)]
 
     def _encode(
-        self, x: Tensor, training: bool, dead: Tensor | None = None
+        self, x: Tensor, blocks: list[Block], training: bool, dead: Tensor | None = None
     ) -> tuple[list[LayerFeatures], list[LayerFeatures]]:
         """
-        Pre-activations and activations of each source layer, from normalised inputs (N, L, D), where an activation or
-        its gradient can be non-zero.
+        Pre-activations and activations of the source layers, in blocks, from normalised inputs (N, L, D), where an
+        activation or its gradient can be non-zero.
 
-        With `dead`, (L, F) bool, the result has 2 N rows. Row n has the features of token n as ever, and row N + n the
-        largest dead features of the same token, which the auxiliary loss revives; one pass decodes and differentiates
-        both. A row is independent of the others from here on, so this changes nothing in the first N.
+        With `dead`, (L, F) bool, the result has twice the rows. The first half has the features of each token as ever,
+        the second the largest dead features of the same token, which the auxiliary loss revives; one pass decodes and
+        differentiates both. A row is independent of the others from here on, so this changes nothing in the first.
         """
-        config, layers = self.config, range(self.config.num_layers)
+        config = self.config
         k = self.training_k if training and self.training_k is not None else config.k
-        thetas = [self.theta(s) for s in layers]
+        thetas = [block.theta for block in blocks]
         if not training:
             self.check_running_thresholds(thetas)
         # Where h is wanted ...
@@ -422,13 +445,19 @@ class CrossLayerTranscoder(PreTrainedModel):
         if config.activation_fn == "jumprelu" and training and torch.is_grad_enabled():
             # Inactive features inside the straight-through window receive gradient for their threshold.
             lower = [window_floor(theta, config.jumprelu_bandwidth) for theta in thetas]
-        found = [self._select(s, x[:, s], lower[s], k, training, None if dead is None else dead[s]) for s in layers]
+        found = [
+            self._select(block, x[:, block.layers], floor, k, training, None if dead is None else dead[block.layers])
+            for block, floor in zip(blocks, lower, strict=True)
+        ]
         selected = within_budget([own for own, _ in found], config, k, training, self.shard)
         if dead is not None:
             selected = [own.with_dead(others) for own, (_, others) in zip(selected, found, strict=True)]
         # ... h there, differentiable, and the activation function.
-        h = [encoder.at(x[:, s], selected[s]) for s, encoder in enumerate(self.encoders)]
-        return h, [activate(h[s], thetas[s], config, training) for s in layers]
+        h = [
+            pre_activations_at(x[:, block.layers], block.weight, block.bias, some)
+            for block, some in zip(blocks, selected, strict=True)
+        ]
+        return h, [activate(some, theta, config, training) for some, theta in zip(h, thetas, strict=True)]
 
     def theta(self, layer: int) -> Tensor | float:
         """θ of one layer: (F,) for jumprelu; (1,) for batchtopk, the running threshold; 0 for relu and topk."""
@@ -443,13 +472,30 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     @torch.no_grad()
     def _select(
-        self, layer: int, x: Tensor, lower: Tensor | float, k: int, training: bool, dead: Tensor | None = None
+        self,
+        block: Block,
+        x: Tensor,
+        lower: Tensor | float,
+        k: int,
+        training: bool,
+        dead: Tensor | None = None,
     ) -> tuple[LayerFeatures, LayerFeatures | None]:
-        """The selected entries of one layer and, with `dead`, (F,) bool, those of its largest dead features."""
-        h = self.encoders[layer](x)  # of one layer at a time: (N, F) is much memory
-        with record_function("clt::select"):
-            selected = select(h, lower, self.config, k, training)
-            return selected, None if dead is None else largest_dead(h, dead, self.config.aux_k, self.shard)
+        """The selected entries of a block, x (N, B, D), and, with `dead`, (B, F) bool, its largest dead features."""
+        num_layers, own, others = x.shape[1], [], []
+        for part in parts_of(num_layers, x, self.num_held):
+            if num_layers == 1:
+                h = self.encoders[block.layers.start](x[:, 0])
+            else:
+                with record_function("clt::encode"):
+                    h = encode_layers(x[:, part], block.weight[part], block.bias[part])
+            above = lower
+            if num_layers > 1 and isinstance(lower, Tensor):
+                above = lower.view(num_layers, -1)[part].flatten()
+            with record_function("clt::select"):
+                own.append(select(h, above, self.config, k, training, part.stop - part.start))
+                if dead is not None:
+                    others.append(largest_dead(h, dead[part], self.config.aux_k, self.shard))
+        return join(own), join(others) if others else None
 
     def _revives(self, dead: Tensor) -> bool:
         """
@@ -467,13 +513,23 @@ class CrossLayerTranscoder(PreTrainedModel):
     @torch.no_grad()
     def _update_running_thresholds(self, features: list[LayerFeatures]) -> None:
         """EMA of the smallest selected positive pre-activation; a batch without one leaves it."""
-        infinite = self.thresholds[0].value.new_full((1,), torch.inf)
-        smallest = [torch.cat([infinite, torch.where(f.values > 0, f.values, torch.inf)]).amin() for f in features]
-        smallest = min_over(self.shard, torch.stack(smallest)).unbind()
+        smallest = [
+            torch.segment_reduce(
+                torch.where(f.values > 0, f.values, torch.inf),
+                "min",
+                offsets=f.offsets[torch.arange(f.num_layers + 1, device=f.offsets.device) * f.num_tokens],
+                initial=torch.inf,
+            )
+            for f in features
+        ]
+        smallest = min_over(self.shard, torch.cat(smallest))
         if self.config.k_scope == "token":  # one budget over all layers has one threshold
-            smallest = [torch.stack(smallest).amin()] * len(features)
-        for threshold, value in zip(self.thresholds, smallest, strict=True):
-            threshold.update(value, self.threshold_decay)
+            smallest = smallest.amin().expand_as(smallest)
+        values = torch.cat([threshold.value for threshold in self.thresholds])
+        average = self.threshold_decay * values + (1 - self.threshold_decay) * smallest
+        moved = torch.where(values.isinf(), smallest, average)
+        moved = torch.where(smallest.isinf(), values, moved)
+        torch._foreach_copy_([threshold.value for threshold in self.thresholds], list(moved.split(1)))
 
     @torch.no_grad()
     def restart_running_thresholds(self) -> None:
@@ -485,28 +541,38 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def _decode(
         self, features: list[LayerFeatures], x: Tensor | None, with_norms: bool = False
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """
         ỹ̂_t = Σ_{s ≤ t, t-s < R} W_dec[s][:, t-s]ᵀ a_s + b_dec[t] (+ x̃_t W_skip[t]), (N, L, D), and on demand
-        ‖W_dec[s][f]‖, one (F,) tensor per source layer. Rows of dead features, below those of the N tokens, are
-        decoded without b_dec and skip: (2 N, L, D).
+        ‖W_dec[s][f]‖, (L, F). Rows of dead features, below those of the N tokens, are decoded without b_dec and skip:
+        (2 N, L, D).
         """
-        first = features[0].first
+        config = self.config
         bias = torch.stack([decoder.bias for decoder in self.decoders])
-        num_tokens = features[0].num_tokens if first is None else first[0]
-        start = bias.to(at_least_float32(bias.dtype)).expand(num_tokens, -1, -1)
-        if self.config.skip_connection:
+        start = bias.to(at_least_float32(bias.dtype)).expand(features[0].num_tokens, -1, -1)
+        if config.skip_connection:
             start = start + torch.stack([skip(x[:, t]) for t, skip in enumerate(self.skips)], dim=1)
-        if first is not None:
+        if features[0].first is not None:
             start = torch.cat([start, torch.zeros_like(start)])
+        if features[0].num_layers > 1:
+            weights = [decoder.weight for decoder in self.decoders]
+            if takes_layers(features[0], weights, start):
+                tied = config.decoder_tying == "per_source"
+                with record_function("clt::decode"):
+                    normalized, squares = decode_layers(
+                        start, features[0], weights, config.num_targets(0), tied, with_norms
+                    )
+                check_half(normalized, weights[0].dtype)
+                return normalized, norms_over_targets(squares.view(len(weights), -1), config) if with_norms else None
         # Each process of a group adds up what its own features write.
         normalized = start.clone() if self.shard is None else torch.zeros_like(start)
         squares = [] if with_norms else None
-        for s, layer_features in enumerate(features):
+        layers = [layer for block in features for layer in block.by_layer()]
+        for s, layer_features in enumerate(layers):
             normalized = self.decode_layer(s, layer_features, normalized, squares)
         if self.shard is not None:
             normalized = start + sum_over(self.shard, normalized)
-        return normalized, norms_over_targets(squares, self.config) if with_norms else None
+        return normalized, norms_over_targets(torch.stack(squares), config) if with_norms else None
 
     def decode_layer(
         self, layer: int, features: LayerFeatures, normalized: Tensor, squares: list[Tensor] | None = None
@@ -673,6 +739,20 @@ class CrossLayerTranscoder(PreTrainedModel):
                 f"{method} on a CLT with a shard of the features; call save_pretrained on all processes, and {method} "
                 "on what from_pretrained loads from there"
             )
+
+
+def parts_of(num_layers: int, x: Tensor, num_features: int) -> list[slice]:
+    """The layers of a block, of inputs (N, B, D), in as few parts as have at most ENCODED_BYTES of pre-activations."""
+    size = (2 if torch.is_autocast_enabled(x.device.type) else 4) * len(x) * num_features  # of one layer
+    parts = max(1, min(num_layers, -(-num_layers * size // ENCODED_BYTES)))
+    ends = [num_layers * part // parts for part in range(parts + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def check_half(reconstruction: Tensor, dtype: torch.dtype) -> None:
+    """Raises ValueError if a reconstruction by weights of this dtype is not finite because that is float16."""
+    if dtype == torch.float16 and not reconstruction.isfinite().all():
+        raise ValueError("the reconstruction exceeds float16, which ends at 65,504; load the CLT in bfloat16")
 
 
 def wide_empty(*shape: int) -> Tensor:

@@ -44,22 +44,31 @@ def shares_budget(config: CLTConfig, training: bool, shard: FeatureShard | None)
     return is_by_rank(config, training) and (config.k_scope == "token" or shard is not None)
 
 
-def select(h: Tensor, lower: Tensor | float, config: CLTConfig, k: int, training: bool) -> LayerFeatures:
+def select(
+    h: Tensor, lower: Tensor | float, config: CLTConfig, k: int, training: bool, num_layers: int = 1
+) -> LayerFeatures:
     """
-    Where the activation function of one layer, or its gradient, can be non-zero, with h there.
+    Where the activation function of B layers, or its gradient, can be non-zero, with h there.
 
     Args:
-        h: (N, F).
-        lower: For a selection by threshold: what h must exceed, one for all features or (F,).
+        h: (B · N, F).
+        lower: For a selection by threshold: what h must exceed, one for all, or (B,) or (B · F,).
         config: Names the activation function and its budget.
         k: Of the budget, which changes in training.
         training: Whether the selection is that of training.
+        num_layers: B; layers that share a budget are selected one by one, and then [`within_budget`].
     """
     if not is_by_rank(config, training):
-        return features_at(h, h > lower)
+        if num_layers == 1 or not isinstance(lower, Tensor):
+            return features_at(h, h > lower, num_layers)
+        above = h.view(num_layers, -1, h.shape[1]) > lower.view(num_layers, 1, -1)
+        return features_at(h, above.flatten(0, 1), num_layers)
     k = min(k * config.num_layers if config.k_scope == "token" else k, h.shape[1])
-    is_topk = config.activation_fn == "topk"
-    return entries_at(h, positions_topk(h, k) if is_topk else positions_batchtopk(h, k * len(h)))
+    if config.activation_fn == "topk":
+        positions = positions_topk(h, k)
+    else:
+        positions = positions_batchtopk(h, k * (len(h) // num_layers), num_layers)
+    return entries_at(h, positions, num_layers)
 
 
 @torch.no_grad()
@@ -111,36 +120,40 @@ def among_largest(rows: Tensor, k: int, shard: FeatureShard | None = None) -> Te
 @torch.no_grad()
 def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None = None) -> LayerFeatures:
     """
-    The `aux_k` largest pre-activations of each token among the dead features of one layer, all of them when fewer. On
-    a GPU, where their number is not asked for, entries of other features, with -inf, then make up the number.
+    The `aux_k` largest pre-activations of each token and layer among the dead features, all of them when fewer. On a
+    GPU, where their number is not asked for, entries of other features, with -inf, then make up the number.
 
     Args:
-        h: (N, F).
-        dead: (F,) bool.
-        aux_k: Features per token.
-        shard: Where features are spread over a group of processes, all of whose dead features compete.
+        h: (B · N, F).
+        dead: (B, F) bool.
+        aux_k: Features per token and layer.
+        shard: Where features are spread over a group of processes, all of whose dead features compete; B is 1 then.
     """
-    num_tokens, num_features = h.shape
-    if is_on_cpu(h):  # the dead columns alone are looked through
-        features = true_positions(dead)
-        per_token = min(aux_k, len(features))
-        whole_groups = (0, 0, 0, -len(features) % max(GROUPS))  # in which `positions_topk` looks through them
-        columns = pad(columns_of(h, features).T, whole_groups, value=-torch.inf).T
+    num_layers, num_features = dead.shape
+    if num_layers > 1 or not is_on_cpu(h):
+        per_token = min(aux_k, num_features)
+        columns = h.view(num_layers, -1, num_features).masked_fill(~dead[:, None], -torch.inf).view_as(h)
+        found = entries_at(columns, positions_topk(columns, per_token), num_layers)
     else:
-        features, per_token = None, min(aux_k, num_features)
-        columns = h.masked_fill(~dead, -torch.inf)
-    entries = entries_at(columns, positions_topk(columns, per_token))
-    indices = entries.indices
-    if features is not None:  # a column that was added can be chosen where h is -inf itself, in a run that diverges
-        indices = features[indices.clamp(max=max(0, len(features) - 1))]
-    found = LayerFeatures(entries.values, indices, entries.offsets, num_features)
+        found, per_token = _largest_of_few(h, true_positions(dead), aux_k)
     if shard is None:
         return found
     # Processes with fewer dead features than others fill their candidates up with -inf.
-    candidates = h.new_full((num_tokens, min(aux_k, num_features)), -torch.inf)
-    candidates[:, :per_token] = found.values.view(num_tokens, per_token)
+    candidates = h.new_full((len(h), min(aux_k, num_features)), -torch.inf)
+    candidates[:, :per_token] = found.values.view(len(h), per_token)
     kept = among_largest(candidates, min(aux_k, shard.size * candidates.shape[1]), shard)
     return found.take(true_positions(kept[:, :per_token]))
+
+
+def _largest_of_few(h: Tensor, features: Tensor, count: int) -> tuple[LayerFeatures, int]:
+    """The largest entries of each row of `h` (N, F) in the columns of some features, and how many; on a CPU."""
+    per_token = min(count, len(features))
+    whole_groups = (0, 0, 0, -len(features) % max(GROUPS))  # in which `positions_topk` looks through them
+    columns = pad(columns_of(h, features).T, whole_groups, value=-torch.inf).T
+    entries = entries_at(columns, positions_topk(columns, per_token))
+    # A column that was added can be chosen where h is -inf itself, in a run that diverges.
+    indices = features[entries.indices.clamp(max=max(0, len(features) - 1))]
+    return LayerFeatures(entries.values, indices, entries.offsets, h.shape[1]), per_token
 
 
 # -- the exact selection ----------------------------------------------------------------------------------------------
@@ -230,14 +243,16 @@ def kth_largest(rows: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(rows.contiguous().numpy(), place, axis=1)[:, place].copy())
 
 
-def positions_batchtopk(h: Tensor, count: int) -> Tensor:
+def positions_batchtopk(h: Tensor, count: int, num_layers: int = 1) -> Tensor:
     """
-    Flat positions, in storage order, of the `count` largest entries of `h` (N, F) (Bussmann et al. 2024), ascending.
-    On a GPU in two rounds, half the time of one (benchmarks/README.md).
+    Flat positions, in storage order, of the `count` largest entries of each layer of `h` (B · N, F) (Bussmann et al.
+    2024), ascending. On a GPU in two rounds, half the time of one (benchmarks/README.md).
     """
-    entries = in_storage_order(h)
-    chosen = largest(entries, count) if is_on_cpu(h) else _topk_in_groups(entries[None], count)[0]
-    return ascending(chosen, h.numel())
+    entries = in_storage_order(h).view(num_layers, -1)
+    if num_layers == 1 and is_on_cpu(h):
+        return ascending(largest(entries[0], count), h.numel())
+    starts = torch.arange(num_layers, device=h.device)[:, None] * entries.shape[1]
+    return (_topk_in_groups(entries, count).sort(dim=1).values + starts).flatten()
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -7,6 +7,8 @@ there (`activate`).
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,18 @@ from .configuration_clt import CLTConfig
 @dataclass
 class LayerFeatures:
     """
-    The features of one source layer on N tokens, in compressed-row form.
+    The features of one source layer on N tokens, in compressed-row form; or of several, one after another, as a GPU
+    works on them: row b · N + n is token n in the b-th of B layers, b · F + f its feature f.
 
     Args:
         values (`Tensor` of shape `(nnz,)`): Activations. Zeros may occur: jumprelu lists features inside the
             straight-through window, which are inactive but receive gradient.
-        indices (`Tensor` of shape `(nnz,)`, int64): Feature of each entry, ascending within a token.
-        offsets (`Tensor` of shape `(N + 1,)`, int64): Token n owns the entries `offsets[n]` to `offsets[n + 1]`.
-        num_features (`int`): F.
+        indices (`Tensor` of shape `(nnz,)`, int64): Feature of each entry, ascending within a row.
+        offsets (`Tensor` of shape `(B · N + 1,)`, int64): Row r owns the entries `offsets[r]` to `offsets[r + 1]`.
+        num_features (`int`): B · F.
+        num_layers (`int`): B.
         first (`tuple[int, int]`, *optional*): Where the rows of dead features begin, see [`with_dead`]: their first
-            row (N) and their first entry. None: there are none.
+            row (B · N) and their first entry. None: there are none.
         orders (`dict`): What follows from indices and offsets, found once for all values at these entries.
     """
 
@@ -36,6 +40,7 @@ class LayerFeatures:
     indices: Tensor
     offsets: Tensor
     num_features: int
+    num_layers: int = 1
     first: tuple[int, int] | None = None
     orders: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -47,23 +52,27 @@ class LayerFeatures:
         return replace(self, values=values)
 
     @property
-    def num_tokens(self) -> int:
+    def num_rows(self) -> int:
         return self.offsets.numel() - 1
 
     @property
-    def tokens(self) -> Tensor:
-        """Token of each entry, shape `(nnz,)`."""
-        if "tokens" not in self.orders:
-            tokens = torch.arange(self.num_tokens, device=self.offsets.device)
-            tokens = tokens.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
-            self.orders["tokens"] = tokens
-        return self.orders["tokens"]
+    def num_tokens(self) -> int:
+        """N, without the rows of dead features."""
+        return (self.num_rows if self.first is None else self.first[0]) // self.num_layers
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each entry, shape `(nnz,)`."""
+        if "rows" not in self.orders:
+            rows = torch.arange(self.num_rows, device=self.offsets.device)
+            self.orders["rows"] = rows.repeat_interleave(self.offsets.diff(), output_size=self.indices.numel())
+        return self.orders["rows"]
 
     @property
     def by_feature(self) -> tuple[Tensor, Tensor]:
         """
-        The posting lists: the order of the entries by feature, shape `(nnz,)`, tokens ascending within a feature; and
-        the offsets (F + 1,) of each feature's entries in this order.
+        The posting lists: the order of the entries by feature, shape `(nnz,)`, rows ascending within a feature; and
+        the offsets (B · F + 1,) of each feature's entries in this order.
         """
         if "by_feature" not in self.orders:
             order = stable_order(self.indices, self.num_features)
@@ -71,36 +80,63 @@ class LayerFeatures:
         return self.orders["by_feature"]
 
     def dense(self, values: Tensor) -> Tensor:
-        """(N, F) with `values` (nnz,) at the listed entries and 0 elsewhere."""
-        dense = values.new_zeros(self.num_tokens, self.num_features)
-        return dense.index_put((self.tokens, self.indices), values)
+        """Of one layer: (N, F) with `values` (nnz,) at the listed entries and 0 elsewhere."""
+        dense = values.new_zeros(self.num_rows, self.num_features)
+        return dense.index_put((self.rows, self.indices), values)
 
     def to_dense(self) -> Tensor:
-        """Activations of shape (N, F)."""
+        """Activations of one layer, (N, F)."""
         return self.dense(self.values)
 
     def with_dead(self, dead: "LayerFeatures") -> "LayerFeatures":
-        """2 N rows: these, and below them the dead features of the same N tokens, which are to be revived."""
-        return LayerFeatures(
+        """Twice the rows: these, and below them the dead features of the same tokens, which are to be revived."""
+        return replace(
+            self,
             values=torch.cat([self.values, dead.values]),
             indices=torch.cat([self.indices, dead.indices]),
             offsets=torch.cat([self.offsets, dead.offsets[1:] + self.indices.numel()]),
-            num_features=self.num_features,
-            first=(self.num_tokens, self.indices.numel()),
+            first=(self.num_rows, self.indices.numel()),
+            orders={},
         )
 
-    def without_dead(self) -> "LayerFeatures":
-        """The first N rows, without the dead features below them."""
+    def halves(self) -> "tuple[LayerFeatures, LayerFeatures | None]":
+        """The rows without the dead features below them, and these."""
         if self.first is None:
-            return self
-        tokens, entries = self.first
-        values, _ = self.values.split([entries, len(self.values) - entries])
-        return LayerFeatures(values, self.indices[:entries], self.offsets[: tokens + 1], self.num_features)
+            return self, None
+        (rows, entries), offsets = self.first, self.offsets
+        parts = zip(
+            self.values.split([entries, len(self.values) - entries]),
+            (self.indices[:entries], self.indices[entries:]),
+            (offsets[: rows + 1], offsets[rows:] - entries),
+            strict=True,
+        )
+        own, dead = (LayerFeatures(*part, self.num_features, self.num_layers) for part in parts)
+        return own, dead
+
+    def by_layer(self) -> "list[LayerFeatures]":
+        """The features of each layer. (Of several a GPU is asked where each begins.)"""
+        if self.num_layers == 1:
+            return [self]
+        own, dead = self.halves()
+        if dead is not None:
+            return [a.with_dead(b) for a, b in zip(own.by_layer(), dead.by_layer(), strict=True)]
+        num_tokens, num_features = self.num_tokens, self.num_features // self.num_layers
+        starts = self.offsets[::num_tokens].tolist() if num_tokens else [0] * (self.num_layers + 1)
+        values = self.values.split([end - start for start, end in pairwise(starts)])
+        return [
+            LayerFeatures(
+                values[b],
+                self.indices[starts[b] : starts[b + 1]] - b * num_features,
+                self.offsets[b * num_tokens : (b + 1) * num_tokens + 1] - starts[b],
+                num_features,
+            )
+            for b in range(self.num_layers)
+        ]
 
     def take(self, entries: Tensor) -> "LayerFeatures":
         """Only the given entries, a vector of ascending numbers below nnz."""
         offsets = torch.searchsorted(entries, self.offsets)
-        return LayerFeatures(self.values[entries], self.indices[entries], offsets, self.num_features)
+        return LayerFeatures(self.values[entries], self.indices[entries], offsets, self.num_features, self.num_layers)
 
 
 @dataclass
@@ -109,12 +145,17 @@ class SparseFeatures:
     The features of all source layers.
 
     Args:
-        layers (`list[LayerFeatures]`): One entry per source layer, all on the same N tokens.
+        blocks (`list[LayerFeatures]`): Of consecutive layers each, all on the same N tokens.
         batch_shape (`torch.Size`): The leading dimensions of the input; their product is N.
     """
 
-    layers: list[LayerFeatures]
+    blocks: list[LayerFeatures]
     batch_shape: torch.Size
+
+    @cached_property
+    def layers(self) -> list[LayerFeatures]:
+        """One entry per source layer."""
+        return [layer for block in self.blocks for layer in block.by_layer()]
 
     def to_dense(self) -> Tensor:
         """Activations of shape (..., L, F)."""
@@ -123,14 +164,12 @@ class SparseFeatures:
 
     def active_counts(self) -> Tensor:
         """Number of tokens on which each feature is active, (L, F) int64."""
-        return torch.stack(
-            [counts_of(layer.indices, layer.num_features, layer.values.detach() > 0) for layer in self.layers]
-        )
+        counts = [counts_of(block.indices, block.num_features, block.values.detach() > 0) for block in self.blocks]
+        return torch.cat(counts).view(sum(block.num_layers for block in self.blocks), -1)
 
     def l0_per_layer(self) -> Tensor:
         """Mean number of active features per token in each layer, (L,) float32."""
-        active = torch.stack([(layer.values.detach() > 0).sum() for layer in self.layers])
-        return active.float() / max(1, self.layers[0].num_tokens)
+        return self.active_counts().sum(dim=1).float() / max(1, self.blocks[0].num_tokens)
 
 
 def counts_of(indices: Tensor, size: int, counted: Tensor | None = None) -> Tensor:
@@ -151,6 +190,8 @@ def stable_order(indices: Tensor, size: int) -> Tensor:
     if indices.device.type == "cpu" and size <= 2**16:
         # numpy sorts 16-bit numbers by radix, several times faster.
         return torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
+    if size < 2**31:
+        indices = indices.to(torch.int32)  # half the passes of a GPU's sort
     return indices.argsort(stable=True)
 
 
@@ -164,15 +205,19 @@ def in_storage_order(values: Tensor) -> Tensor:
     return values.T.flatten() if is_stored_by_feature(values) else values.flatten()
 
 
-def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:
+def entries_at(values: Tensor, positions: Tensor, num_layers: int = 1) -> LayerFeatures:
     """
-    The entries of `values` (N, F) at ascending flat `positions` (nnz,) in storage order; differentiable in `values`.
+    The entries of `values` (B · N, F), of B layers, at ascending flat `positions` (nnz,) in storage order;
+    differentiable in `values`.
     """
-    num_tokens, num_features = values.shape
+    num_tokens, num_features = len(values) // num_layers, values.shape[1]
     chosen = in_storage_order(values)[positions]
     if not is_stored_by_feature(values):
-        starts = torch.arange(num_tokens + 1, device=values.device) * num_features
-        return LayerFeatures(chosen, positions % num_features, torch.searchsorted(positions, starts), num_features)
+        indices, starts = positions % num_features, torch.arange(len(values) + 1, device=values.device) * num_features
+        if num_layers > 1:
+            indices += positions // max(1, num_tokens * num_features) * num_features
+        offsets = torch.searchsorted(positions, starts)
+        return LayerFeatures(chosen, indices, offsets, num_layers * num_features, num_layers)
     # The positions are the posting lists already; what has to be found is the order by token.
     indices, tokens = positions // num_tokens, positions % num_tokens
     order = stable_order(tokens, num_tokens)
@@ -183,9 +228,24 @@ def entries_at(values: Tensor, positions: Tensor) -> LayerFeatures:
     return features
 
 
-def features_at(values: Tensor, support: Tensor) -> LayerFeatures:
-    """The entries of `values` (N, F) at the true entries of `support` (N, F); differentiable in `values`."""
-    return entries_at(values, true_positions(support.T if is_stored_by_feature(values) else support))
+def features_at(values: Tensor, support: Tensor, num_layers: int = 1) -> LayerFeatures:
+    """The entries of `values` (B · N, F) at the true entries of `support`; differentiable in `values`."""
+    return entries_at(values, true_positions(support.T if is_stored_by_feature(values) else support), num_layers)
+
+
+def join(blocks: list[LayerFeatures]) -> LayerFeatures:
+    """The features of consecutive layers as one block."""
+    if len(blocks) == 1:
+        return blocks[0]
+    entries = [0, *accumulate(block.indices.numel() for block in blocks)]
+    features = [0, *accumulate(block.num_features for block in blocks)]
+    return LayerFeatures(
+        torch.cat([block.values for block in blocks]),
+        torch.cat([block.indices + features[i] for i, block in enumerate(blocks)]),
+        torch.cat([blocks[0].offsets[:1], *(block.offsets[1:] + entries[i] for i, block in enumerate(blocks))]),
+        features[-1],
+        sum(block.num_layers for block in blocks),
+    )
 
 
 def columns_of(values: Tensor, features: Tensor) -> Tensor:
@@ -265,8 +325,8 @@ def activate(h: LayerFeatures, theta: Tensor | float, config: CLTConfig, trainin
     were computed again, and what was above it may be below.
 
     Args:
-        h: The selected entries of one layer.
-        theta: (F,) for jumprelu, (1,) for batchtopk; else not read.
+        h: The selected entries of B layers.
+        theta: (B · F,) for jumprelu, (B,) for batchtopk; else not read.
         config: Names the activation function.
         training: Whether it is that of training, where batchtopk has no threshold.
     """
@@ -274,6 +334,8 @@ def activate(h: LayerFeatures, theta: Tensor | float, config: CLTConfig, trainin
         return h.with_values(JumpReLU.apply(h.values, AtEntries.apply(theta, h), config.jumprelu_bandwidth))
     values = torch.relu(h.values)
     if config.activation_fn == "batchtopk" and not training:
+        if h.num_layers > 1:
+            theta = theta[h.indices // (h.num_features // h.num_layers)]
         passes = values > theta
         if h.first is not None:  # the dead features are revived whatever the threshold is
             passes[h.first[1] :] = True

@@ -84,7 +84,7 @@ def test_topk_over_all_layers(k):
     candidates = [entries_at(layer, positions_topk(layer, min(3 * k, 8))) for layer in h]
     kept = keep_largest(candidates, 3 * k, per_token=True)
     for n in range(6):
-        values = torch.cat([layer.values[layer.tokens == n] for layer in kept])
+        values = torch.cat([layer.values[layer.rows == n] for layer in kept])
         expected = torch.cat([layer[n] for layer in h]).sort(descending=True).values[: 3 * k]
         torch.testing.assert_close(values.sort(descending=True).values, expected, rtol=0, atol=0)
     check_entries(kept, h)
@@ -103,7 +103,7 @@ def test_batchtopk_over_all_layers(k):
 
 def check_entries(layers, h):
     for layer, values in zip(layers, h, strict=True):
-        torch.testing.assert_close(layer.values, values[layer.tokens, layer.indices], rtol=0, atol=0)
+        torch.testing.assert_close(layer.values, values[layer.rows, layer.indices], rtol=0, atol=0)
 
 
 def test_the_budget_is_exact_among_ties():
@@ -122,7 +122,7 @@ def test_the_budget_is_exact_among_ties():
 def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
     h = torch.randn(7, 6, generator=generator(), dtype=torch.float64) + 2
     dead = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor([1, 3, 4]), True)
-    features = largest_dead(h, dead, aux_k)
+    features = largest_dead(h, dead[None], aux_k)
     assert features.indices.numel() == 7 * kept and features.num_features == 6
     dense = features.to_dense()
     for n in range(7):
@@ -131,18 +131,18 @@ def test_dead_features_are_the_largest_dead_ones(aux_k, kept):
         for value, f in candidates:
             expected[f] = value
         torch.testing.assert_close(dense[n], expected, rtol=0, atol=0)
-    stored_by_feature = largest_dead(h.T.contiguous().T, dead, aux_k)
+    stored_by_feature = largest_dead(h.T.contiguous().T, dead[None], aux_k)
     assert torch.equal(stored_by_feature.to_dense(), dense)
 
 
 def test_pre_activations_of_a_run_that_diverges_are_no_other_error():
     h = torch.full((128, 9), -torch.inf, dtype=torch.float64).T
     dead = torch.arange(128) < 20
-    assert (largest_dead(h, dead, 16).indices < 20).all()
+    assert (largest_dead(h, dead[None], 16).indices < 20).all()
 
 
 def test_no_feature_is_revived_where_none_is_dead():
-    assert largest_dead(torch.randn(3, 4), torch.zeros(4, dtype=torch.bool), 2).offsets.tolist() == [0, 0, 0, 0]
+    assert largest_dead(torch.randn(3, 4), torch.zeros(1, 4, dtype=torch.bool), 2).offsets.tolist() == [0, 0, 0, 0]
 
 
 # -- the exact selection ----------------------------------------------------------------------------------------------

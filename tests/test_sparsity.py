@@ -29,7 +29,7 @@ def test_features_at_by_hand():
     assert features.values.tolist() == [1, 3, 8]
     assert features.indices.tolist() == [0, 2, 1]
     assert features.offsets.tolist() == [0, 2, 2, 3]
-    assert features.tokens.tolist() == [0, 0, 2]
+    assert features.rows.tolist() == [0, 0, 2]
     assert features.num_tokens == 3 and features.num_features == 3
     assert features.to_dense().tolist() == [[1, 0, 3], [0, 0, 0], [0, 8, 0]]
 
@@ -115,7 +115,7 @@ def test_entries_do_not_depend_on_the_storage_order(shape, density):
     values = torch.randn(shape, generator=generator(), dtype=torch.float64)
     support = torch.rand(shape, generator=generator(1)) < density
     found, wanted = features_at(stored_by_feature(values), support), features_at(values, support)
-    for name in ("values", "indices", "offsets", "tokens"):
+    for name in ("values", "indices", "offsets", "rows"):
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
     for a, b in zip(found.by_feature, wanted.by_feature, strict=True):
         assert torch.equal(a, b)
@@ -145,7 +145,7 @@ def test_posting_lists():
     for f in range(5):
         entries = order[offsets[f] : offsets[f + 1]]
         assert (features.indices[entries] == f).all()
-        assert features.tokens[entries].tolist() == support[:, f].nonzero().flatten().tolist()
+        assert features.rows[entries].tolist() == support[:, f].nonzero().flatten().tolist()
     assert offsets[-1] == order.numel() == features.values.numel()
 
 
@@ -167,7 +167,7 @@ def test_taking_some_entries(entries):
     _, _, features = some_entries()
     taken = features.take(torch.tensor(entries, dtype=torch.int64))
     assert taken.values.tolist() == [features.values[e].item() for e in entries]
-    assert taken.tokens.tolist() == [features.tokens[e].item() for e in entries]
+    assert taken.rows.tolist() == [features.rows[e].item() for e in entries]
     assert taken.indices.tolist() == [features.indices[e].item() for e in entries]
 
 
@@ -175,6 +175,6 @@ def test_features_of_further_tokens_follow_and_are_taken_off():
     first, second = (features_at(h, h > 0.3) for h in torch.randn(2, 4, 7).unbind())
     joined = first.with_dead(second)
     assert torch.equal(joined.to_dense(), torch.cat([first.to_dense(), second.to_dense()]))
-    alone = joined.with_values(2 * joined.values).without_dead()
+    alone = joined.with_values(2 * joined.values).halves()[0]
     assert torch.equal(alone.to_dense(), 2 * first.to_dense()) and torch.equal(alone.offsets, first.offsets)
-    assert first.without_dead() is first
+    assert first.halves() == (first, None)

@@ -153,9 +153,9 @@ def find_sources(
     nodes, activations, unique, places = [], [], [], []
     for s, block in enumerate(frozen.blocks):
         found = clt.encode_layer(s, block.read.to(clt.device))  # as in eval mode, whatever the CLT is in
-        kept = ((found.values > 0) & ~cleared.to(clt.device)[found.tokens]).nonzero().squeeze(1)
+        kept = ((found.values > 0) & ~cleared.to(clt.device)[found.rows]).nonzero().squeeze(1)
         features, place = found.indices[kept].unique(return_inverse=True)
-        tokens = found.tokens[kept].to(device)
+        tokens = found.rows[kept].to(device)
         nodes.append(torch.stack([torch.full_like(tokens, s), tokens, found.indices[kept].to(device)], dim=1))
         activations.append(found.values[kept].to(outputs))
         unique.append(features)

@@ -71,10 +71,10 @@ def top_features(
     for layer, found in enumerate(features.layers):
         active = found.values > 0
         if position is not None:
-            active = active & (found.tokens == position % num_tokens)
+            active = active & (found.rows == position % num_tokens)
         values, best = torch.where(active, found.values, 0).topk(min(count, int(active.sum())))
         for value, place, feature in zip(
-            values.tolist(), found.tokens[best].tolist(), found.indices[best].tolist(), strict=True
+            values.tolist(), found.rows[best].tolist(), found.indices[best].tolist(), strict=True
         ):
             row = {"layer": layer, "position": place, "token": tokens[place], "feature": feature, "activation": value}
             rows.append(row)
@@ -87,7 +87,7 @@ def active_per_token(features: SparseFeatures, strength: bool = False) -> Tensor
     for layer in features.layers:
         active = layer.values > 0
         values = torch.where(active, layer.values, 0) if strength else active.to(torch.float32)
-        totals.append(values.new_zeros(layer.num_tokens).index_add_(0, layer.tokens, values))
+        totals.append(values.new_zeros(layer.num_tokens).index_add_(0, layer.rows, values))
     return torch.stack(totals)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
+from . import triton_layers
 from .encode import autocast_where_fast
 from .rows import entry_dots, row_sums, transposed_row_sums, use_dense
 
@@ -32,7 +33,7 @@ class _AddDecoded(torch.autograd.Function):
         if values.device.type == "cpu" and not values.all():
             entries = values.nonzero().squeeze(1)
             active, active_values = features.take(entries), values[entries]
-        if use_dense(active_values, active.num_tokens, active.num_features):
+        if use_dense(active_values, active.num_rows, active.num_features):
             with autocast_where_fast(rows.device):
                 written = active.dense(active_values).to(rows.dtype) @ rows
         else:
@@ -89,4 +90,76 @@ def add_decoded(
     return _AddDecoded.apply(reconstruction, features.values, weight, features, targets, with_squares)
 
 
-__all__ = ["add_decoded", "decode_dense"]
+class _DecodeLayers(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, start, values, features: LayerFeatures, reach: int, tied: bool, with_squares: bool, *weights):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, *weights)
+        ctx.features, ctx.reach, ctx.tied, kind = features, reach, tied, values.device.type
+        # Autocast rounds what goes into products, and so the gradient that goes into those of the backward pass.
+        is_rough = torch.is_autocast_enabled(kind)
+        ctx.dtype = torch.get_autocast_dtype(kind) if is_rough else weights[0].dtype
+        decoded = triton_layers.decode(start, features, values, list(weights), reach, tied)
+        return decoded, triton_layers.square_sums(list(weights)) if with_squares else None
+
+    @staticmethod
+    def backward(ctx, grad, grad_squares):
+        values, *weights = ctx.saved_tensors
+        num_layers, width = len(weights), weights[0].shape[2]
+        if grad is None:
+            grad = values.new_zeros(ctx.features.num_rows // num_layers, num_layers, width)
+        written = grad.to(ctx.dtype)
+        if ctx.tied:  # what a source writes to one target it writes to all
+            written = torch.nn.functional.pad(written, (0, 0, 0, ctx.reach - 1)).unfold(1, ctx.reach, 1).sum(dim=3)
+        gradients = [torch.empty_like(w) for w in weights] if any(ctx.needs_input_grad[6:]) else [None] * num_layers
+        has_sums, has_slopes = gradients[0] is not None, gradients[0] is not None and grad_squares is not None
+        dots = triton_layers.posting_sums(
+            written.flatten(1),
+            output_rows(ctx.features),
+            ctx.features,
+            values=values if has_sums else None,
+            columns=[(s * width, w[0].numel()) for s, w in enumerate(weights)],
+            gradients=gradients if has_sums else None,
+            weights=weights,
+            slopes=2 * grad_squares if has_slopes else None,
+        )
+        return grad, dots.to(values.dtype), None, None, None, None, *gradients
+
+
+def output_rows(features: LayerFeatures) -> Tensor:
+    """Which row of the outputs (N, L, D), or (2 N, L, D) with dead features, each entry writes to, (nnz,)."""
+    if "outputs" not in features.orders:
+        num_tokens = max(1, features.num_tokens)
+        per_half = num_tokens * features.num_layers
+        features.orders["outputs"] = features.rows // per_half * num_tokens + features.rows % num_tokens
+    return features.orders["outputs"]
+
+
+def takes_layers(features: LayerFeatures, weights: list[Tensor], start: Tensor) -> bool:
+    """Whether [`decode_layers`] can be had, and beats products by layer."""
+    num_features = features.num_features // features.num_layers
+    return triton_layers.takes(weights, start) and not use_dense(features.values, features.num_rows, num_features)
+
+
+def decode_layers(
+    start: Tensor, features: LayerFeatures, weights: list[Tensor], reach: int, tied: bool, with_squares: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """
+    start + Σ_{s ≤ t, t - s < R} Σ_f a_sf W_s[f, t - s] of all L layers in one kernel, where [`takes_layers`].
+
+    Args:
+        start: (N, L, D) float32; with dead features (2 N, L, D).
+        features: Of all layers.
+        weights: (F, J_s, D) of each layer.
+        reach: R.
+        tied: Whether a source writes the same to all its targets (J_s = 1).
+        with_squares: Whether to return ‖W_s[f]‖² as well.
+
+    Returns:
+        (N, L, D) float32, differentiable in `start`, the feature values and the weights; ‖W_s[f]‖² as stored,
+        (L · F,), or None.
+    """
+    return _DecodeLayers.apply(start, features.values, features, reach, tied, with_squares, *weights)
+
+
+__all__ = ["add_decoded", "decode_dense", "decode_layers", "takes_layers"]

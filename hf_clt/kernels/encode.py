@@ -32,6 +32,26 @@ def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.addmm(bias[:, None], weight, x.T).T
 
 
+def encode_layers(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """
+    h of B layers in one batched product: (N, B, D) inputs, (B, F, D) rows and (B, F) biases to (B · N, F).
+
+    A batched product adds no bias: it is one more column of the rows (and seven of zeros, which keep them aligned).
+    They are copied in any case where autocast rounds them.
+    """
+    kind, width = x.device.type, x.shape[2]
+    is_rough = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_rough else at_least_float32(weight.dtype)
+
+    def padded(rows: Tensor, last: Tensor | float) -> Tensor:
+        columns = rows.new_zeros(*rows.shape[:2], width + 8, dtype=dtype)
+        columns[..., :width] = rows
+        columns[..., width] = last
+        return columns
+
+    return torch.bmm(padded(x.transpose(0, 1), 1.0), padded(weight, bias).transpose(1, 2)).flatten(0, 1)
+
+
 def autocast_where_fast(device: torch.device) -> torch.autocast:
     """A context without autocast on a CPU that would emulate bfloat16 products; elsewhere it changes nothing."""
     slow = device.type == "cpu" and not multiplies_bfloat16()
@@ -53,22 +73,38 @@ class _PreActivations(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, values, features: LayerFeatures):
-        ctx.save_for_backward(x, weight)
-        ctx.features = features
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None)
+        ctx.features, ctx.dtype = features, weight.dtype
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx, grad_values):
         x, weight = ctx.saved_tensors
-        features, dtype = ctx.features, at_least_float32(weight.dtype)
+        features, wide = ctx.features, at_least_float32(ctx.dtype)
+        num_tokens, num_layers, width = x.shape
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = row_sums(weight.to(dtype), features.indices, features.offsets, grad_values).to(x.dtype)
+            rows = weight.to(wide).flatten(0, 1)
+            grad_x = row_sums(rows, features.indices, features.offsets, grad_values)
+            grad_x = grad_x.view(-1, num_layers, num_tokens, width).sum(dim=0).transpose(0, 1).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = transposed_row_sums(x.to(dtype), features, grad_values).to(weight.dtype)
+            rows = x.to(wide).reshape(-1, width)
+            grad_weight = transposed_row_sums(rows, features, grad_values, input_rows(features)).to(ctx.dtype)
+            grad_weight = grad_weight.view(num_layers, -1, width)
         if ctx.needs_input_grad[2]:
-            grad_bias = sum_by_feature(features, grad_values).to(weight.dtype)
+            grad_bias = sum_by_feature(features, grad_values).to(ctx.dtype).view(num_layers, -1)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def input_rows(features: LayerFeatures) -> Tensor:
+    """Which row of the inputs (N, B, D), taken as (N · B, D), each entry was computed from, (nnz,)."""
+    if features.num_layers == 1 and features.first is None:
+        return features.rows
+    if "inputs" not in features.orders:
+        rows = features.rows if features.first is None else features.rows % features.first[0]
+        num_tokens = max(1, features.num_tokens)
+        features.orders["inputs"] = rows % num_tokens * features.num_layers + rows // num_tokens
+    return features.orders["inputs"]
 
 
 def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerFeatures) -> LayerFeatures:
@@ -76,9 +112,9 @@ def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerF
     Makes selected pre-activations differentiable in what they were computed from.
 
     Args:
-        x: (N, D) inputs.
-        weight: (F, D).
-        bias: (F,).
+        x: (N, B, D) inputs of B layers.
+        weight: (B, F, D).
+        bias: (B, F).
         features: The selected entries of h = W x + b with their values. Where h was computed in less than float32
             (autocast), they are computed again, so that only the selection is rough; but for -inf among dead features
             that follow, which stands for no pre-activation (see [`largest_dead`]).
@@ -89,10 +125,27 @@ def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerF
     values, dtype = features.values, at_least_float32(weight.dtype)
     with torch.no_grad():
         if torch.finfo(values.dtype).eps > torch.finfo(dtype).eps:
-            exact = row_dots(x.to(dtype), features.tokens, weight.to(dtype), features.indices)
-            exact = exact.to(dtype) + bias[features.indices]
+            rows = x.to(dtype).reshape(-1, x.shape[2])
+            exact = row_dots(rows, input_rows(features), weight.to(dtype).flatten(0, 1), features.indices)
+            exact = exact.to(dtype) + bias.flatten()[features.indices]
             values = exact if features.first is None else torch.where(values.isneginf(), values, exact)
     return features.with_values(_PreActivations.apply(x, weight, bias, values, features))
 
 
-__all__ = ["autocast_where_fast", "encode_dense", "multiplies_bfloat16", "pre_activations_at"]
+def pre_activation_sums(x: Tensor, weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    """Σ_n h of the given features b · F + f, an int64 vector; x (N, B, D), weight (B, F, D), bias (B, F)."""
+    dtype = at_least_float32(weight.dtype)
+    sums = x.to(dtype).sum(dim=0)[features // weight.shape[1]]
+    # no matmul, which autocast would round to half precision
+    products = (weight.flatten(0, 1)[features].to(dtype) * sums).sum(dim=1)
+    return products + len(x) * bias.flatten()[features].to(dtype)
+
+
+__all__ = [
+    "autocast_where_fast",
+    "encode_dense",
+    "encode_layers",
+    "multiplies_bfloat16",
+    "pre_activation_sums",
+    "pre_activations_at",
+]

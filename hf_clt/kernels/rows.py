@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
-from . import triton_rows
+from . import triton_layers, triton_rows
 
 
 # Above this share of listed entries one matrix product is faster than gathering rows: measured on a CPU
@@ -123,13 +123,13 @@ def entry_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
     Returns:
         (nnz,), in the order of the entries.
     """
-    if use_dense(features.indices, features.num_tokens, features.num_features):
-        return (left @ right.T)[features.tokens, features.indices]
-    order, offsets = features.by_feature  # by feature, so that each row of `right` is read once
+    if use_dense(features.indices, features.num_rows, features.num_features):
+        return (left @ right.T)[features.rows, features.indices]
     if use_triton(left):
-        dots = triton_rows.posting_dots(left, right, features)
-        return torch.empty_like(dots).index_copy_(0, order, dots)
-    tokens = features.tokens[order]
+        columns = [(0, left.shape[1])]
+        return triton_layers.posting_sums(left, features.rows, features, columns=columns, weights=[right])
+    order, offsets = features.by_feature  # by feature, so that each row of `right` is read once
+    tokens = features.rows[order]
     count = num_tiles(left)
     if count > 1 and has_sparse_product(left):
         places = torch.sparse_csr_tensor(offsets, tokens, left.new_zeros(len(order)), (len(right), len(left)))
@@ -141,27 +141,35 @@ def entry_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
     return torch.empty_like(dots).index_copy_(0, order, dots)
 
 
-def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor) -> Tensor:
+def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor, places: Tensor | None = None) -> Tensor:
     """
-    out[f] = Σ_n values[n, f] · rows[n]: the gradient of a matrix of which only the listed entries' rows were used.
+    out[f] = Σ over the entries (n, f) of value · rows[n]: the gradient of a matrix of which only the listed entries'
+    rows were used.
 
     Args:
-        rows: (N, C).
-        features: Lists the entries (n, f); its own values are not read.
+        rows: (R, C).
+        features: Lists the entries; its own values are not read.
         values: (nnz,), one per entry.
+        places: (nnz,) int64, the row of each entry; None: that of `features`.
 
     Returns:
-        (F, C), in the dtype of `rows`.
+        (F, C), in the dtype of `rows`, F all features of all layers.
     """
     values = values.to(rows.dtype)
-    if use_dense(values, features.num_tokens, features.num_features):
-        return features.dense(values).T @ rows
+    if features.num_layers == 1 and use_dense(values, features.num_rows, features.num_features):
+        dense = features.dense(values).view(-1, len(rows), features.num_features).sum(dim=0)
+        return dense.T @ rows
+    places = features.rows if places is None else places
     if use_triton(rows):
-        return triton_rows.transposed_row_sums(rows, features, values)
+        out = rows.new_empty(features.num_features, rows.shape[1])
+        triton_layers.posting_sums(
+            rows, places, features, values=values, columns=[(0, rows.shape[1])], gradients=[out]
+        )
+        return out
     order, offsets = features.by_feature
     if not has_sparse_product(rows):
-        return row_sums(rows, features.tokens[order], offsets, values[order])
-    lists = torch.sparse_csr_tensor(offsets, features.tokens[order], values[order], (features.num_features, len(rows)))
+        return row_sums(rows, places[order], offsets, values[order])
+    lists = torch.sparse_csr_tensor(offsets, places[order], values[order], (features.num_features, len(rows)))
     out = rows.new_empty(features.num_features, rows.shape[1])
     width = rows.shape[1] // num_tiles(rows)
     for columns, tile in zip(out.split(width, dim=1), rows.split(width, dim=1), strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_clt.kernels import encode, rows
-from hf_clt.kernels.encode import encode_dense, pre_activations_at
+from hf_clt.kernels.encode import encode_dense, encode_layers, pre_activation_sums, pre_activations_at
 from hf_clt.sparsity import LayerFeatures, features_at
 
 
@@ -26,7 +26,7 @@ def selected(x, weight, bias):
     support[2] = False
     support[:, 4] = False
     features = features_at(h, support)
-    return pre_activations_at(x, weight, bias, features), support
+    return pre_activations_at(x[:, None], weight[None], bias[None], features), support
 
 
 def test_encode_dense_by_hand():
@@ -55,8 +55,8 @@ def test_gradients_by_finite_differences(monkeypatch, dense_above):
 
     def function(x, weight, bias):
         h = encode_dense(x, weight, bias).detach()
-        entries = LayerFeatures(h[features.tokens, features.indices], features.indices, features.offsets, F)
-        return pre_activations_at(x, weight, bias, entries).values
+        entries = LayerFeatures(h[features.rows, features.indices], features.indices, features.offsets, F)
+        return pre_activations_at(x[:, None], weight[None], bias[None], entries).values
 
     assert torch.autograd.gradcheck(function, leaves())
 
@@ -77,7 +77,32 @@ def test_a_rough_product_only_selects(monkeypatch, fast):
         h = encode_dense(x, weight, bias)
         assert h.dtype == (torch.bfloat16 if fast else torch.float32)
         features = features_at(h, h > 0.7)
-        features = pre_activations_at(x, weight, bias, features)
+        features = pre_activations_at(x[:, None], weight[None], bias[None], features)
     exact = encode_dense(x, weight, bias)
     assert features.values.dtype == torch.float32 and features.values.numel() > 5
-    torch.testing.assert_close(features.values, exact[features.tokens, features.indices], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features.values, exact[features.rows, features.indices], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_layers_together_are_those_one_by_one(autocast):
+    """Also where the layers are slices of more, and half precision rounds the inputs, the weights and the biases."""
+    x, weight, bias = randn(N, 5, D)[:, 1:4], randn(5, F, D, seed=1)[1:4], 1e-3 + randn(3, F, seed=2)
+    if autocast:
+        x, weight, bias = (tensor.bfloat16().float() for tensor in (x, weight, bias))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = encode_layers(x, weight, bias)
+    assert found.dtype == (torch.bfloat16 if autocast else torch.float64)
+    exact = torch.stack([encode_dense(x[:, b].double(), weight[b].double(), bias[b].double()) for b in range(3)])
+    rounding = 2**-7 if autocast else 1e-12  # of one number; its sum is in float32
+    torch.testing.assert_close(found.view(3, N, F).double(), exact, rtol=rounding, atol=rounding / 10)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_sums_of_pre_activations(autocast):
+    x, weight, bias = randn(64, 3, D).float(), randn(3, F, D, seed=1).float(), randn(3, F, seed=2).float()
+    listed = torch.tensor([0, 3, F, 2 * F + 5])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        sums = pre_activation_sums(x, weight, bias, listed)
+    h = torch.einsum("nbd,bfd->nbf", x.double(), weight.double()) + bias.double()
+    exact = h.sum(dim=0).flatten()[listed]
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-4)  # float32 sums of 64 · D terms

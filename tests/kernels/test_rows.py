@@ -54,10 +54,10 @@ def test_row_sums(dtype, columns):
 def test_row_dots(dtype, columns):
     features = entries()
     left, right = randn(40, columns, seed=3, dtype=dtype), randn(24, columns, seed=4, dtype=dtype)
-    found = row_dots(left, features.tokens, right, features.indices)
-    wanted = row_dots_reference(left.double(), features.tokens, right.double(), features.indices)
+    found = row_dots(left, features.rows, right, features.indices)
+    wanted = row_dots_reference(left.double(), features.rows, right.double(), features.indices)
     assert_close(found, wanted, dtype)
-    torch.testing.assert_close(wanted, (left.double() @ right.double().T)[features.tokens, features.indices])
+    torch.testing.assert_close(wanted, (left.double() @ right.double().T)[features.rows, features.indices])
 
 
 TILES = pytest.mark.parametrize("tile", [None, 1, 2, 50], ids=["whole", "1 column", "2 columns", "50 columns"])
@@ -96,7 +96,7 @@ def test_entry_dots(monkeypatch, dtype, tile, path):
     right = randn(24, 180, seed=4, dtype=dtype)
     cut_into_tiles(monkeypatch, left, tile)
     found = entry_dots(left, right, features)
-    assert_close(found, (left.double() @ right.double().T)[features.tokens, features.indices], dtype)
+    assert_close(found, (left.double() @ right.double().T)[features.rows, features.indices], dtype)
 
 
 @DTYPES
@@ -124,4 +124,4 @@ def test_nothing_and_everything(monkeypatch, density):
     weight = randn(6, 9, seed=2)
     found = row_sums(weight, features.indices, features.offsets, features.values)
     torch.testing.assert_close(found, features.to_dense() @ weight)
-    assert row_dots(rows, features.tokens, weight, features.indices).shape == (30 * density,)
+    assert row_dots(rows, features.rows, weight, features.indices).shape == (30 * density,)

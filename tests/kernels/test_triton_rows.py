@@ -4,16 +4,14 @@ H100, and on a GPU where there is one.
 """
 
 import sys
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_clt.kernels import rows as rows_module
-from hf_clt.kernels import triton_rows
-from hf_clt.sparsity import LayerFeatures, features_at
+from hf_clt.kernels import triton_layers, triton_rows
+from hf_clt.sparsity import LayerFeatures
 from tests.kernels.triton_modules import compile_kernel, load_copy
 from tests.reference import random_batch, random_clt
 
@@ -38,6 +36,13 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         return load_copy(triton_rows, "interpreted")
+
+
+@pytest.fixture(scope="module")
+def interpreted_layers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return load_copy(triton_layers, "interpreted_layers")
 
 
 def random_rows(num_rows, num_columns, dtype, seed, device="cpu"):
@@ -109,7 +114,10 @@ def test_nothing_is_written_past_the_end(interpreted):
     rows = random_rows(9, 300, torch.float32, seed=1)
     bags = random_bags(9, torch.float32)
     buffer = torch.full((len(LENGTHS) + 1, 310), 7.0)
-    interpreted.write_row_sums(rows, *bags, buffer[:-1, :300])
+    grid = (len(LENGTHS), 3)
+    interpreted.row_sums_kernel[grid](
+        rows, *bags[:2], bags[2], buffer, 300, rows.stride(0), buffer.stride(0), BLOCK_E=4, BLOCK_C=128
+    )
     assert (buffer[-1] == 7).all() and (buffer[:, 300:] == 7).all()
     assert torch.equal(buffer[:-1, :300], interpreted.row_sums(rows, *bags))
 
@@ -153,32 +161,6 @@ def test_row_dots_of_two_dtypes(interpreted):
     assert_within_rounding(found, products.sum(1), products.abs().sum(1), 7, torch.float32)
 
 
-@DTYPES
-@pytest.mark.parametrize("split, num_columns", [(1, 7), (3, 1), (4, 300), (5, 7), (12, 300), (128, 7)])
-def test_posting_dots(interpreted, monkeypatch, dtype, split, num_columns):
-    """Lists of all tokens, at both ends and together, of some, of one and of none, cut in pieces; columns in tiles."""
-    monkeypatch.setattr(interpreted, "SPLIT", split)
-    monkeypatch.setattr(interpreted, "POSTING_COLUMNS", 64)
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    left, right = random_rows(12, num_columns, dtype, seed=1), random_rows(20, num_columns, dtype, seed=2)
-    features, _ = random_features(12, 20, dtype, always=[0, 13, 14, 19], density=0.2)
-    right[1] = torch.nan  # of a feature without entries
-    found = interpreted.posting_dots(left, right, features)
-    order, _ = features.by_feature
-    products = left.double()[features.tokens[order]] * right.double()[features.indices[order]]
-    assert_within_rounding(found, products.sum(1), products.abs().sum(1), num_columns, torch.float32)
-    assert torch.equal(interpreted.posting_dots(left, right, features), found)
-
-
-def test_dots_of_a_feature_that_is_alone_and_of_two_dtypes(interpreted, monkeypatch):
-    monkeypatch.setattr(interpreted, "SPLIT", 4)
-    left, right = random_rows(11, 7, torch.float32, seed=1), random_rows(1, 7, torch.bfloat16, seed=2)
-    features = LayerFeatures(torch.randn(11), torch.zeros(11, dtype=torch.int64), torch.arange(12), 1)
-    products = left.double() * right.double()
-    found = interpreted.posting_dots(left, right, features)
-    assert_within_rounding(found, products.sum(1), products.abs().sum(1), 7, torch.float32)
-
-
 def test_no_entries_and_no_bags(interpreted):
     rows = random_rows(3, 7, torch.float32, seed=1)
     nothing, empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
@@ -186,9 +168,6 @@ def test_no_entries_and_no_bags(interpreted):
     assert torch.equal(found, torch.zeros(4, 7))
     assert interpreted.row_sums(rows, nothing, torch.zeros(1, dtype=torch.int64), empty).shape == (0, 7)
     assert interpreted.row_dots(rows, nothing, rows, nothing).shape == (0,)
-    features = LayerFeatures(empty, nothing, torch.zeros(4, dtype=torch.int64), 5)
-    assert torch.equal(interpreted.transposed_row_sums(rows, features, empty), torch.zeros(5, 7))
-    assert interpreted.posting_dots(rows, torch.randn(5, 7), features).shape == (0,)
 
 
 def test_sums_do_not_depend_on_the_block_sizes(interpreted, monkeypatch):
@@ -212,79 +191,6 @@ def test_sums_do_not_depend_on_the_block_sizes(interpreted, monkeypatch):
 ])  # fmt: skip
 def test_column_block(num_rows, num_columns, dtype, block):
     assert triton_rows.column_block(torch.empty(num_rows, num_columns, dtype=dtype, device="meta")) == block
-
-
-@DTYPES
-@pytest.mark.parametrize("split", [1, 3, 4, 8, 12, 13, 128])
-def test_transposed_row_sums(interpreted, monkeypatch, dtype, split):
-    """Features on all 12 tokens, at the beginning, together and at the end; some, one and no token; cut in pieces."""
-    monkeypatch.setattr(interpreted, "SPLIT", split)
-    num_tokens, num_features = 12, 30
-    rows = random_rows(num_tokens, 7, dtype, seed=1)
-    features, acts = random_features(num_tokens, num_features, dtype, always=[0, 13, 14, 29], density=0.3)
-    found = interpreted.transposed_row_sums(rows, features, features.values)
-    assert_within_rounding(found, acts.T @ rows.double(), acts.abs().T @ rows.double().abs(), num_tokens, dtype)
-    assert (found[1] == 0).all()
-    assert torch.equal(interpreted.transposed_row_sums(rows, features, features.values), found)
-
-
-def test_a_feature_that_is_alone(interpreted, monkeypatch):
-    monkeypatch.setattr(interpreted, "SPLIT", 4)
-    rows = random_rows(11, 300, torch.float32, seed=1)
-    features = LayerFeatures(torch.randn(11), torch.zeros(11, dtype=torch.int64), torch.arange(12), 1)
-    found = interpreted.transposed_row_sums(rows, features, features.values)
-    exact, magnitude = (values.double() @ m.double() for values, m in (
-        (features.values, rows), (features.values.abs(), rows.abs()),
-    ))  # fmt: skip
-    assert_within_rounding(found, exact[None], magnitude, 11, torch.float32)
-
-
-def test_where_a_list_is_cut_depends_on_no_other(interpreted, monkeypatch):
-    """The same bits, whatever fires beside it: a process with some of the features finds what one with all does."""
-    monkeypatch.setattr(interpreted, "SPLIT", 4)
-    rows = random_rows(12, 7, torch.float32, seed=1)
-    features, acts = random_features(12, 30, torch.float32, always=[0, 13, 14, 29], density=0.3)
-    found = interpreted.transposed_row_sums(rows, features, features.values)
-    for first in (1, 2, 14):
-        some = features_at(acts[:, first:].float(), acts[:, first:] != 0)
-        assert torch.equal(interpreted.transposed_row_sums(rows, some, some.values), found[first:])
-
-
-def test_every_entry_is_in_one_piece(interpreted, monkeypatch):
-    """What lies past a piece must not enter it: each sum of one column of ones counts its feature's entries."""
-
-    generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for split in range(1, 8):
-        monkeypatch.setattr(interpreted, "SPLIT", split)
-        support = torch.rand(20, 15, generator=generator) < torch.rand(15, generator=generator)
-        features = features_at(torch.ones(20, 15), support)
-        found = interpreted.transposed_row_sums(torch.ones(20, 1), features, features.values)
-        assert torch.equal(found[:, 0], support.sum(dim=0).float())
-
-
-def test_shapes_do_not_depend_on_values(interpreted, monkeypatch):
-    """A shape that depends on values would make the host wait for the GPU; tensors without values refuse it."""
-    monkeypatch.setattr(interpreted, "SPLIT", 4)
-    launched = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return lambda *args, **kwargs: None
-
-    for name in ("piece_sums_kernel", "row_sums_kernel", "posting_dots_kernel"):
-        monkeypatch.setattr(interpreted, name, Kernel())
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
-    features, _ = random_features(12, 70, torch.float32)
-    order, starts = features.by_feature
-    with FakeTensorMode() as mode:
-        fake = LayerFeatures(*map(mode.from_tensor, (features.values, features.indices, features.offsets)), 70)
-        fake.orders["by_feature"] = mode.from_tensor(order), mode.from_tensor(starts)
-        assert interpreted.transposed_row_sums(torch.empty(12, 7), fake, fake.values).shape == (70, 7)
-        assert interpreted.posting_dots(torch.empty(12, 7), torch.empty(70, 7), fake).shape == order.shape
-    chunks = -(-len(order) // 4)
-    assert launched == [(chunks, 1), (70, 1), (70 + chunks, 1)]
 
 
 @DTYPES
@@ -322,13 +228,6 @@ def test_what_the_kernels_do_not_take_is_refused(interpreted):
     ]:
         with pytest.raises(ValueError, match=message):
             interpreted.row_dots(*arguments)
-    features, _ = random_features(5, 70, torch.float32)
-    with pytest.raises(ValueError, match="rows has 4 rows for 5 tokens"):
-        interpreted.transposed_row_sums(rows, features, features.values)
-    with pytest.raises(ValueError, match=r"\(4, 70\) rows of left and right for \(5, 70\) tokens and features"):
-        interpreted.posting_dots(rows, torch.randn(70, 7), features)
-    with pytest.raises(ValueError, match="left has 7 columns and right 6"):
-        interpreted.posting_dots(rows, torch.randn(70, 6), features)
 
 
 def test_available(interpreted, monkeypatch):
@@ -351,21 +250,11 @@ def compile_for_h100(tmp_path, monkeypatch):
     return partial(compile_kernel, tmp_path)
 
 
-@pytest.mark.parametrize("split", [0, triton_rows.SPLIT])
 @pytest.mark.parametrize("dtype, block", [("fp32", 256), ("fp32", 512), ("bf16", 256), ("bf16", 512), ("fp16", 512)])
-def test_row_sums_compile_for_an_h100(compile_for_h100, dtype, block, split):
-    types = dict.fromkeys(["rows", "weights", "out"], f"*{dtype}") | {"pieces": "*fp32"}
-    types |= dict.fromkeys(["indices", "offsets"], "*i64")
-    constants = {"SPLIT": split, "BLOCK_E": triton_rows.SUM_ENTRIES, "BLOCK_C": block}
+def test_row_sums_compile_for_an_h100(compile_for_h100, dtype, block):
+    types = dict.fromkeys(["rows", "weights", "out"], f"*{dtype}") | dict.fromkeys(["indices", "offsets"], "*i64")
+    constants = {"BLOCK_E": triton_rows.SUM_ENTRIES, "BLOCK_C": block}
     compile_for_h100(triton_rows.row_sums_kernel, types, constants, 1)
-
-
-@pytest.mark.parametrize("dtype, block", [("fp32", 256), ("fp32", 512), ("bf16", 256), ("bf16", 512), ("fp16", 512)])
-def test_piece_sums_compile_for_an_h100(compile_for_h100, dtype, block):
-    types = dict.fromkeys(["rows", "weights"], f"*{dtype}") | {"pieces": "*fp32"}
-    types |= dict.fromkeys(["tokens", "indices", "order", "offsets"], "*i64")
-    constants = {"SPLIT": triton_rows.SPLIT, "BLOCK_E": triton_rows.SUM_ENTRIES, "BLOCK_C": block}
-    compile_for_h100(triton_rows.piece_sums_kernel, types, constants, 1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -374,15 +263,6 @@ def test_row_dots_compile_for_an_h100(compile_for_h100, dtype):
     types |= dict.fromkeys(["left_indices", "right_indices"], "*i64")
     constants = {"BLOCK_E": triton_rows.DOT_ENTRIES, "BLOCK_C": triton_rows.DOT_COLUMNS}
     compile_for_h100(triton_rows.row_dots_kernel, types, constants, triton_rows.DOT_WARPS)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_posting_dots_compile_for_an_h100(compile_for_h100, dtype):
-    types = dict.fromkeys(["left", "right"], f"*{dtype}") | {"out": "*fp32"}
-    types |= dict.fromkeys(["tokens", "indices", "order", "offsets"], "*i64")
-    constants = {"SPLIT": triton_rows.SPLIT, "BLOCK_E": triton_rows.POSTING_ENTRIES}
-    constants["BLOCK_C"] = triton_rows.POSTING_COLUMNS
-    compile_for_h100(triton_rows.posting_dots_kernel, types, constants, triton_rows.POSTING_WARPS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -397,12 +277,14 @@ def test_on_a_gpu_at_a_real_size(dtype):
     features, acts = random_features(num_tokens, num_features, dtype, [5, 77, 24575], device, density)
     _ = features.by_feature  # computed here, since it may wait for the GPU
 
+    given = {"columns": [(0, num_columns)], "weights": [weight], "gradients": [torch.empty_like(weight)]}
+
     def run():
         return (
             triton_rows.row_sums(weight, features.indices, features.offsets, features.values),
-            triton_rows.row_dots(grad, features.tokens, weight, features.indices),
-            triton_rows.transposed_row_sums(grad, features, features.values),
-            triton_rows.posting_dots(grad, weight, features)[-500:],
+            triton_rows.row_dots(grad, features.rows, weight, features.indices),
+            triton_layers.posting_sums(grad, features.rows, features, values=features.values, **given),
+            given["gradients"][0].clone(),
         )
 
     assert triton_rows.available(weight)
@@ -416,18 +298,16 @@ def test_on_a_gpu_at_a_real_size(dtype):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
-    sums, dots, transposed, posted = first
+    sums, dots, posted, transposed = first
     # Some columns of everything in float64: the first, the last, and some around the border between two tiles.
     columns = torch.tensor([*range(4), *range(508, 516), *range(num_columns - 4, num_columns)], device=device)
     rows = weight[:, columns].double()
     longest = int(features.offsets.diff().max())
     assert_within_rounding(sums[:, columns], acts @ rows, acts.abs() @ rows.abs(), longest, dtype)
-    tokens, indices = features.tokens[-500:], features.indices[-500:]
+    tokens, indices = features.rows[-500:], features.indices[-500:]
     products = grad[tokens].double() * weight[indices].double()
     assert_within_rounding(dots[-500:], products.sum(1), products.abs().sum(1), num_columns, torch.float32)
-    order = features.by_feature[0][-500:]
-    products = grad[features.tokens[order]].double() * weight[features.indices[order]].double()
-    assert_within_rounding(posted, products.sum(1), products.abs().sum(1), num_columns, torch.float32)
+    assert_within_rounding(posted[-500:], products.sum(1), products.abs().sum(1), num_columns, torch.float32)
     rows = grad[:, columns].double()
     exact, magnitude = acts.T @ rows, acts.abs().T @ rows.abs()
     assert_within_rounding(transposed[:, columns], exact, magnitude, num_tokens, dtype)
@@ -447,9 +327,10 @@ def test_on_a_gpu_with_offsets_beyond_32_bits():
     assert triton_rows.row_dots(rows, indices, rows, indices).tolist() == [9 * 512, 4 * 512]
 
 
-@pytest.mark.parametrize("tying", ["none", "per_source", "per_target"])
-@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
-def test_a_training_step_of_the_model_through_the_kernels(interpreted, monkeypatch, activation, tying):
+@pytest.mark.parametrize("activation, tying", [("jumprelu", "per_target"), ("batchtopk", "none")])
+def test_a_training_step_of_the_model_through_the_kernels(
+    interpreted, interpreted_layers, monkeypatch, activation, tying
+):
     """Loss and every gradient as with the CPU operators, in float32; rounding of sums of at most 100 products."""
     clt = random_clt(double=False, activation_fn=activation, decoder_tying=tying, **STEP)
     inputs, labels = (tensor.float() for tensor in random_batch(clt))
@@ -469,7 +350,7 @@ def test_a_training_step_of_the_model_through_the_kernels(interpreted, monkeypat
         return True
 
     monkeypatch.setattr(rows_module, "triton_rows", interpreted)
-    monkeypatch.setattr(interpreted, "SPLIT", 2)
+    monkeypatch.setattr(rows_module, "triton_layers", interpreted_layers)
     monkeypatch.setattr(rows_module, "use_triton", use_triton)
     found = step()
     assert len(calls) > 3 * clt.config.num_layers

@@ -64,11 +64,11 @@ def test_nan_of_either_sign_is_above_all(interpreted):
 def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
     h = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
     dead = torch.rand(96, generator=torch.Generator().manual_seed(2)) < 0.3
-    wanted = selection.positions_topk(h, 4), selection.largest_dead(h, dead, 3)
+    wanted = selection.positions_topk(h, 4), selection.largest_dead(h, dead[None], 3)
     monkeypatch.setattr(selection, "triton_topk", interpreted)
     monkeypatch.setattr(interpreted, "takes", lambda values: values.is_contiguous())
     monkeypatch.setattr(selection, "is_on_cpu", lambda tensor: False)
-    found = selection.positions_topk(h, 4), selection.largest_dead(h, dead, 3)
+    found = selection.positions_topk(h, 4), selection.largest_dead(h, dead[None], 3)
     assert torch.equal(found[0], wanted[0])
     for name in ("values", "indices", "offsets"):
         assert torch.equal(getattr(found[1], name), getattr(wanted[1], name))

@@ -1,0 +1,259 @@
+"""
+The Triton kernels over all layers against the float64 formulas: under Triton's interpreter on the CPU, compiled (but
+not run) for an H100, and on a GPU where there is one.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from hf_clt.kernels import decode as decode_module
+from hf_clt.kernels import rows as rows_module
+from hf_clt.kernels import triton_layers
+from hf_clt.kernels.decode import output_rows
+from hf_clt.sparsity import LayerFeatures, features_at, join
+from tests.kernels.test_triton_rows import DTYPES, assert_within_rounding
+from tests.kernels.triton_modules import compile_kernel, load_copy
+from tests.reference import random_batch, random_clt
+
+
+triton = pytest.importorskip("triton")
+
+L, N, F, D = 3, 6, 12, 24
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        copy = load_copy(triton_layers, "interpreted_layers")
+    copy.DECODE_COLUMNS, copy.POSTING_BYTES, copy.POSTING_SPLIT, copy.SQUARE_COLUMNS = 16, 64, 5, 16
+    copy.available = lambda tensor: tensor.dtype != torch.float64
+    return copy
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_block(dtype, num_layers=L, dead=False, seed=0):
+    """
+    Features of some layers on N tokens, feature 0 on all, feature 1 on none, some of value 0; with dead features below
+    on demand. And their dense activations (N, L, F), or (2 N, L, F), in float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    acts = torch.randn(num_layers, 2 if dead else 1, N, F, generator=generator).to(dtype)
+    support = torch.rand(acts.shape, generator=generator) < 0.3
+    support[..., 0], support[..., 1] = True, False
+    acts = torch.where(torch.rand(acts.shape, generator=generator) < 0.1, 0, acts) * support
+    halves = [
+        join([features_at(acts[b, half], support[b, half]) for b in range(num_layers)])
+        for half in range(acts.shape[1])
+    ]
+    block = halves[0].with_dead(halves[1]) if dead else halves[0]
+    return block, acts.double().flatten(1, 2).transpose(0, 1)
+
+
+def random_weights(dtype, reach, tied=False, seed=7):
+    """Decoders that are slices of a larger tensor each, at distances that are no multiple of a load."""
+    weights = []
+    for s in range(L):
+        width = D if tied else min(L - s, reach) * D
+        buffer = torch.full((F * width + 3 * s + 8,), torch.nan, dtype=dtype)
+        weight = buffer[3 * s + 1 :][: F * width].view(F, -1, D)
+        weights.append(weight.copy_(randn(*weight.shape, seed=seed + s)))
+    return weights
+
+
+def dense_decode(start, acts, weights, reach, tied):
+    """The formula; with absolute values the size of what is added up."""
+    out = start.double().clone()
+    for s, weight in enumerate(weights):
+        for t in range(s, min(L, s + reach)):
+            out[:, t] += acts[:, s] @ weight[:, 0 if tied else t - s].double()
+    return out
+
+
+CASES = pytest.mark.parametrize("dtype, reach, tied, dead, slopes", [
+    (torch.float32, 3, False, True, True),
+    (torch.bfloat16, 3, False, False, False),
+    (torch.float16, 3, False, False, True),
+    (torch.float32, 2, False, True, False),
+    (torch.float32, 1, False, False, True),
+    (torch.float32, 3, True, True, True),
+    (torch.float32, 2, True, False, False),
+])  # fmt: skip
+
+
+@CASES
+def test_decode(interpreted, dtype, reach, tied, dead, slopes):
+    block, acts = random_block(dtype, dead=dead)
+    weights = random_weights(dtype, reach, tied)
+    unused = (acts == 0).all(dim=0)  # the rows of features that do not fire must not be read
+    start = randn(1, L, D, seed=3).expand(len(acts), -1, -1)
+    exact = dense_decode(start, acts, weights, reach, tied)
+    size = dense_decode(start.abs(), acts.abs(), [w.abs() for w in weights], reach, tied)
+    for s, weight in enumerate(weights):
+        weight[unused[s]] = torch.nan
+    found = interpreted.decode(start, block, block.values, weights, reach, tied)
+    assert_within_rounding(found, exact, size, L * F, torch.float32)
+    assert torch.equal(interpreted.decode(start, block, block.values, weights, reach, tied), found)
+
+
+@CASES
+def test_both_gradients_of_the_decoders(interpreted, dtype, reach, tied, dead, slopes):
+    block, acts = random_block(dtype, dead=dead)
+    weights = random_weights(dtype, reach, tied)
+    rows = randn(len(acts), L, D, seed=4).to(dtype)
+    slope = randn(L * F, seed=5) if slopes else None
+    gradients = [torch.full_like(weight, torch.nan) for weight in weights]
+    columns = [(s * D, weight[0].numel()) for s, weight in enumerate(weights)]
+    given = {"columns": columns, "weights": weights, "slopes": slope}
+    found = partial(interpreted.posting_sums, rows.flatten(1), output_rows(block), block, **given)
+    dots = found(values=block.values, gradients=gradients)
+    flat = rows.double().flatten(1)
+    exact, size = torch.zeros(2, len(acts), L, F, dtype=torch.float64)
+    for s, (weight, gradient, (first, width)) in enumerate(zip(weights, gradients, columns, strict=True)):
+        w, g = weight.double().flatten(1), flat[:, first : first + width]
+        exact[:, s], size[:, s] = g @ w.T, g.abs() @ w.abs().T
+        wanted, most = acts[:, s].T @ g, acts[:, s].abs().T @ g.abs()
+        if slopes:
+            of_layer = slope[s * F : (s + 1) * F, None].double()
+            wanted, most = wanted + of_layer * w, most + (of_layer * w).abs()
+        assert_within_rounding(gradient.flatten(1), wanted, most, len(acts), dtype)
+    place = (output_rows(block), block.indices // F, block.indices % F)
+    assert_within_rounding(dots, exact[place], size[place], L * D, torch.float32)
+    again = [torch.empty_like(weight) for weight in weights]
+    assert torch.equal(found(values=block.values, gradients=again), dots)
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True))
+    if not slopes:
+        assert torch.equal(found(), dots)  # of weights that are not trained
+
+
+def test_sums_alone_over_layers_whose_rows_lie_side_by_side(interpreted):
+    """The gradient of the encoders: row n · L + b of the inputs is token n in layer b."""
+    block, acts = random_block(torch.float32)
+    x = randn(N, L, D, seed=4)
+    places = block.rows % N * L + block.rows // N
+    gradient = torch.full((L * F, D), torch.nan)
+    found = interpreted.posting_sums(
+        x.view(-1, D), places, block, values=block.values, columns=[(0, D)], gradients=[gradient]
+    )
+    assert found is None
+    exact, size = (torch.einsum("nlf,nld->lfd", a, b).flatten(0, 1) for a, b in (
+        (acts, x.double()), (acts.abs(), x.double().abs())
+    ))  # fmt: skip
+    assert_within_rounding(gradient, exact, size, N, torch.float32)
+
+
+def test_no_entries(interpreted):
+    nothing = torch.zeros(0, dtype=torch.int64)
+    block = LayerFeatures(torch.zeros(0), nothing, torch.zeros(L * N + 1, dtype=torch.int64), L * F, L)
+    weights, start = random_weights(torch.float32, 3), randn(N, L, D)
+    assert torch.equal(interpreted.decode(start, block, block.values, weights, 3, False), start)
+    gradients = [torch.full_like(weight, torch.nan) for weight in weights]
+    columns = [(s * D, weight[0].numel()) for s, weight in enumerate(weights)]
+    given = {"values": block.values, "columns": columns, "gradients": gradients, "weights": weights}
+    assert interpreted.posting_sums(start.flatten(1), nothing, block, **given).shape == (0,)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@DTYPES
+def test_square_sums(interpreted, dtype):
+    weights = random_weights(dtype, 3)
+    exact = torch.cat([weight.double().square().sum(dim=(1, 2)) for weight in weights])
+    assert_within_rounding(interpreted.square_sums(weights), exact, exact, L * D, torch.float32)
+
+
+@pytest.mark.parametrize("activation, reach, tying", [
+    ("relu", 2, "none"),
+    ("jumprelu", None, "none"),
+    ("jumprelu", 2, "per_source"),
+    ("topk", None, "per_source"),
+    ("batchtopk", None, "none"),
+])  # fmt: skip
+def test_a_training_step_of_the_model_through_the_kernels(interpreted, monkeypatch, activation, reach, tying):
+    """
+    Losses, each with its gradients, as layer by layer with the CPU operators in float32; rounding of sums of at most
+    100 products.
+    """
+    losses = {
+        "jumprelu_bandwidth": 0.5,
+        "sparsity_lambda": 0.7,
+        "preactivation_coef": 0.2,
+        "aux_coef": 0.4,
+        "aux_k": 2,
+    }
+    clt = random_clt(double=False, activation_fn=activation, decoder_tying=tying, decoder_reach=reach, **losses)
+    inputs, labels = (tensor.float() for tensor in random_batch(clt))
+    inputs.requires_grad_()
+    dead = torch.zeros(clt.config.num_layers, clt.config.num_features, dtype=torch.bool)
+    dead[1, 3:6] = True
+    terms = ("reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss", "loss")
+
+    def step():
+        output = clt.train()(inputs, labels=labels, dead=dead)
+        leaves = [inputs, *clt.parameters()]
+        found = [output.reconstruction, output.features.to_dense()]
+        for loss in (getattr(output, name) for name in terms):
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+            found += [loss, *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True))]
+        return found
+
+    monkeypatch.setattr(rows_module, "DENSE_ABOVE", 1.0)
+    wanted = step()
+    calls = []
+    for name in ("decode", "posting_sums"):
+        kernel = getattr(interpreted, name)
+        monkeypatch.setattr(
+            interpreted, name, lambda *args, name=name, kernel=kernel, **kw: calls.append(name) or kernel(*args, **kw)
+        )
+    for module in (rows_module, decode_module):
+        monkeypatch.setattr(module, "triton_layers", interpreted)
+    clt.layers_together = True
+    found = step()
+    assert "decode" in calls and "posting_sums" in calls
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def compile_for_h100(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return partial(compile_kernel, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_decode_compiles_for_an_h100(compile_for_h100, dtype, tied):
+    types = {"weights": f"*{dtype}", "values": "*fp32", "start": "*fp32", "out": "*fp32"}
+    types |= dict.fromkeys(["indices", "offsets", "table"], "*i64")
+    constants = {"TIED": tied, "ALIGN": 16, "BLOCK_E": triton_layers.DECODE_ENTRIES}
+    constants["BLOCK_C"] = triton_layers.DECODE_COLUMNS
+    compile_for_h100(triton_layers.decode_kernel, types, constants, 1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "parts", [(True, True, False), (True, True, True), (True, False, False), (False, True, False)]
+)
+def test_posting_sums_compile_for_an_h100(compile_for_h100, dtype, parts):
+    types = dict.fromkeys(["rows", "weights", "gradients"], f"*{dtype}")
+    types |= dict.fromkeys(["values", "slopes", "dots"], "*fp32")
+    types |= dict.fromkeys(["places", "offsets", "table"], "*i64")
+    constants = dict(zip(("HAS_SUMS", "HAS_DOTS", "HAS_SLOPES"), map(bool, parts), strict=True))
+    constants |= {"ALIGN": 16, "SPLIT": triton_layers.POSTING_SPLIT, "BLOCK_E": triton_layers.POSTING_ENTRIES}
+    constants["BLOCK_C"] = triton_layers.POSTING_BYTES // (4 if dtype == "fp32" else 2)
+    compile_for_h100(triton_layers.posting_kernel, types, constants, 1)
+
+
+def test_square_sums_compile_for_an_h100(compile_for_h100):
+    types = {"weights": "*bf16", "table": "*i64", "out": "*fp32"}
+    constants = {"ALIGN": 16, "BLOCK_C": triton_layers.SQUARE_COLUMNS}
+    compile_for_h100(triton_layers.squares_kernel, types, constants, 4)
+
+
+@pytest.mark.parametrize("numbers, found", [([0, 32], 16), ([0, 8], 1), ([], 16), ([-160], 16)])
+def test_alignment(numbers, found):
+    assert triton_layers.alignment(numbers) == found
