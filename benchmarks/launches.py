@@ -222,7 +222,7 @@ def count(case: Case) -> dict:
 
     kernels = {
         triton_rows: ("row_sums_kernel", "row_dots_kernel"),
-        triton_layers: ("decode_kernel", "posting_kernel", "dots_kernel", "squares_kernel"),
+        triton_layers: ("decode_kernel", "posting_kernel", "dots_kernel", "squares_kernel", "round_kernel"),
         triton_adam: ("adam_kernel",),
         triton_topk: ("topk_kernel",),
     }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..folding import at_least_float32
 from ..sparsity import LayerFeatures, sum_by_feature
-from .rows import row_dots, row_sums, transposed_row_sums
+from .rows import row_dots_by_feature, row_sums, transposed_row_sums
 
 
 def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ def pre_activations_at(x: Tensor, weight: Tensor, bias: Tensor, features: LayerF
     values, dtype = features.values, at_least_float32(weight.dtype)
     with torch.no_grad():
         if torch.finfo(values.dtype).eps > torch.finfo(dtype).eps:
-            rows = x.to(dtype).reshape(-1, x.shape[2])
-            exact = row_dots(rows, input_rows(features), weight.to(dtype).flatten(0, 1), features.indices)
-            exact = exact.to(dtype) + bias.flatten()[features.indices]
+            rows, columns = x.to(dtype).reshape(-1, x.shape[2]), weight.to(dtype).flatten(0, 1)
+            exact = row_dots_by_feature(rows, columns, features, input_rows(features)).to(dtype)
+            exact += bias.flatten()[features.indices]
             values = exact if features.first is None else torch.where(values.isneginf(), values, exact)
     return features.with_values(_PreActivations.apply(x, weight, bias, values, features))
 

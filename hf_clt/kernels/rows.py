@@ -126,8 +126,7 @@ def entry_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
     if use_dense(features.indices, features.num_rows, features.num_features):
         return (left @ right.T)[features.rows, features.indices]
     if use_triton(left):
-        columns = [(0, left.shape[1])]
-        return triton_layers.posting_sums(left, features.rows, features, columns=columns, weights=[right])
+        return row_dots_by_feature(left, right, features, features.rows)
     order, offsets = features.by_feature  # by feature, so that each row of `right` is read once
     tokens = features.rows[order]
     count = num_tiles(left)
@@ -139,6 +138,14 @@ def entry_dots(left: Tensor, right: Tensor, features: LayerFeatures) -> Tensor:
     else:
         dots = row_dots(left, tokens, right, features.indices[order])
     return torch.empty_like(dots).index_copy_(0, order, dots)
+
+
+def row_dots_by_feature(left: Tensor, right: Tensor, features: LayerFeatures, places: Tensor) -> Tensor:
+    """<left[p], right[f]> at the listed entries, (nnz,), `places` p their rows; a GPU reads a row of `right` once."""
+    if use_triton(left):
+        columns = [(0, left.shape[1])]
+        return triton_layers.posting_sums(left, places, features, columns=columns, weights=[right])
+    return row_dots(left, places, right, features.indices)
 
 
 def transposed_row_sums(rows: Tensor, features: LayerFeatures, values: Tensor, places: Tensor | None = None) -> Tensor:
@@ -197,6 +204,7 @@ with warnings.catch_warnings():
 __all__ = [
     "entry_dots",
     "row_dots",
+    "row_dots_by_feature",
     "row_dots_reference",
     "row_sums",
     "row_sums_reference",

@@ -14,6 +14,8 @@ work on one tile of columns. The gradients read and write each weight once more.
 Repeatable bit for bit, as in `triton_rows.py`: no atomics, each sum in one fixed order, in float32.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ DECODE_COLUMNS, DECODE_ENTRIES = 128, 8
 POSTING_BYTES, POSTING_ENTRIES, POSTING_SPLIT = 1024, 4, 128
 # Entries of a program that adds up dot products over tiles; columns of one that adds up squares.
 DOTS_ENTRIES, SQUARE_COLUMNS = 128, 1024
+ROUND_BLOCK = 4096  # elements of a program that rounds weights
 ALIGNED = 16  # elements
 
 
@@ -172,8 +175,18 @@ if triton is not None:
             total += weight * weight
         tl.store(out + source * num_features + feature, tl.reduce(total, 0, add))
 
+    @triton.jit
+    def round_kernel(weights, rounded, table, num_sources, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+        source = tl.program_id(1)
+        size = tl.multiple_of(tl.load(table + 2 * num_sources + source), ALIGN)
+        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < size
+        weight = tl.load(weights + tl.multiple_of(tl.load(table + source), ALIGN) + places, mask=inside, other=0.0)
+        shift = tl.multiple_of(tl.load(table + num_sources + source), ALIGN)
+        tl.store(rounded + shift + places, weight.to(rounded.dtype.element_ty), mask=inside)
 
-def takes(weights: list[Tensor], start: Tensor) -> bool:
+
+def takes(weights: Sequence[Tensor], start: Tensor) -> bool:
     """Whether the kernels can decode into `start` with these weights."""
     first = weights[0]
     alike = all(w.device == start.device and w.dtype == first.dtype and w.is_contiguous() for w in weights)
@@ -181,7 +194,7 @@ def takes(weights: list[Tensor], start: Tensor) -> bool:
 
 
 def decode(
-    start: Tensor, features: LayerFeatures, values: Tensor, weights: list[Tensor], reach: int, tied: bool
+    start: Tensor, features: LayerFeatures, values: Tensor, weights: Sequence[Tensor], reach: int, tied: bool
 ) -> Tensor:
     """
     start[n, t] + Σ over sources s ≤ t, t - s < reach, and their entries at n of a · W[s][f, t - s].
@@ -235,8 +248,8 @@ def posting_sums(
     *,
     values: Tensor | None = None,
     columns: list[tuple[int, int]],
-    gradients: list[Tensor] | None = None,
-    weights: list[Tensor] | None = None,
+    gradients: Sequence[Tensor] | None = None,
+    weights: Sequence[Tensor] | None = None,
     slopes: Tensor | None = None,
 ) -> Tensor | None:
     """
@@ -310,7 +323,23 @@ def posting_sums(
     return out
 
 
-def square_sums(weights: list[Tensor]) -> Tensor:
+def rounded(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of weights of one dtype, contiguous, in another."""
+    copies, first = [torch.empty_like(weight, dtype=dtype) for weight in weights], weights[0]
+    apart, sizes = [distances(weights), distances(copies)], [weight.numel() for weight in weights]
+    with torch.cuda.device_of(first):
+        round_kernel[(triton.cdiv(max(sizes), ROUND_BLOCK), len(weights))](
+            first,
+            copies[0],
+            table_on(first.device, [*apart[0], *apart[1], *sizes]),
+            len(weights),
+            ALIGN=alignment(*apart, sizes),
+            BLOCK=ROUND_BLOCK,
+        )
+    return copies
+
+
+def square_sums(weights: Sequence[Tensor]) -> Tensor:
     """Σ of W² over a feature's row of each layer's weights (F, ...), of one dtype, contiguous: (B · F,) float32."""
     num_features, first = len(weights[0]), weights[0]
     widths, apart = [w.numel() // num_features for w in weights], distances(weights)
@@ -329,7 +358,7 @@ def square_sums(weights: list[Tensor]) -> Tensor:
     return out
 
 
-def distances(tensors: list[Tensor]) -> list[int]:
+def distances(tensors: Sequence[Tensor]) -> list[int]:
     """How far each of some tensors of one dtype lies from the first, in elements."""
     first, size = tensors[0].data_ptr(), tensors[0].element_size()
     return [(tensor.data_ptr() - first) // size for tensor in tensors]
@@ -346,4 +375,4 @@ def table_on(device: torch.device, numbers: list[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=True)
 
 
-__all__ = ["decode", "posting_sums", "square_sums", "takes"]
+__all__ = ["decode", "posting_sums", "rounded", "square_sums", "takes"]

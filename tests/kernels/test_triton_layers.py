@@ -11,7 +11,7 @@ import torch
 from hf_clt.kernels import decode as decode_module
 from hf_clt.kernels import rows as rows_module
 from hf_clt.kernels import triton_layers
-from hf_clt.kernels.decode import output_rows
+from hf_clt.kernels.decode import decode_layers, output_rows
 from hf_clt.sparsity import LayerFeatures, features_at, join
 from tests.kernels.test_triton_rows import DTYPES, assert_within_rounding
 from tests.kernels.triton_modules import compile_kernel, load_copy
@@ -166,6 +166,37 @@ def test_square_sums(interpreted, dtype):
     assert_within_rounding(interpreted.square_sums(weights), exact, exact, L * D, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounded(interpreted, dtype):
+    weights = random_weights(torch.float32, 3)
+    for found, weight in zip(interpreted.rounded(weights, dtype), weights, strict=True):
+        torch.testing.assert_close(found, weight.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
+
+
+@pytest.mark.parametrize("above", [0, 1000], ids=["weights rounded", "not"])
+def test_autocast_rounds_the_gradient_and_the_weights(interpreted, monkeypatch, above):
+    """Numbers of few bits come through unchanged, others do not."""
+    monkeypatch.setattr(decode_module, "triton_layers", interpreted)
+    monkeypatch.setattr(decode_module, "ROUND_ABOVE", above)
+    block, _ = random_block(torch.float32)
+    start = torch.zeros(N, L, D)
+
+    def run(weights, rough):
+        leaves = [weight.detach().clone().requires_grad_() for weight in weights]
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            out, _ = decode_layers(start, block, leaves, 3, False)
+        return [out, *torch.autograd.grad(out, leaves, randn(N, L, D, seed=9))]
+
+    weights = [weight.bfloat16().float() for weight in random_weights(torch.float32, 3)]
+    (exact, *grads), (found, *found_grads) = run(weights, False), run(weights, True)
+    assert torch.equal(found, exact)
+    for a, b in zip(found_grads, grads, strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+    weights = random_weights(torch.float32, 3)
+    assert torch.equal(run(weights, True)[0], run(weights, False)[0]) == bool(above)
+
+
 @pytest.mark.parametrize("activation, reach, tying", [
     ("relu", 2, "none"),
     ("jumprelu", None, "none"),
@@ -252,6 +283,11 @@ def test_square_sums_compile_for_an_h100(compile_for_h100):
     types = {"weights": "*bf16", "table": "*i64", "out": "*fp32"}
     constants = {"ALIGN": 16, "BLOCK_C": triton_layers.SQUARE_COLUMNS}
     compile_for_h100(triton_layers.squares_kernel, types, constants, 4)
+
+
+def test_rounding_compiles_for_an_h100(compile_for_h100):
+    types = {"weights": "*fp32", "rounded": "*bf16", "table": "*i64"}
+    compile_for_h100(triton_layers.round_kernel, types, {"ALIGN": 16, "BLOCK": triton_layers.ROUND_BLOCK}, 4)
 
 
 @pytest.mark.parametrize("numbers, found", [([0, 32], 16), ([0, 8], 1), ([], 16), ([-160], 16)])
