@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_clt.estimate import memory
 from hf_clt.files import write_text
-from hf_clt.kernels import triton_adam, triton_rows, triton_topk
+from hf_clt.kernels import triton_adam, triton_rows, triton_select
 
 from .cases import Case
 from .measure import PHASES
@@ -223,7 +223,7 @@ def count(case: Case) -> dict:
     of_rows = dict.fromkeys(names, recorder)
     of_adam, of_topk = (
         patch.object(module, name, recorder)
-        for module, name in ((triton_adam, "adam_kernel"), (triton_topk, "topk_kernel"))
+        for module, name in ((triton_adam, "adam_kernel"), (triton_select, "topk_kernel"))
     )
     with (
         patch.multiple(triton_rows, **of_rows),

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .configuration_clt import CLTConfig
 from .device import is_on_cpu
-from .kernels import triton_topk
+from .kernels import triton_select
 from .sharding import FeatureShard, gather_candidates
 from .sparsity import (
     LayerFeatures,
@@ -162,8 +162,8 @@ def positions_topk(h: Tensor, k: int) -> Tensor:
     Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima. On a GPU it
     is one kernel.
     """
-    if triton_topk.takes(h):
-        return triton_topk.positions_topk(h, k)
+    if triton_select.takes(h):
+        return triton_select.positions_topk(h, k)
     num_tokens, num_features = h.shape
     by_feature = is_stored_by_feature(h)
     sizes = group_sizes(num_features, k)
