@@ -30,11 +30,13 @@ if triton is not None:
 TOPK_COLUMNS, TOPK_WARPS = 1024, 4
 # Columns that share a maximum: a bit each in a word.
 GROUP = 32
-# Groups, or words, at a time: of what is read in order, and of what is read by its list or its bits.
-MAXIMA_GROUPS, LISTED_GROUPS, SELECT_WARPS = 256, 256, 4
-# Rows of one layer that a program compares with the same thresholds, words of each at a time; words that it writes.
-ABOVE_ROWS, ABOVE_WORDS, WRITE_WORDS = 4, 64, 256
-BINS = 65_536
+# Groups of a program that finds their maxima, that counts entries (more take 200 registers), that makes their words.
+MAXIMA_GROUPS, HISTOGRAM_GROUPS, MARK_GROUPS, SELECT_WARPS = 256, 64, 256, 4
+# Rows of one layer that a program compares with the same thresholds, and words of each at a time.
+ABOVE_ROWS, ABOVE_WORDS = 4, 64
+# Words of a row at a time, to write their positions; [`positions_largest`] takes `MARK_GROUPS`.
+WRITE_WORDS, WRITE_WARPS = 256, 2
+BINS, CUT_WARPS = 65_536, 8
 # Infinity as an integer: all that is above is NaN.
 INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 MAX_COLUMNS = 2**30
@@ -51,17 +53,21 @@ if triton is not None:
         return a | b
 
     @triton.jit
-    def reflect(bits, INFINITY: tl.constexpr):
-        """Bits of a float to an integer in the same order, and back."""
+    def larger_or_nan(a, b):
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit
+    def keys_of(bits, INFINITY: tl.constexpr):
+        """Bits of floats, as int32, as integers in the same order, NaN above all."""
         LOWEST: tl.constexpr = -0x80000000 if INFINITY > 0x7FFF else -0x8000
-        return tl.where(bits < 0, LOWEST - bits, bits)
+        keys = tl.where(bits < 0, LOWEST - bits, bits)
+        return tl.where((keys > INFINITY) | (keys < -INFINITY), INFINITY + 1, keys)
 
     @triton.jit
     def load_keys(values, positions, inside, INFINITY: tl.constexpr):
-        """Entries as integers in the same order, NaN above all; below all what is not inside."""
-        keys = reflect(tl.load(values + positions, mask=inside, other=0).to(tl.int32), INFINITY)
-        keys = tl.where((keys > INFINITY) | (keys < -INFINITY), INFINITY + 1, keys)
-        return tl.where(inside, keys, -INFINITY - 1)
+        """Keys of entries, and below all of them what is not inside."""
+        bits = tl.load(values + positions, mask=inside, other=0).to(tl.int32)
+        return tl.where(inside, keys_of(bits, INFINITY), -INFINITY - 1)
 
     @triton.jit
     def middle(low, high):
@@ -188,15 +194,16 @@ if triton is not None:
         GROUP: tl.constexpr,
         BLOCK_G: tl.constexpr,
     ):
-        """The maximum of each group, in the dtype of `values`, and a histogram of the upper 16 bits."""
+        """The maximum of each group, of floats, and a histogram of the upper 16 bits of its key."""
         row = tl.program_id(1).to(tl.int64)
         groups = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
         positions = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        keys = load_keys(values + row * num_columns, positions, positions < num_columns, INFINITY)
-        highest = tl.reduce(keys, 1, larger)
+        entries = tl.load(values + row * num_columns + positions, mask=positions < num_columns, other=float("-inf"))
+        highest = tl.reduce(entries.to(tl.float32), 1, larger_or_nan).to(maxima.dtype.element_ty)
         listed = groups < num_groups
-        tl.store(maxima + row * num_groups + groups, reflect(highest, INFINITY), mask=listed)
-        counted = histogram + row * 65536 + bin_of(highest, INFINITY, False)
+        tl.store(maxima + row * num_groups + groups, highest, mask=listed)
+        bits = highest.to(tl.int32 if INFINITY > 0x7FFF else tl.int16, bitcast=True).to(tl.int32)
+        counted = histogram + row * 65536 + bin_of(keys_of(bits, INFINITY), INFINITY, False)
         tl.atomic_add(counted, 1, mask=listed, sem="relaxed")
 
     @triton.jit
@@ -372,8 +379,9 @@ if triton is not None:
             else:
                 least = tl.load(lower + layer * num_columns + columns, mask=inside, other=0.0).to(tl.float32)[None]
             inside = listed[:, None, None] & inside[None, :, :]
-            entries = tl.load(values + rows[:, None, None] * num_columns + columns[None, :, :], mask=inside, other=0.0)
-            above = inside & (entries.to(tl.float32) > least)
+            places = values + rows[:, None, None] * num_columns + columns[None, :, :]
+            entries = tl.load(places, mask=inside, other=float("-inf"))  # which exceeds nothing
+            above = entries.to(tl.float32) > least
             bits = tl.reduce(above.to(tl.int32) << tl.arange(0, GROUP)[None, None, :], 2, either)
             inside = listed[:, None] & (indices < num_words)[None, :]
             tl.store(words + rows[:, None] * num_words + indices[None, :], bits, mask=inside)
@@ -464,7 +472,7 @@ def positions_largest(values: Tensor, count: int) -> Tensor:
     found = torch.empty(num_rows, count, dtype=torch.int64, device=values.device)
     if found.numel() == 0:
         return found
-    infinity, values = INFINITY[values.dtype], as_integers(values)
+    infinity = INFINITY[values.dtype]
     num_groups, digits = triton.cdiv(num_columns, GROUP), values.element_size() // 2
     pruned = count < num_groups
     # One for each round and each 16 bits.
@@ -485,8 +493,8 @@ def positions_largest(values: Tensor, count: int) -> Tensor:
                 num_warps=SELECT_WARPS,
             )
             groups = values.new_empty(num_rows, count, dtype=torch.int32)
-            cuts = write_largest(maxima, None, None, histograms[1], groups, infinity, counted=True)
-        write_largest(values, groups, cuts, histograms[0], found, infinity)
+            cuts = write_largest(as_integers(maxima), None, None, histograms[1], groups, infinity, counted=True)
+        write_largest(as_integers(values), groups, cuts, histograms[0], found, infinity)
     return found
 
 
@@ -515,15 +523,14 @@ def write_largest(
     num_rows, num_columns = values.shape
     listed = groups is not None
     num_groups = groups.shape[1] if listed else triton.cdiv(num_columns, GROUP)
-    num_blocks = triton.cdiv(num_groups, LISTED_GROUPS)
-    grid = (num_blocks, num_rows)
-    form = {"LISTED": listed, "GROUP": GROUP, "BLOCK_G": LISTED_GROUPS, "num_warps": SELECT_WARPS}
+    num_blocks = triton.cdiv(num_groups, MARK_GROUPS)
+    form = {"LISTED": listed, "GROUP": GROUP}
     any_pointer = histograms  # in the place of what is not there, and not read
     list_of_groups = groups if listed else any_pointer
     for digit, histogram in enumerate(histograms):
         before, lower = any_pointer if cuts is None else cuts, digit > 0
         if lower or not counted:
-            histogram_kernel[grid](
+            histogram_kernel[(triton.cdiv(num_groups, HISTOGRAM_GROUPS), num_rows)](
                 values,
                 list_of_groups,
                 before,
@@ -532,13 +539,15 @@ def write_largest(
                 num_groups,
                 INFINITY=infinity,
                 LOWER=lower,
+                BLOCK_G=HISTOGRAM_GROUPS,
+                num_warps=SELECT_WARPS,
                 **form,
             )
         cuts = histogram.new_empty(num_rows, 2)
-        cut_kernel[(num_rows,)](histogram, before, cuts, out.shape[1], LOWER=lower, num_warps=8)
+        cut_kernel[(num_rows,)](histogram, before, cuts, out.shape[1], LOWER=lower, num_warps=CUT_WARPS)
     above, equal = histograms.new_empty(2, num_rows, num_groups)
     totals = histograms.new_empty(num_rows, num_blocks, dtype=torch.int64)
-    mark_kernel[grid](
+    mark_kernel[(num_blocks, num_rows)](
         values,
         list_of_groups,
         cuts,
@@ -549,9 +558,24 @@ def write_largest(
         num_groups,
         num_blocks,
         INFINITY=infinity,
+        BLOCK_G=MARK_GROUPS,
+        num_warps=SELECT_WARPS,
         **form,
     )
-    write_kernel[grid](above, equal, totals, list_of_groups, cuts, out, out.shape[1], num_groups, num_blocks, **form)
+    write_kernel[(num_blocks, num_rows)](
+        above,
+        equal,
+        totals,
+        list_of_groups,
+        cuts,
+        out,
+        out.shape[1],
+        num_groups,
+        num_blocks,
+        BLOCK_G=MARK_GROUPS,
+        num_warps=WRITE_WARPS,
+        **form,
+    )
     return cuts
 
 
@@ -626,7 +650,7 @@ def positions_marked(words: Tensor, offsets: Tensor, total: int, num_columns: in
             words.shape[1],
             GROUP=GROUP,
             BLOCK_W=WRITE_WORDS,
-            num_warps=SELECT_WARPS,
+            num_warps=WRITE_WARPS,
         )
     return positions
 

@@ -24,7 +24,7 @@ def interpreted():
         patch.setenv("TRITON_INTERPRET", "1")
         copy = load_copy(triton_select, "interpreted_select")
     # Several blocks in a small row, and rows that are no multiple of them.
-    copy.TOPK_COLUMNS, copy.MAXIMA_GROUPS, copy.LISTED_GROUPS = 16, 8, 4
+    copy.TOPK_COLUMNS, copy.MAXIMA_GROUPS, copy.HISTOGRAM_GROUPS, copy.MARK_GROUPS = 16, 16, 16, 8
     copy.ABOVE_ROWS, copy.ABOVE_WORDS, copy.WRITE_WORDS = 2, 2, 2
     with pytest.MonkeyPatch.context() as patch:
         fold_in_halves(patch)
@@ -148,7 +148,9 @@ def test_the_largest_differ_in_the_lowest_bits(interpreted):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_number_of_16_bits_is_in_its_place(interpreted, dtype):
+def test_every_number_of_16_bits_is_in_its_place(interpreted, monkeypatch, dtype):
+    for name in ("MAXIMA_GROUPS", "HISTOGRAM_GROUPS", "MARK_GROUPS"):
+        monkeypatch.setattr(interpreted, name, 512)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     values = every[torch.randperm(2**16, generator=torch.Generator().manual_seed(6))].view(dtype)[None]
     for count in (700, 2000):  # NaN alone, or some; one and two in a group
@@ -243,19 +245,25 @@ def test_the_others_compile_for_an_h100(tmp_path, monkeypatch, dtype, name, flag
     """Whole numbers alone are added up by atomics, and nothing waits for their results."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(triton_select, name)
-    integers, floats = integers_of(dtype), "fp32" if dtype == torch.float32 else "bf16"
-    types = POINTERS | {"values": f"*{integers}", "maxima": f"*{integers}", "out": "*i64"}
-    if name == "mark_above_kernel":
-        types |= {"values": f"*{floats}", "lower": "*fp32" if flags["LOWER"] == "feature" else "fp32"}
+    floats = "*fp32" if dtype == torch.float32 else "*bf16"
+    types = POINTERS | {"values": f"*{integers_of(dtype)}", "out": "*i64"}
+    if name in ("maxima_kernel", "mark_above_kernel"):
+        lower = "*fp32" if flags.get("LOWER") == "feature" else "fp32"
+        types |= {"values": floats, "maxima": floats, "lower": lower}
     if flags == {"LISTED": False}:
         types["out"] = "*i32"
     constants = flags | {"INFINITY": triton_select.INFINITY[dtype], "GROUP": triton_select.GROUP}
-    constants |= {"BLOCK_G": triton_select.LISTED_GROUPS, "BLOCK_R": triton_select.ABOVE_ROWS}
-    constants["BLOCK_W"] = triton_select.ABOVE_WORDS if name == "mark_above_kernel" else triton_select.WRITE_WORDS
+    constants |= {"BLOCK_G": triton_select.MARK_GROUPS, "BLOCK_R": triton_select.ABOVE_ROWS}
+    constants["BLOCK_W"] = triton_select.WRITE_WORDS
     if name == "maxima_kernel":
         constants["BLOCK_G"] = triton_select.MAXIMA_GROUPS
+    if name == "histogram_kernel":
+        constants["BLOCK_G"] = triton_select.HISTOGRAM_GROUPS
+    if name == "mark_above_kernel":
+        constants["BLOCK_W"] = triton_select.ABOVE_WORDS
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    warps = 8 if name == "cut_kernel" else triton_select.SELECT_WARPS
+    warps = triton_select.WRITE_WARPS if name.startswith("write") else triton_select.SELECT_WARPS
+    warps = triton_select.CUT_WARPS if name == "cut_kernel" else warps
     atomics = name in ("maxima_kernel", "histogram_kernel")
     ptx, _ = compile_kernel(tmp_path, kernel, types, constants, warps, atomics=atomics)
     assert ("atom.global" in ptx) == atomics
