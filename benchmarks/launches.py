@@ -221,14 +221,11 @@ def count(case: Case) -> dict:
 
     names = ("row_sums_kernel", "piece_sums_kernel", "row_dots_kernel", "posting_dots_kernel")
     of_rows = dict.fromkeys(names, recorder)
-    of_adam, of_topk = (
-        patch.object(module, name, recorder)
-        for module, name in ((triton_adam, "adam_kernel"), (triton_select, "topk_kernel"))
-    )
+    of_select = {name: recorder for name in vars(triton_select) if name.endswith("_kernel")}
     with (
         patch.multiple(triton_rows, **of_rows),
-        of_adam,
-        of_topk,
+        patch.multiple(triton_select, **of_select),
+        patch.object(triton_adam, "adam_kernel", recorder),
         patch.object(FakeTensor, "tolist", even),
         FakeTensorMode(),
         recorder,

@@ -448,13 +448,12 @@ def positions_largest(values: Tensor, count: int) -> Tensor:
     entries at the cut the first are taken. As [`positions_topk`], but for a few rows that may be long.
 
     The `count` groups of `GROUP` columns with the largest maxima hold all of them: an entry outside has `count` others
-    above or, equal, before it. Launches, with the one that fills the histograms with zeros: 10, float32 14; 5 and 7
-    where there are at most `count` groups, all of which are looked through then, slowly (each entry is counted by an
-    atomic).
+    above or, equal, before it. Launches, the one of zeros included: 9, float32 13. Where there are at most `count`
+    groups, all of them are looked through: 5, float32 7, but slowly, since an atomic counts each entry.
 
     Memory read and written, in sizes of an entry and per entry of `values`, with c = count / M: 1 for the entries,
-    1/16 for the maxima (float32: 3/32), and 64 c (float32: 96 c) for the groups. Besides, 2^20 bytes per histogram and
-    row, and 60 per entry found, for lists and bits.
+    1/16 for the maxima (float32: 3/32), and 64 c (float32: 96 c) for the groups. Besides, 2^19 bytes per histogram and
+    row, 1/64 byte per entry for the bits of the groups, and 40 (float32: 44) per entry found, for lists and bits.
 
     Args:
         values: (B, M) bfloat16, float16 or float32, contiguous; M at most 2^30.

@@ -166,6 +166,37 @@ def test_many_of_the_largest_in_one_group(interpreted):
     assert torch.equal(interpreted.positions_largest(values, 40), sorted_largest(values, 40))
 
 
+class Launches:
+    """Stands in for all kernels."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __getitem__(self, grid):
+        self.number += 1
+        return lambda *args, **constants: None
+
+
+@pytest.mark.parametrize("num_layers", [1, 12])
+def test_launches_are_as_many_for_any_number_of_layers(monkeypatch, num_layers):
+    for name in vars(triton_select):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_select, name, Launches())
+    kernels = [value for value in vars(triton_select).values() if isinstance(value, Launches)]
+
+    def launches(call, *args):
+        before = sum(kernel.number for kernel in kernels)
+        call(*args)
+        return sum(kernel.number for kernel in kernels) - before
+
+    values = torch.empty(num_layers, 2**20, device="meta")
+    for dtype, pruned, whole in ((torch.bfloat16, 8, 4), (torch.float16, 8, 4), (torch.float32, 12, 6)):
+        assert launches(triton_select.positions_largest, values.to(dtype), 2000) == pruned
+        assert launches(triton_select.positions_largest, values.to(dtype), 2**15) == whole
+    assert launches(triton_select.mark_above, values.view(-1, 2**10), 0.0) == 1
+    assert launches(triton_select.mark_above, values.view(-1, 2**10), values[:, : 2**10]) == 1
+
+
 @pytest.mark.parametrize("count, num_columns", [(11, 10), (-1, 10), (1, 2**30 + 1)])
 def test_counts_and_rows_that_are_too_large_are_named(count, num_columns):
     with pytest.raises(ValueError, match=f"count is {count} of {num_columns} columns"):
