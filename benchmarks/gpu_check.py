@@ -25,7 +25,7 @@ from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import TOPK_FAMILY
 from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
-from hf_clt.kernels import triton_adam, triton_rows, triton_topk
+from hf_clt.kernels import triton_adam, triton_rows, triton_select
 from hf_clt.selection import largest_dead, positions_batchtopk, positions_topk
 from hf_clt.sparsity import LayerFeatures, features_at, true_positions
 from hf_clt.training.optimizers import CompactAdam
@@ -347,15 +347,15 @@ def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
     h = F.linear(x, weight, bias)
     cut = h[:16].float().flatten().kthvalue(16 * (num_features - k)).values
     add("positions_topk", lambda: positions_topk(h, k), 2 * h.numel())
-    with patch.object(triton_topk, "takes", lambda values: False):
+    with patch.object(triton_select, "takes", lambda values: False):
         add("positions_topk, in torch's operators", lambda: positions_topk(h, k), 2 * h.numel())
     if device.type == "cuda":
         for columns, warps in TOPKS:
-            with patch.multiple(triton_topk, TOPK_COLUMNS=columns, TOPK_WARPS=warps):
+            with patch.multiple(triton_select, TOPK_COLUMNS=columns, TOPK_WARPS=warps):
                 add(f"    {columns} columns, {warps} warps", lambda: positions_topk(h, k), 2 * h.numel())
     wide = h.float()
     add("positions_topk, float32", lambda: positions_topk(wide, k), 4 * h.numel())
-    with patch.object(triton_topk, "takes", lambda values: False):
+    with patch.object(triton_select, "takes", lambda values: False):
         add("positions_topk, float32, in torch's operators", lambda: positions_topk(wide, k), 4 * h.numel())
         # The largest of the whole batch in two rounds, as of one long row.
         add("positions_batchtopk, in groups", lambda: positions_topk(h.flatten()[None], k * N), 2 * h.numel())

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_clt.estimate import memory
 from hf_clt.files import write_text
-from hf_clt.kernels import triton_adam, triton_layers, triton_rows, triton_topk
+from hf_clt.kernels import triton_adam, triton_layers, triton_rows, triton_select
 
 from .cases import Case
 from .measure import PHASES
@@ -220,15 +220,10 @@ def count(case: Case) -> dict:
         recorder.waits[f"tolist {place()}"] += 1
         return [dead] * len(tensor)
 
-    kernels = {
-        triton_rows: ("row_sums_kernel", "row_dots_kernel"),
-        triton_layers: ("decode_kernel", "posting_kernel", "dots_kernel", "squares_kernel", "round_kernel"),
-        triton_adam: ("adam_kernel",),
-        triton_topk: ("topk_kernel",),
-    }
     with ExitStack() as stack:
-        for module, names in kernels.items():
-            stack.enter_context(patch.multiple(module, **dict.fromkeys(names, recorder)))
+        for module in (triton_adam, triton_layers, triton_rows, triton_select):
+            kernels = dict.fromkeys((name for name in vars(module) if name.endswith("_kernel")), recorder)
+            stack.enter_context(patch.multiple(module, **kernels))
         stack.enter_context(patch.object(FakeTensor, "tolist", even))
         stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda tensor: 0))
         stack.enter_context(patch.object(triton_layers, "table_on", partial(table_on, recorder)))

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 THRESHOLD_DECAY = 0.999  # of batchtopk's running threshold
 ALL_LAYERS = slice(None)
-ENCODED_BYTES = 2 * 2**30  # of pre-activations that are there at once, where several layers are encoded together
+ENCODED_BYTES = 4 * 2**30  # of pre-activations that are there at once, where several layers are encoded together
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .configuration_clt import CLTConfig
 from .device import is_on_cpu
-from .kernels import triton_topk
+from .kernels import triton_select
 from .sharding import FeatureShard, gather_candidates
 from .sparsity import (
     LayerFeatures,
@@ -59,16 +59,28 @@ def select(
         num_layers: B; layers that share a budget are selected one by one, and then [`within_budget`].
     """
     if not is_by_rank(config, training):
-        if num_layers == 1 or not isinstance(lower, Tensor):
-            return features_at(h, h > lower, num_layers)
-        above = h.view(num_layers, -1, h.shape[1]) > lower.view(num_layers, 1, -1)
-        return features_at(h, above.flatten(0, 1), num_layers)
+        return features_above(h, lower, num_layers)
     k = min(k * config.num_layers if config.k_scope == "token" else k, h.shape[1])
     if config.activation_fn == "topk":
         positions = positions_topk(h, k)
     else:
         positions = positions_batchtopk(h, k * (len(h) // num_layers), num_layers)
     return entries_at(h, positions, num_layers)
+
+
+def features_above(h: Tensor, lower: Tensor | float, num_layers: int = 1) -> LayerFeatures:
+    """The entries of `h` (B · N, F) above a threshold: one number, or (B,), or (B · F,). A GPU is asked how many."""
+    if isinstance(lower, Tensor):
+        lower = lower.view(num_layers, -1)
+    if triton_select.takes(h):
+        words, counts = triton_select.mark_above(h, lower)
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        positions = triton_select.positions_marked(words, offsets, int(offsets[-1]), h.shape[1])
+        return entries_at(h, positions, num_layers, offsets)
+    if num_layers == 1:
+        return features_at(h, h > lower)
+    above = h.view(num_layers, -1, h.shape[1]) > (lower[:, None] if isinstance(lower, Tensor) else lower)
+    return features_at(h, above.flatten(0, 1), num_layers)
 
 
 @torch.no_grad()
@@ -175,8 +187,8 @@ def positions_topk(h: Tensor, k: int) -> Tensor:
     Exact in two rounds: an entry among the k largest lies in one of the k groups with the largest maxima. On a GPU it
     is one kernel.
     """
-    if triton_topk.takes(h):
-        return triton_topk.positions_topk(h, k)
+    if triton_select.takes(h):
+        return triton_select.positions_topk(h, k)
     num_tokens, num_features = h.shape
     by_feature = is_stored_by_feature(h)
     sizes = group_sizes(num_features, k)
@@ -227,9 +239,9 @@ def _positions_topk_above_cut(h: Tensor, k: int, size: int) -> Tensor | None:
     if len(candidates) > 2 * k * num_tokens or counts.amin() < k:
         return None
     # One row per token with its candidates, filled up with -inf.
-    order = stable_order(tokens, num_tokens)
+    order, starts = stable_order(tokens, num_tokens)
     places = torch.empty_like(order)
-    places[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[tokens[order]]
+    places[order] = torch.arange(len(order)) - starts[tokens[order]]
     values = h.flatten()[candidates]
     rows = values.new_full((num_tokens, int(counts.amax())), -torch.inf)
     rows[tokens, places] = values
@@ -246,13 +258,16 @@ def kth_largest(rows: Tensor, k: int) -> Tensor:
 def positions_batchtopk(h: Tensor, count: int, num_layers: int = 1) -> Tensor:
     """
     Flat positions, in storage order, of the `count` largest entries of each layer of `h` (B · N, F) (Bussmann et al.
-    2024), ascending. On a GPU in two rounds, half the time of one (benchmarks/README.md).
+    2024), ascending. On a GPU in two rounds.
     """
     entries = in_storage_order(h).view(num_layers, -1)
     if num_layers == 1 and is_on_cpu(h):
         return ascending(largest(entries[0], count), h.numel())
-    starts = torch.arange(num_layers, device=h.device)[:, None] * entries.shape[1]
-    return (_topk_in_groups(entries, count).sort(dim=1).values + starts).flatten()
+    if triton_select.takes(entries) and entries.shape[1] <= triton_select.MAX_COLUMNS:
+        found = triton_select.positions_largest(entries, count)
+    else:
+        found = _topk_in_groups(entries, count).sort(dim=1).values
+    return (found + torch.arange(num_layers, device=h.device)[:, None] * entries.shape[1]).flatten()
 
 
 def largest(values: Tensor, count: int) -> Tensor:

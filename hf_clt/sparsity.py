@@ -75,8 +75,7 @@ class LayerFeatures:
         the offsets (B · F + 1,) of each feature's entries in this order.
         """
         if "by_feature" not in self.orders:
-            order = stable_order(self.indices, self.num_features)
-            self.orders["by_feature"] = order, offsets_of(self.indices, self.num_features)
+            self.orders["by_feature"] = stable_order(self.indices, self.num_features)
         return self.orders["by_feature"]
 
     def dense(self, values: Tensor) -> Tensor:
@@ -185,14 +184,20 @@ def offsets_of(indices: Tensor, size: int) -> Tensor:
     return offsets
 
 
-def stable_order(indices: Tensor, size: int) -> Tensor:
-    """The stable ascending order of `indices` (nnz,), which are below `size`."""
-    if indices.device.type == "cpu" and size <= 2**16:
-        # numpy sorts 16-bit numbers by radix, several times faster.
-        return torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
-    if size < 2**31:
-        indices = indices.to(torch.int32)  # half the passes of a GPU's sort
-    return indices.argsort(stable=True)
+def stable_order(indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """
+    The stable ascending order of `indices` (nnz,), which are below `size`, and where each index begins in it,
+    (size + 1,) int64.
+    """
+    if indices.device.type == "cpu":
+        if size > 2**16:
+            order = indices.argsort(stable=True)
+        else:  # numpy sorts 16-bit numbers by radix, several times faster
+            order = torch.from_numpy(np.argsort(indices.numpy().astype(np.uint16), kind="stable"))
+        return order, offsets_of(indices, size)
+    dtype = torch.int32 if size < 2**31 else torch.int64  # half the passes of a GPU's sort
+    found, order = indices.to(dtype).sort(stable=True)
+    return order, torch.searchsorted(found, torch.arange(size + 1, dtype=dtype, device=indices.device))
 
 
 def is_stored_by_feature(values: Tensor) -> bool:
@@ -205,23 +210,26 @@ def in_storage_order(values: Tensor) -> Tensor:
     return values.T.flatten() if is_stored_by_feature(values) else values.flatten()
 
 
-def entries_at(values: Tensor, positions: Tensor, num_layers: int = 1) -> LayerFeatures:
+def entries_at(values: Tensor, positions: Tensor, num_layers: int = 1, offsets: Tensor | None = None) -> LayerFeatures:
     """
     The entries of `values` (B · N, F), of B layers, at ascending flat `positions` (nnz,) in storage order;
-    differentiable in `values`.
+    differentiable in `values`. `offsets`, (B · N + 1,), if known, where values are stored row by row.
     """
     num_tokens, num_features = len(values) // num_layers, values.shape[1]
     chosen = in_storage_order(values)[positions]
     if not is_stored_by_feature(values):
-        indices, starts = positions % num_features, torch.arange(len(values) + 1, device=values.device) * num_features
-        if num_layers > 1:
-            indices += positions // max(1, num_tokens * num_features) * num_features
-        offsets = torch.searchsorted(positions, starts)
-        return LayerFeatures(chosen, indices, offsets, num_layers * num_features, num_layers)
+        rows = positions // num_features
+        indices = positions - (rows if num_layers == 1 else rows - rows // max(1, num_tokens)) * num_features
+        if offsets is None:
+            starts = torch.arange(0, values.numel() + 1, num_features, device=values.device)
+            offsets = torch.searchsorted(positions, starts)
+        found = LayerFeatures(chosen, indices, offsets, num_layers * num_features, num_layers)
+        found.orders["rows"] = rows
+        return found
     # The positions are the posting lists already; what has to be found is the order by token.
     indices, tokens = positions // num_tokens, positions % num_tokens
-    order = stable_order(tokens, num_tokens)
-    features = LayerFeatures(chosen[order], indices[order], offsets_of(tokens, num_tokens), num_features)
+    order, offsets = stable_order(tokens, num_tokens)
+    features = LayerFeatures(chosen[order], indices[order], offsets, num_features)
     by_feature = torch.empty_like(order)
     by_feature[order] = torch.arange(len(order), device=order.device)
     features.orders["by_feature"] = by_feature, offsets_of(indices, num_features)
