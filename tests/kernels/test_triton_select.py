@@ -105,11 +105,10 @@ def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
 @pytest.mark.parametrize(
     "num_columns, count",
     [
-        (4096, 20),  # several blocks of maxima, of groups and of totals
-        (4096, 127),  # all groups but one
-        (4096, 128),  # all groups
+        (2048, 20),  # several blocks of maxima, of groups and of totals
+        (2048, 63),  # all groups but one
+        (2048, 64),  # all groups
         (1000, 9),  # a last group that is not whole
-        (1000, 999),
         (777, 777),
         (64, 1),
         (33, 1),  # two groups, one entry in the second
@@ -130,9 +129,9 @@ def test_the_largest_are_those_of_a_stable_sort(interpreted, dtype, num_columns,
 def test_the_largest_of_rows_with_ties_at_both_cuts(interpreted, dtype, num_rows):
     """Whole numbers: groups with the same maximum are taken and left, and so are entries of one group."""
     generator = torch.Generator().manual_seed(5)
-    values = torch.randint(-3, 4, (num_rows, 2000), generator=generator).to(dtype)
+    values = torch.randint(-3, 4, (num_rows, 1300), generator=generator).to(dtype)
     values[:, ::7] *= -0.0  # both zeros
-    for count in (1, 5, 31, 40, 62):
+    for count in (1, 5, 31, 40):
         assert torch.equal(interpreted.positions_largest(values, count), sorted_largest(values, count))
 
 
@@ -298,6 +297,9 @@ def test_the_others_compile_for_an_h100(tmp_path, monkeypatch, dtype, name, flag
     atomics = name in ("maxima_kernel", "histogram_kernel")
     ptx, _ = compile_kernel(tmp_path, kernel, types, constants, warps, atomics=atomics)
     assert ("atom.global" in ptx) == atomics
+    # The interpreter's maximum is NaN in any case. And subnormal numbers stay what they are.
+    assert name != "maxima_kernel" or "max.NaN" in ptx
+    assert not re.search(r"\.ftz\b", ptx)
     assert not re.search(r"atom\.\S*\.f", ptx)
 
 
