@@ -113,11 +113,12 @@ class Recorder(TorchDispatchMode):
 
     Args:
         listed (`dict`): Of the number of elements of a mask to how many of them are true; 1 of others.
+        above (`int`): How many entries are above a threshold, in all layers.
     """
 
-    def __init__(self, listed: dict[int, int]):
+    def __init__(self, listed: dict[int, int], above: int = 1):
         super().__init__()
-        self.listed, self.alive, self.bytes = listed, set(), 0
+        self.listed, self.above, self.alive, self.bytes = listed, above, set(), 0
         self.start()
 
     def start(self) -> None:
@@ -163,7 +164,7 @@ class Recorder(TorchDispatchMode):
         if name == "bincount":
             return args[0].new_empty(args[2])
         if name == "_local_scalar_dense" and args[0].device.type == "cuda":
-            return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
+            return {torch.bool: True, torch.int64: self.above}.get(args[0].dtype, 1.0)
         return func(*args, **kwargs)
 
     def _track(self, tensors) -> None:
@@ -214,7 +215,7 @@ def count(case: Case) -> dict:
     dead = round(case.dead * case.num_features)
     layers, features, tokens = case.num_layers, case.num_features, case.tokens
     listed = round(tokens * plan_of(case).listed_per_layer)
-    recorder = Recorder({tokens * features: listed, layers * features: layers * dead})
+    recorder = Recorder({layers * features: layers * dead}, above=layers * listed)
 
     def even(tensor):  # `tolist` of how many features are dead in each layer
         recorder.waits[f"tolist {place()}"] += 1

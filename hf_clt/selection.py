@@ -263,7 +263,9 @@ def positions_batchtopk(h: Tensor, count: int, num_layers: int = 1) -> Tensor:
     entries = in_storage_order(h).view(num_layers, -1)
     if num_layers == 1 and is_on_cpu(h):
         return ascending(largest(entries[0], count), h.numel())
-    if triton_select.takes(entries) and entries.shape[1] <= triton_select.MAX_COLUMNS:
+    # Of more than a group each it would look through all.
+    few = count * triton_select.GROUP < entries.shape[1] <= triton_select.MAX_COLUMNS
+    if few and triton_select.takes(entries):
         found = triton_select.positions_largest(entries, count)
     else:
         found = _topk_in_groups(entries, count).sort(dim=1).values

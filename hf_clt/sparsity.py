@@ -218,10 +218,10 @@ def entries_at(values: Tensor, positions: Tensor, num_layers: int = 1, offsets: 
     num_tokens, num_features = len(values) // num_layers, values.shape[1]
     chosen = in_storage_order(values)[positions]
     if not is_stored_by_feature(values):
-        rows = positions // num_features
+        rows = positions // max(1, num_features)
         indices = positions - (rows if num_layers == 1 else rows - rows // max(1, num_tokens)) * num_features
         if offsets is None:
-            starts = torch.arange(0, values.numel() + 1, num_features, device=values.device)
+            starts = torch.arange(len(values) + 1, device=values.device) * num_features
             offsets = torch.searchsorted(positions, starts)
         found = LayerFeatures(chosen, indices, offsets, num_layers * num_features, num_layers)
         found.orders["rows"] = rows

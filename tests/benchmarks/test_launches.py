@@ -36,7 +36,7 @@ def test_an_update_never_waits(activation_fn, dead, optimizer):
 @pytest.mark.parametrize("activation_fn", ["relu", "jumprelu"])
 def test_features_above_a_threshold_are_waited_for_once(activation_fn):
     (line, times), *others = count(make_case(**SHAPE, activation_fn=activation_fn))["waits"].items()
-    assert line.startswith("nonzero hf_clt/sparsity.py:")
+    assert line.startswith("_local_scalar_dense hf_clt/selection.py:")
     assert times == 1
     assert not others
 
