@@ -89,16 +89,27 @@ def test_nan_of_either_sign_is_above_all(interpreted):
 
 
 def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
-    h = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
-    dead = torch.rand(96, generator=torch.Generator().manual_seed(2)) < 0.3
-    wanted = selection.positions_topk(h, 4), selection.largest_dead(h, dead[None], 3)
+    """Of one layer and of three, by rank and by thresholds of each kind."""
+    h = torch.randn(6, 96, generator=torch.Generator().manual_seed(1))
+    dead = torch.rand(3, 96, generator=torch.Generator().manual_seed(2)) < 0.3
+    theta = torch.rand(3 * 96, generator=torch.Generator().manual_seed(3))
+
+    def select():
+        found = [selection.positions_topk(h, 4), selection.positions_batchtopk(h, 5, 3)]
+        found.append(selection.positions_batchtopk(h, 15))
+        layers = [selection.largest_dead(h, dead, 3), selection.largest_dead(h[:2], dead[:1], 3)]
+        layers += [selection.features_above(h, lower, 3) for lower in (0.0, theta[:3], theta)]
+        layers += [selection.features_above(h, lower) for lower in (0.0, theta[:1], theta[:96])]
+        for layer in layers:
+            found += [layer.values, layer.indices, layer.offsets, layer.rows]
+        return found
+
+    wanted = select()
     monkeypatch.setattr(selection, "triton_select", interpreted)
     monkeypatch.setattr(interpreted, "takes", lambda values: values.is_contiguous())
     monkeypatch.setattr(selection, "is_on_cpu", lambda tensor: False)
-    found = selection.positions_topk(h, 4), selection.largest_dead(h, dead[None], 3)
-    assert torch.equal(found[0], wanted[0])
-    for name in ("values", "indices", "offsets"):
-        assert torch.equal(getattr(found[1], name), getattr(wanted[1], name))
+    for a, b in zip(select(), wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 @DTYPES
@@ -106,10 +117,10 @@ def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
     "num_columns, count",
     [
         (2048, 20),  # several blocks of maxima, of groups and of totals
-        (2048, 63),  # all groups but one
-        (2048, 64),  # all groups
+        pytest.param(2048, 63, marks=pytest.mark.slow),  # all groups but one
+        pytest.param(2048, 64, marks=pytest.mark.slow),  # all groups
         (1000, 9),  # a last group that is not whole
-        (777, 777),
+        pytest.param(777, 777, marks=pytest.mark.slow),
         (64, 1),
         (33, 1),  # two groups, one entry in the second
         (1, 1),
