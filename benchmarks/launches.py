@@ -99,6 +99,7 @@ def fake_gpu():
                 stack.enter_context(patch(name, value))
             is_cuda = property(lambda tensor: tensor.device.type == "cuda")
             stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
+            stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda tensor: 0, create=True))
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             yield
     finally:
@@ -161,7 +162,7 @@ class Recorder(TorchDispatchMode):
             return args[0].new_empty(self.listed.get(args[0].numel(), 1), args[0].dim(), dtype=torch.int64)
         if name == "bincount":
             return args[0].new_empty(args[2])
-        if name == "_local_scalar_dense" and args[0].device.type == "cuda":
+        if name == "_local_scalar_dense" and args[0].constant is None:
             return {torch.bool: True, torch.int64: 1}.get(args[0].dtype, 1.0)
         return func(*args, **kwargs)
 
@@ -220,15 +221,11 @@ def count(case: Case) -> dict:
         return [dead] * len(tensor)
 
     names = ("row_sums_kernel", "piece_sums_kernel", "row_dots_kernel", "posting_dots_kernel")
-    of_rows = dict.fromkeys(names, recorder)
-    of_adam, of_topk = (
-        patch.object(module, name, recorder)
-        for module, name in ((triton_adam, "adam_kernel"), (triton_topk, "topk_kernel"))
-    )
+    of_adam = ("adam_kernel", "wide_kernel", "squares_kernel")
     with (
-        patch.multiple(triton_rows, **of_rows),
-        of_adam,
-        of_topk,
+        patch.multiple(triton_rows, **dict.fromkeys(names, recorder)),
+        patch.multiple(triton_adam, **dict.fromkeys(of_adam, recorder)),
+        patch.object(triton_topk, "topk_kernel", recorder),
         patch.object(FakeTensor, "tolist", even),
         FakeTensorMode(),
         recorder,
