@@ -39,6 +39,8 @@ ADAM_COLUMNS, ADAM_ELEMENTS, ADAM_PER_WARP = 4096, 256, 512
 # Elements of a program of Adam and of the norm, and how many of them at a time, with 8 and 16 for each thread.
 WIDE_ELEMENTS, WIDE_BLOCK, WIDE_WARPS = 4096, 1024, 4
 SQUARES_ELEMENTS, SQUARES_BLOCK, SQUARES_WARPS = 65_536, 4096, 8
+# Parameters that a program looks for its own among, at least: a kernel is compiled again for each power of two.
+LEAST_PARAMETERS = 128
 
 
 if triton is not None:
@@ -55,10 +57,17 @@ if triton is not None:
 
     @triton.jit
     def pointer(place, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-        address = tl.load(place)
+        address = tl.load(place).to(tl.pointer_type(FORMAT))
         if ALIGNED:
             address = tl.multiple_of(address, 16)
-        return address.to(tl.pointer_type(FORMAT))
+        return address
+
+    @triton.jit
+    def size_of(place, ALIGNED: tl.constexpr):
+        size = tl.load(place)
+        if ALIGNED:
+            size = tl.multiple_of(size, 16)
+        return size
 
     @triton.jit
     def number(place):
@@ -102,15 +111,16 @@ if triton is not None:
         denominators = pointer(column + 5 * num_parameters, tl.float32, False)
         key = tl.load(column + 6 * num_parameters).to(tl.uint32)
         num_rows = tl.load(column + 7 * num_parameters)
-        num_columns = tl.load(column + 8 * num_parameters)
-        if ALIGNED:
-            num_columns = tl.multiple_of(num_columns, 16)
+        num_columns = size_of(column + 8 * num_parameters, ALIGNED).to(tl.int32)
         eps = number(column + 9 * num_parameters)
         rate = number(column + 10 * num_parameters)
         kept = number(column + 11 * num_parameters)
         beta1 = number(column + 12 * num_parameters)
         beta2 = number(column + 13 * num_parameters)
         share = number(column + 14 * num_parameters)
+
+        if HAS_FACTOR:
+            clip = tl.load(factor)
 
         rows = program * BLOCK_R + tl.arange(0, BLOCK_R)
         listed = rows < num_rows
@@ -125,7 +135,7 @@ if triton is not None:
             places = starts + columns[None, :]
             g = tl.load(gradients + places, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
             if HAS_FACTOR:
-                g *= tl.load(factor)
+                g *= clip
             squares += g * g
         second_moment = beta2 * second_moment + share * tl.reduce(squares, 1, add)
         new_denominator = tl.sqrt_rn(second_moment) + eps
@@ -142,7 +152,7 @@ if triton is not None:
             m = tl.load(gradients + places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
             w = tl.load(weights + places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
             if HAS_FACTOR:
-                m *= tl.load(factor)
+                m *= clip
             if HAS_MOMENT:
                 u = tl.load(updates + places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
                 m += u * (beta1 * denominator)[:, None]
@@ -173,12 +183,15 @@ if triton is not None:
         first_moments = pointer(column + 3 * num_parameters, tl.float32, ALIGNED)
         second_moments = pointer(column + 4 * num_parameters, tl.float32, ALIGNED)
         key = tl.load(column + 5 * num_parameters).to(tl.uint32)
-        size = tl.load(column + 6 * num_parameters)
+        size = size_of(column + 6 * num_parameters, ALIGNED)
         eps = number(column + 7 * num_parameters)
         rate = number(column + 8 * num_parameters)
         kept = number(column + 9 * num_parameters)
         share1 = number(column + 10 * num_parameters)
         share2 = number(column + 11 * num_parameters)
+
+        if HAS_FACTOR:
+            clip = tl.load(factor)
 
         for first in range(0, ELEMENTS, BLOCK):
             places = program * ELEMENTS + first + tl.arange(0, BLOCK)
@@ -188,7 +201,7 @@ if triton is not None:
             m = tl.load(first_moments + places, mask=inside, other=0.0)
             v = tl.load(second_moments + places, mask=inside, other=0.0)
             if HAS_FACTOR:
-                g *= tl.load(factor)
+                g *= clip
             m += share1 * (g - m)
             v += share2 * (g * g - v)
             w = kept * w + rate * tl.div_rn(m, tl.sqrt_rn(v) + eps)
@@ -210,7 +223,7 @@ if triton is not None:
     ):
         column, program = find(table, num_parameters, begin, BLOCK_P)
         tensors = pointer(column + num_parameters, FORMAT, ALIGNED)
-        size = tl.load(column + 2 * num_parameters)
+        size = size_of(column + 2 * num_parameters, ALIGNED)
         squares = tl.full((BLOCK,), 0.0, tl.float32)
         for first in range(0, ELEMENTS, BLOCK):
             places = program * ELEMENTS + first + tl.arange(0, BLOCK)
@@ -280,7 +293,7 @@ def wide_step(steps: list[tuple], factor: Tensor | None = None) -> None:
         constants = {
             "WEIGHT": FORMATS[parameter.dtype],
             "GRADIENT": FORMATS[gradients[-1].dtype],
-            "ALIGNED": are_aligned(tensors),
+            "ALIGNED": parameter.numel() % 16 == 0 and are_aligned(tensors),
             "ELEMENTS": WIDE_ELEMENTS,
             "BLOCK": WIDE_BLOCK,
             "num_warps": WIDE_WARPS,
@@ -296,7 +309,7 @@ def norm(tensors: list[Tensor]) -> Tensor:
     for tensor in tensors:
         constants = {
             "FORMAT": FORMATS[tensor.dtype],
-            "ALIGNED": are_aligned([tensor]),
+            "ALIGNED": tensor.numel() % 16 == 0 and are_aligned([tensor]),
             "ELEMENTS": SQUARES_ELEMENTS,
             "BLOCK": SQUARES_BLOCK,
             "num_warps": SQUARES_WARPS,
@@ -330,7 +343,8 @@ def launch(kernel, entries: list[tuple], like: Tensor, *arguments, **options) ->
             begin += programs
         numbers = torch.tensor([entry[2] for entry in group], dtype=torch.float64).view(torch.int64)
         tables.append(torch.cat([torch.tensor(integers), numbers], dim=1).T.flatten())
-        constants = {"BLOCK_P": triton.next_power_of_2(len(group))} | dict(constants) | options
+        block_p = max(LEAST_PARAMETERS, triton.next_power_of_2(len(group)))
+        constants = {"BLOCK_P": block_p} | dict(constants) | options
         calls.append((begin - start, len(group), start, constants))
     sizes = [len(table) for table in tables]
     # Pinned memory, which torch does not use again before the copy is made.

@@ -295,8 +295,8 @@ def clip_grad_norm(clt: CrossLayerTranscoder, optimizer: WideAdam | CompactAdam,
     `torch.nn.utils.clip_grad_norm_` does, without rewriting them, and on a GPU without waiting for the norm.
     """
     norm = total_grad_norm(clt)
-    if norm.device.type != "cpu" or not norm <= max_norm:  # NaN as well, to stop the run
-        optimizer.clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1)
+    is_small = norm.device.type == "cpu" and bool(norm <= max_norm)  # NaN is not, to stop the run
+    optimizer.clip_factor = None if is_small else (max_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def total_grad_norm(clt: CrossLayerTranscoder) -> Tensor:
