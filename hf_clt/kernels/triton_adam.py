@@ -17,7 +17,7 @@ Beside what comes from a cache every number is read once and written once. Bytes
 Weights in bfloat16 are rounded up or down at random, so that on average nothing is lost: rounding to the nearest, a
 weight would stay where it is for ever under steps of less than half the spacing, 1/512 to 1/256 of it. The random
 numbers are a hash of the run's seed, the step, the parameter and the element ([`rounding_key`],
-[`stochastically_rounded`]).
+[`round_stochastically_`]).
 """
 
 import torch
@@ -75,16 +75,17 @@ if triton is not None:
 
     @triton.jit
     def rounded(w, places, key, FORMAT: tl.constexpr):
-        """float32 to the format of the weights: `stochastically_rounded`, and to the nearest in other formats."""
+        """float32 to the format of the weights: `round_stochastically_`, and to the nearest in other formats."""
         if FORMAT.is_bf16():
-            x = places.to(tl.uint32) ^ key
+            x = (places >> 1).to(tl.int32) ^ key
             x ^= x >> 16
             x *= 0x7FEB352D
             x ^= x >> 15
-            x *= 0x846CA68B
-            bits = w.to(tl.uint32, bitcast=True)
-            noise = tl.where((bits & 0x7F800000) == 0x7F800000, 0, x >> 16)
-            w = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            x *= -0x7B935975
+            x ^= (x >> 16) & 0xFFFF
+            noise = (x >> ((places.to(tl.int32) & 1) * 16)) & 0xFFFF
+            bits = tl.minimum(w.to(tl.int32, bitcast=True), 0x7FFF0000)  # NaN stays
+            w = ((bits + noise) & -0x10000).to(tl.float32, bitcast=True)
         return w.to(FORMAT)
 
     @triton.jit(do_not_specialize=["num_parameters", "begin"])
@@ -109,7 +110,7 @@ if triton is not None:
         updates = pointer(column + 3 * num_parameters, MOMENT, ALIGNED)
         second_moments = pointer(column + 4 * num_parameters, tl.float32, False)
         denominators = pointer(column + 5 * num_parameters, tl.float32, False)
-        key = tl.load(column + 6 * num_parameters).to(tl.uint32)
+        key = tl.load(column + 6 * num_parameters).to(tl.int32)
         num_rows = tl.load(column + 7 * num_parameters)
         num_columns = size_of(column + 8 * num_parameters, ALIGNED).to(tl.int32)
         eps = number(column + 9 * num_parameters)
@@ -182,7 +183,7 @@ if triton is not None:
         gradients = pointer(column + 2 * num_parameters, GRADIENT, ALIGNED)
         first_moments = pointer(column + 3 * num_parameters, tl.float32, ALIGNED)
         second_moments = pointer(column + 4 * num_parameters, tl.float32, ALIGNED)
-        key = tl.load(column + 5 * num_parameters).to(tl.uint32)
+        key = tl.load(column + 5 * num_parameters).to(tl.int32)
         size = size_of(column + 6 * num_parameters, ALIGNED)
         eps = number(column + 7 * num_parameters)
         rate = number(column + 8 * num_parameters)
@@ -193,8 +194,14 @@ if triton is not None:
         if HAS_FACTOR:
             clip = tl.load(factor)
 
+        start = program * ELEMENTS
+        size = tl.minimum(size - start, ELEMENTS).to(tl.int32)
+        weights += start
+        gradients += start
+        first_moments += start
+        second_moments += start
         for first in range(0, ELEMENTS, BLOCK):
-            places = program * ELEMENTS + first + tl.arange(0, BLOCK)
+            places = first + tl.arange(0, BLOCK)
             inside = places < size
             g = tl.load(gradients + places, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(weights + places, mask=inside, other=0.0).to(tl.float32)
@@ -207,7 +214,7 @@ if triton is not None:
             w = kept * w + rate * tl.div_rn(m, tl.sqrt_rn(v) + eps)
             tl.store(first_moments + places, m, mask=inside)
             tl.store(second_moments + places, v, mask=inside)
-            tl.store(weights + places, rounded(w, places, key, WEIGHT), mask=inside)
+            tl.store(weights + places, rounded(w, start + places, key, WEIGHT), mask=inside)
 
     @triton.jit(do_not_specialize=["num_parameters", "begin"])
     def squares_kernel(
@@ -371,46 +378,44 @@ def adam_blocks(num_columns: int) -> tuple[int, int, int]:
 
 
 def rounding_key(seed: int, step: int, number: int) -> int:
-    """What makes the random numbers of a parameter's step: 32 bits, of the run's seed, the step, and which it is."""
+    """What makes the random numbers of a parameter's step, an int32, of the run's seed, the step, and which it is."""
     key = 0
     for part in (seed, step, number):
         key = (key ^ part) & 0xFFFFFFFF
         key = (key ^ key >> 16) * 0x7FEB352D & 0xFFFFFFFF
         key = (key ^ key >> 15) * 0x846CA68B & 0xFFFFFFFF
         key ^= key >> 16
-    return key
+    return key - 2**31
 
 
-def stochastically_rounded(wide: Tensor, key: int, start: int = 0) -> Tensor:
+def round_stochastically_(wide: Tensor, key: int, start: int = 0) -> Tensor:
     """
-    Rounds to bfloat16, up or down with the probabilities that keep the mean: a number from 0 to 65,535 is added to the
-    16 bits that go. It is a hash (the two rounds of multiplications of Wellons' lowbias32) of the key and of which
-    element it is, modulo 2^32.
+    Rounds to numbers of bfloat16, up or down with the probabilities that keep the mean: a number from 0 to 65,535 is
+    added to the 16 bits that go. It is half of a hash (Wellons' lowbias32, but for its shifts) of the key and of which
+    pair of elements it is, modulo 2^33 elements.
 
     Args:
-        wide: float32, contiguous; changed in place.
+        wide: float32, contiguous; rounded in place.
         key: Of [`rounding_key`].
         start: Which element of its parameter the first one is.
 
     Returns:
-        As `wide`, bfloat16.
+        `wide`.
     """
-    x = torch.arange(start, start + wide.numel(), device=wide.device).to(torch.int32)
-    x ^= as_int32(key)
-    x ^= (x >> 16) & 0xFFFF
+    odd, first = start % 2, start // 2 % 2**32
+    x = torch.arange((odd + wide.numel() + 1) // 2, dtype=torch.int32, device=wide.device)
+    x += first - 2**32 if first >= 2**31 else first
+    x ^= key
+    x ^= x >> 16
     x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
-    x *= as_int32(0x846CA68B)
-    x = ((x >> 16) & 0xFFFF).view_as(wide)
-    bits = wide.view(torch.int32)
-    x *= (bits & 0x7F800000) != 0x7F800000  # infinities and NaN stay
-    bits += x
-    bits &= as_int32(0xFFFF0000)
-    return wide.to(torch.bfloat16)
+    x ^= x >> 15
+    x *= -0x7B935975
+    x ^= (x >> 16) & 0xFFFF
+    noise = x.view(torch.uint16)[odd : odd + wide.numel()].to(torch.int32)
+    bits = wide.view(-1).view(torch.int32).clamp_(max=0x7FFF0000)  # which NaN of all ones would exceed
+    bits += noise
+    bits &= -0x10000
+    return wide
 
 
-def as_int32(bits: int) -> int:
-    return bits - 2**32 if bits >= 2**31 else bits
-
-
-__all__ = ["compact_step", "norm", "rounding_key", "stochastically_rounded", "takes", "wide_step"]
+__all__ = ["compact_step", "norm", "rounding_key", "round_stochastically_", "takes", "wide_step"]

@@ -124,7 +124,9 @@ class WideAdam(_Stepping, torch.optim.AdamW):
         for weights, gradient, *some in blocks:
             wide, gradient = weights.to(some[0].dtype), gradient.to(some[0].dtype)
             adamw([wide], [gradient], *([moment] for moment in some), [], [before.clone()], **settings)
-            weights.copy_(_rounded(wide, weights, key, start))
+            if weights.dtype == torch.bfloat16:
+                triton_adam.round_stochastically_(wide, key, start)
+            weights.copy_(wide)
             start += len(weights)
 
 
@@ -232,7 +234,7 @@ class CompactAdam(_Stepping):
                 w.mul_(kept)
             w.addcmul_(m, inverse * rate)
             if w is not weights:
-                weights.copy_(_rounded(w, weights, key, start))
+                weights.copy_(triton_adam.round_stochastically_(w, key, start))
             if stored:
                 stored[0].copy_(m.mul_(inverse))
             start += weights.numel()
@@ -249,11 +251,6 @@ def state_entries(optimizer: torch.optim.Optimizer) -> set[str]:
 def _block(parameter: Tensor) -> int:
     """Elements that are worked on at a time."""
     return GPU_BLOCK if parameter.is_cuda else CPU_BLOCK * torch.get_num_threads()
-
-
-def _rounded(wide: Tensor, weights: Tensor, key: int, start: int) -> Tensor:
-    """New weights in float32, to be copied to those of a narrower format that begin with the element `start`."""
-    return triton_adam.stochastically_rounded(wide, key, start) if weights.dtype == torch.bfloat16 else wide
 
 
 def _check_range(parameter: Tensor, beta1: float, beta2: float) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_clt.kernels import triton_adam, triton_rows
-from hf_clt.kernels.triton_adam import rounding_key, stochastically_rounded
+from hf_clt.kernels.triton_adam import round_stochastically_, rounding_key
 from hf_clt.training import optimizers
 from hf_clt.training.optimizers import CompactAdam, WideAdam
 from tests.kernels.triton_modules import compile_kernel, load_copy
@@ -262,7 +262,7 @@ def test_the_kernels_round_as_the_plain_code_does(interpreted, monkeypatch, make
 def test_rounding_keeps_the_mean():
     """Of 4,096 roundings of each number its neighbours come as often as they should: within 5 standard deviations."""
     number = torch.tensor([1.0, 1.001, -1.001, 1.0039, 3e-5, -700.3, 1e-39]).repeat(4096, 1)
-    found = stochastically_rounded(number.clone(), rounding_key(1, 2, 3)).float()
+    found = round_stochastically_(number.clone(), rounding_key(1, 2, 3))
     lower = (number.view(torch.int32) & ~0xFFFF).view(torch.float32)
     spacing = ((number.view(torch.int32) & ~0xFFFF) + 0x10000).view(torch.float32) - lower
     up = (found - lower) / spacing
@@ -273,7 +273,7 @@ def test_rounding_keeps_the_mean():
     special = torch.tensor([0.0, -0.0, 1.5, torch.inf, -torch.inf, torch.nan])
     special = torch.cat([special, torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)])  # a GPU's NaN
     for key in range(50):
-        torch.testing.assert_close(stochastically_rounded(special.clone(), key).float(), special, equal_nan=True)
+        torch.testing.assert_close(round_stochastically_(special.clone(), key), special, equal_nan=True)
 
 
 def test_random_numbers_differ_by_seed_step_parameter_and_element():
@@ -281,13 +281,14 @@ def test_random_numbers_differ_by_seed_step_parameter_and_element():
     keys = [rounding_key(*parts) for parts in ((0, 1, 1), (1, 1, 1), (0, 2, 1), (0, 1, 2), (1, 0, 1))]
     assert len(set(keys)) == len(keys)
     number = torch.full((10_000,), 1.0 + 2**-8)  # halfway
-    up = torch.stack([stochastically_rounded(number.clone(), key) > 1 for key in keys]).float()
+    up = torch.stack([round_stochastically_(number.clone(), key) > 1 for key in keys]).float()
     up = torch.cat([up, up[:1].roll(1, dims=1), up[:1].roll(64, dims=1)])
     assert torch.corrcoef(up).fill_diagonal_(0).abs().max() < 0.05
-    pieces = [
-        stochastically_rounded(part.clone(), keys[0], 2**32 + 4000 * i) for i, part in enumerate(number.split(4000))
-    ]
-    assert torch.equal(torch.cat(pieces) > 1, up[0] > 0)  # in blocks as in one
+    parts, start = [], 2**33  # after which numbers repeat
+    for part in number.split(3333):
+        parts.append(round_stochastically_(part.clone(), keys[0], start))
+        start += len(part)
+    assert torch.equal(torch.cat(parts) > 1, up[0] > 0)
 
 
 @pytest.mark.parametrize("make", [CompactAdam, WideAdam])
@@ -348,7 +349,7 @@ def test_adam_and_the_norm_compile_for_an_h100(tmp_path, monkeypatch, dtype):
     constants = dict.fromkeys(["WEIGHT", "GRADIENT"], triton_adam.FORMATS[dtype]) | {"HAS_FACTOR": True} | shared
     constants |= {"ELEMENTS": triton_adam.WIDE_ELEMENTS, "BLOCK": triton_adam.WIDE_BLOCK}
     _, registers = compile_kernel(tmp_path, triton_adam.wide_kernel, TABLE, constants, triton_adam.WIDE_WARPS)
-    assert registers <= 72  # 28 warps
+    assert registers <= 64  # 32 warps
     constants = {"FORMAT": triton_adam.FORMATS[dtype]} | shared
     constants |= {"ELEMENTS": triton_adam.SQUARES_ELEMENTS, "BLOCK": triton_adam.SQUARES_BLOCK}
     _, registers = compile_kernel(tmp_path, triton_adam.squares_kernel, TABLE, constants, triton_adam.SQUARES_WARPS)
