@@ -108,6 +108,7 @@ class WideAdam(_Stepping, torch.optim.AdamW):
         triton_adam.wide_step(steps, factor)
 
     def _update(self, parameter, state, key, group, step, factor) -> None:
+        """A step by torch's fused Adam, of narrower weights on copies of some of them at a time."""
         settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
         settings |= {"fused": True, "amsgrad": False, "maximize": False}
@@ -120,7 +121,7 @@ class WideAdam(_Stepping, torch.optim.AdamW):
             return
         start = 0
         tensors = parameter, parameter.grad, *moments
-        blocks = zip(*(tensor.view(-1).split(_block(parameter)) for tensor in tensors), strict=True)
+        blocks = zip(*(tensor.reshape(-1).split(_block(parameter)) for tensor in tensors), strict=True)
         for weights, gradient, *some in blocks:
             wide, gradient = weights.to(some[0].dtype), gradient.to(some[0].dtype)
             adamw([wide], [gradient], *([moment] for moment in some), [], [before.clone()], **settings)
@@ -208,11 +209,11 @@ class CompactAdam(_Stepping):
     def _update(self, parameter, state, key, group, step, factor) -> None:
         """The formula in torch's operators: what is computed where the kernel cannot run."""
         eps, rate, kept, beta1, beta2 = self._numbers(group, step)
-        # Gradients are not rewritten for clipping: of factor · (g + m / factor) the first factor goes to what follows.
-        clip = 1.0 if factor is None else factor
+        # Gradients are not rewritten for clipping: of factor · (g + m / factor) the first factor goes to `inverse`.
+        share = beta1 if factor is None else beta1 / factor
         dtype = state["second_moment"].dtype
         state["second_moment"].mul_(beta2)
-        state["denominator"].mul_(beta1 / clip)  # of the step before: update · denominator = beta1 · m
+        state["denominator"].mul_(share)  # of the step before: update · denominator = beta1 · m, over the factor
 
         rows, columns = len(parameter), parameter.numel() // len(parameter)
         size = max(1, _block(parameter) // columns)
@@ -222,13 +223,15 @@ class CompactAdam(_Stepping):
         moment = torch.empty(min(size, rows) if beta1 else 0, columns, dtype=dtype, device=parameter.device)
         start = 0
         for weights, g, v, denominator, *stored in zip(*(tensor.split(size) for tensor in tensors), strict=True):
-            norm = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=dtype) * clip
+            norm = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=dtype)
+            norm = norm if factor is None else norm * factor
             v.addcmul_(norm, norm, value=(1 - beta2) / columns)
             m = g
             if stored:
                 m = moment[: len(weights)].copy_(stored[0])
                 torch.addcmul(g, m, denominator, out=m)
-            inverse = torch.sqrt(v, out=denominator).add_(eps).reciprocal().mul_(clip)
+            inverse = torch.sqrt(v, out=denominator).add_(eps).reciprocal()
+            inverse = inverse if factor is None else inverse * factor
             w = weights.float() if weights.dtype == torch.bfloat16 else weights
             if group["weight_decay"]:
                 w.mul_(kept)
@@ -293,7 +296,7 @@ def clip_grad_norm(clt: CrossLayerTranscoder, optimizer: WideAdam | CompactAdam,
     """
     norm = total_grad_norm(clt)
     is_small = norm.device.type == "cpu" and bool(norm <= max_norm)  # NaN is not, to stop the run
-    optimizer.clip_factor = None if is_small else (max_norm / (norm + 1e-6)).clamp(max=1)
+    optimizer.clip_factor = None if is_small else (max_norm / (norm.float() + 1e-6)).clamp(max=1)
 
 
 def total_grad_norm(clt: CrossLayerTranscoder) -> Tensor:
