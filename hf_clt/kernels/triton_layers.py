@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
-from .triton_rows import available, triton
+from .triton_rows import available, table_on, triton
 
 
 if triton is not None:
@@ -367,12 +367,6 @@ def distances(tensors: Sequence[Tensor]) -> list[int]:
 def alignment(*numbers: list[int] | tuple[int, ...]) -> int:
     """What all numbers of elements are a multiple of, for loads of several at a time: [`ALIGNED`] or 1."""
     return ALIGNED if all(number % ALIGNED == 0 for some in numbers for number in some) else 1
-
-
-def table_on(device: torch.device, numbers: list[int]) -> Tensor:
-    """An int64 vector on the device, which the host does not wait for."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=True)
 
 
 __all__ = ["decode", "posting_sums", "rounded", "square_sums", "takes"]

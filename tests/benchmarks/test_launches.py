@@ -27,8 +27,10 @@ def total(case):
 @pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
 @pytest.mark.parametrize("dead", [0.0, 0.3])
 @pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
-def test_an_update_never_waits(activation_fn, dead, optimizer):
-    found = count(make_case(**SHAPE, activation_fn=activation_fn, dead=dead, optimizer=optimizer))
+@pytest.mark.parametrize("num_features", [2048, 256], ids=["", "dense"])
+def test_an_update_never_waits(activation_fn, dead, optimizer, num_features):
+    shape = SHAPE | {"num_features": num_features}
+    found = count(make_case(**shape, activation_fn=activation_fn, dead=dead, optimizer=optimizer))
     assert found["waits"] == {}
     assert all(found["launches"].values())
 
@@ -84,6 +86,15 @@ def test_forward_and_backward_are_as_many_launches_at_any_depth(activation_fn, d
     for phase in ("forward", "backward"):
         assert few[phase] == many[phase]
     assert few["forward"] + few["backward"] <= (205 if dead else 140)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
+def test_the_optimizer_with_clipping_takes_few_launches_at_any_depth(optimizer, dtype):
+    shape = SHAPE | {"d_model": 768, "num_features": 256, "dtype": dtype}
+    cases = [make_case(**shape | {"num_layers": n}, activation_fn="topk", optimizer=optimizer) for n in (6, 30)]
+    six, thirty = (count(case)["launches"]["optimizer"] for case in cases)
+    assert six == thirty < 20
 
 
 def test_more_dead_features_take_no_more_launches():
