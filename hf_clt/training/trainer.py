@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_clt import CLTConfig
-from ..device import Stopwatch, rounded_products
+from ..device import Stopwatch, rounded_products, to_device
 from ..evaluation.metrics import MetricSums
 from ..files import local_or_hub
 from ..harvest.buffer import ActivationBuffer
@@ -148,6 +148,7 @@ class CLTTrainer:
             progress=self.progress,
             overlap=args.overlap_harvest,
             skip_bad=self.skip_bad,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
         self.signals = StopSignals()
         self.fingerprint = self.harvester.fingerprint()
@@ -190,6 +191,7 @@ class CLTTrainer:
         try:
             return self._train()
         finally:
+            self.tokens.close()
             finish_trackers(self.accelerator)
             if self.lock is not None:
                 os.close(self.lock)
@@ -296,7 +298,7 @@ class CLTTrainer:
             all_ready = self.batches.num_agreed > 0
             with checkpoint_on_failure(self, optimizer, before):
                 batch = self.batches.read(micro_step, self.signals)
-            batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
+            batch = {name: to_device(rows, accelerator.device) for name, rows in batch.items()}
             self.tokens_since_log += len(batch["inputs"])
             batch = gather_tokens(self.shard, batch, equally_many=all_ready)
             is_last = micro_step == args.gradient_accumulation_steps - 1
