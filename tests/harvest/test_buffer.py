@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt import ActivationBuffer
@@ -408,6 +409,45 @@ def test_preallocated():
 def test_device():
     buffer = ActivationBuffer(make_stream()[0], NumberHarvester(), n_batches=4, batch_size=10, device="meta")
     assert buffer.inputs.device.type == buffer.labels.device.type == "meta"
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Counts copies to the meta device, which has no values: nothing that asks it for one goes through."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function == torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == META
+        return function(*args, **(kwargs or {}))
+
+
+META = torch.device("meta")
+
+
+def test_a_batch_waits_for_no_device():
+    """The order is copied once per fill, and whether activations are finite is asked once; meta stands for a GPU."""
+
+    class MetaHarvester(NumberHarvester):
+        def read(self, batch, dtype=torch.float32):
+            inputs, labels, total = super().read(batch, dtype)
+            return inputs.new_empty(inputs.shape, device=META), labels.new_empty(labels.shape, device=META), total
+
+        def check(self, *args):
+            raise AssertionError("asked for each batch")
+
+    stream = make_stream(num_documents=200)[0]
+    buffer = ActivationBuffer(stream, MetaHarvester(), n_batches=20, batch_size=5, device=META)
+    fills = 0
+    batches = iter(buffer)
+    for _ in range(200):
+        harvested = buffer.num_harvested
+        with CopiesToMeta() as copies:
+            batch = next(batches)
+        assert batch["inputs"].device == META and batch["inputs"].shape == (5, LAYERS, WIDTH)
+        filled = buffer.num_harvested > harvested
+        fills += filled
+        assert copies.count == (2 if filled else 0)  # the free slots and the order
+    assert fills > 5
 
 
 # Checkpoints
