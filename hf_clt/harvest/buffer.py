@@ -166,14 +166,14 @@ class ActivationBuffer:
         if self.overlap:
             self._harvest_ahead(self.read + len(slots))  # it may fail, and then the batch is still unread
         self.read += len(slots)
-        return self._activations(slots)
+        return self._activations(slots, self.pin_memory)
 
-    def _activations(self, slots: Tensor) -> dict[str, Tensor]:
+    def _activations(self, slots: Tensor, pin_memory: bool) -> dict[str, Tensor]:
         """Rows of the buffer, (N, L, D) each; `slots` are where the activations are."""
         found = {}
         for name, values in (("inputs", self.inputs), ("labels", self.labels)):
             shape = len(slots), *values.shape[1:]
-            out = torch.empty(shape, dtype=values.dtype, pin_memory=True) if self.pin_memory else None
+            out = torch.empty(shape, dtype=values.dtype, pin_memory=True) if pin_memory else None
             found[name] = torch.index_select(values, 0, slots, out=out)
         return found
 
@@ -346,7 +346,7 @@ class ActivationBuffer:
         `inputs` and `labels` of the unread tokens, (N, L, D) each on the CPU, in the order of `state_dict`, to whose
         tensors they can be added: they need not be harvested again then.
         """
-        return {name: rows.cpu() for name, rows in self._activations(self.order_here[self.read :]).items()}
+        return {name: rows.cpu() for name, rows in self._activations(self.order_here[self.read :], False).items()}
 
     def load_state_dict(self, values: dict, tensors: dict[str, Tensor]) -> None:
         """

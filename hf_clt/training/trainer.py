@@ -29,7 +29,7 @@ from ..modeling_clt import THRESHOLD_DECAY, CLTOutput, CrossLayerTranscoder
 from ..sharding import gather_tokens, sum_over
 from . import publishing
 from .arguments import CLTTrainingArguments
-from .checkpoints import find_checkpoint, read_state
+from .checkpoints import CheckpointError, find_checkpoint, read_state
 from .evaluation import evaluate_heldout, gather_sums
 from .optimizers import clip_grad_norm, make_optimizer
 from .output_folder import check_output_dir, prepare_output_dir
@@ -48,6 +48,7 @@ from .setup import (
     prepare_device,
 )
 from .trackers import check_trackers, finish_trackers, start_trackers
+from .writer import CheckpointWriter
 
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,8 @@ class CLTTrainer:
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self.last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self.lock: int | None = None  # on output_dir, in the main process
-        self.saved_step: int | None = None  # of the newest checkpoint in output_dir
+        self.saved_step: int | None = None  # of the newest checkpoint in output_dir, or of the one being written
+        self.writer = CheckpointWriter(self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1)
 
     def train(self) -> CrossLayerTranscoder:
         """
@@ -189,7 +191,18 @@ class CLTTrainer:
             FloatingPointError: If the loss is not finite.
         """
         try:
-            return self._train()
+            clt = self._train()
+            self.writer.wait()
+            return clt
+        except KeyboardInterrupt:
+            self.writer.given_up = True  # the first Ctrl-C has waited for it, the second does not
+            raise
+        except Exception as error:
+            try:
+                self.writer.wait()
+            except CheckpointError as failure:
+                error.add_note(str(failure))
+            raise
         finally:
             self.tokens.close()
             finish_trackers(self.accelerator)
@@ -223,6 +236,7 @@ class CLTTrainer:
         with self.signals.caught(self._is_reading, announce=accelerator.is_main_process):
             with bar:
                 while self.step < args.training_steps:
+                    self.writer.check()
                     batch, output, scale = self._update(model, optimizer)
                     is_last = self.step == args.training_steps
                     if self.step % args.log_interval == 0 or is_last or self.step == 1:
