@@ -120,6 +120,7 @@ class ActivationBuffer:
         self.token_batches: dict[int, dict[str, Tensor]] = {}  # by number, those with unread tokens (or some more)
         self.num_harvested = 0  # extraction batches so far
         self.skipped_tokens = 0
+        self._checks_each = False
         self.epoch = 0
         self._text: Iterator | None = None  # the rest of this epoch's text; None: not started
         self._text_ended = False  # whether this epoch's text has been read, though perhaps not yet all of the buffer
@@ -194,10 +195,12 @@ class ActivationBuffer:
         is_free = torch.ones(len(self.inputs), dtype=torch.bool)
         is_free[unread] = False
         free = is_free.nonzero().squeeze(1)
-        # Whether all are finite is asked once, since a GPU has to be waited for; where they are not, of each batch.
-        filled = self._harvest_into(free, check_each=self.skipped_tokens > 0)
+        # Whether all are finite is asked once, since a GPU has to be waited for, and from the first that are not on, of
+        # each batch.
+        filled = self._harvest_into(free, self._checks_each)
         if filled is None:
-            filled = self._harvest_into(free, check_each=True)
+            self._checks_each = True
+            filled = self._harvest_into(free, self._checks_each)
         if filled:
             unread = torch.cat([unread, free[:filled]])
             self._set_order(unread[torch.randperm(len(unread), generator=self.generator)])
