@@ -195,8 +195,7 @@ class ActivationBuffer:
         is_free = torch.ones(len(self.inputs), dtype=torch.bool)
         is_free[unread] = False
         free = is_free.nonzero().squeeze(1)
-        # Whether all are finite is asked once, since a GPU has to be waited for, and from the first that are not on, of
-        # each batch.
+        # Whether all are finite is asked once, since a GPU has to be waited for; once some were not, of each batch.
         filled = self._harvest_into(free, self._checks_each)
         if filled is None:
             self._checks_each = True
