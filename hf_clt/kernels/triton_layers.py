@@ -159,8 +159,10 @@ if triton is not None:
         place = tl.load(order + entries, mask=listed, other=0)
         num_tiles = tl.load(table + tl.load(indices + place, mask=listed, other=0) // num_features)
         total = tl.full((BLOCK_E,), 0.0, tl.float32)
+        dots += entries
         for tile in range(most):
-            total += tl.load(dots + tile * num_entries + entries, mask=listed & (tile < num_tiles), other=0.0)
+            total += tl.load(dots, mask=listed & (tile < num_tiles), other=0.0)
+            dots += num_entries  # one by one, since their product may exceed 32 bits
         tl.store(out + place, total, mask=listed)
 
     @triton.jit
