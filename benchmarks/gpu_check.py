@@ -489,7 +489,7 @@ def time_updates(rows: list, case: Case, steps: int = 6) -> None:
 def bytes_needed(case: Case, side: str) -> int:
     formats = {"clt_dtype": case.dtype, "optimizer": case.optimizer if side == "ours" else "adam"}
     formats |= {"product_dtype": case.product_dtype, "dead": case.dead}
-    plan = Plan(case.config(), batch_size=case.tokens, l0=case.l0, buffer_on_device=False, on_gpu=True, **formats)
+    plan = Plan(case.config(), batch_size=case.tokens, l0=case.l0, buffer_on_device=False, **formats)
     dense = 8 * case.tokens * case.num_features * case.num_layers  # pre-activations and activations of all layers
     return memory(plan)["total"] + (dense if side == "dense" else 0)
 
