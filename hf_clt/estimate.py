@@ -55,7 +55,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # As `kernels/decode.py`, `kernels/triton_layers.py` and `modeling_clt.py` have them, which --help answers without:
 # readings of a feature's decoder row above which it is rounded first, bytes of a tile of columns, bytes of
 # pre-activations that are there at once.
-ROUND_ABOVE, POSTING_BYTES, ENCODED_BYTES = 6, 1024, 4 * 2**30
+ROUND_ABOVE, POSTING_BYTES, DOTS_BYTES, ENCODED_BYTES = 6, 1024, 2**31, 4 * 2**30
 WINDOW = 2.0  # listed entries for each active one, where a jumprelu CLT has most features outside its window
 
 
@@ -219,13 +219,11 @@ def encoding_bytes(plan: Plan, batch: int, encoders: int, revives: bool) -> floa
         # threshold, the order in which they are compared.
         copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
         return (4 + 3 * revives) * batch + (3 + revives) * 4 * pre_activations + copies
-    # Inputs, labels, normalised inputs, all encoders in one; of as many layers as are encoded at a time their
-    # encoders, in the format of the product, and the pre-activations, those of the layers before still there. Or twice
-    # the pre-activations, the second time of dead features.
+    # Inputs, labels, normalised inputs, all encoders in one; of as many layers as are encoded at a time the
+    # pre-activations and their encoders, in the format of the product, or the pre-activations of dead features.
     at_a_time = layers / max(1, min(layers, -(-layers * number * pre_activations // ENCODED_BYTES)))
     encoded = at_a_time * number * pre_activations
-    others = encoders * number / 4 * at_a_time / layers + encoded * (at_a_time < layers)
-    return 3 * batch + encoders + encoded + max(others, encoded * revives)
+    return 3 * batch + encoders + encoded + max(encoders * number / 4 * at_a_time / layers, encoded * revives)
 
 
 def tiles_bytes(plan: Plan, entry_count: float) -> float:
@@ -234,7 +232,7 @@ def tiles_bytes(plan: Plan, entry_count: float) -> float:
         return 0
     number = 2 if plan.product_dtype == "bfloat16" else BYTES[plan.clt_dtype]
     targets = 1 if plan.config.decoder_tying == "per_source" else plan.config.num_targets(0)
-    return 4 * entry_count * math.ceil(targets * plan.config.d_model * number / POSTING_BYTES)
+    return min(DOTS_BYTES, 4 * entry_count * math.ceil(targets * plan.config.d_model * number / POSTING_BYTES))
 
 
 def memory(plan: Plan) -> dict[str, int]:

@@ -95,7 +95,7 @@ def norms_over_targets(squares: Tensor, config: CLTConfig) -> Tensor:
 
 def list_by_block(dead: Tensor, num_layers: int) -> list[Tensor]:
     """The features that are true in (L, F), an int64 vector of b · F + f per block of B layers."""
-    block, feature = dead.view(-1, num_layers * dead.shape[1]).nonzero(as_tuple=True)
+    block, feature = dead.reshape(-1, num_layers * dead.shape[1]).nonzero(as_tuple=True)
     if num_layers == len(dead):
         return [feature]
     return list(feature.split(block.bincount(minlength=len(dead) // num_layers).tolist()))

@@ -187,7 +187,7 @@ class CrossLayerTranscoder(PreTrainedModel):
     lazy = False  # whether the weights stay in their files; see `from_pretrained`
     threshold_decay: float = THRESHOLD_DECAY  # smaller where the trainer has a mean of few batches
     training_k: int | None = None  # k in train mode, where the trainer anneals it; None: that of the configuration
-    layers_together: bool | None = None  # whether all layers are worked on at once; None: on a GPU where they can be
+    layers_together: bool | None = None  # whether all layers are worked on at once; None: as `_blocks` says
 
     def __init__(self, config: CLTConfig, shard: FeatureShard | None = None):
         if config.num_layers is None:
@@ -406,14 +406,13 @@ class CrossLayerTranscoder(PreTrainedModel):
 
     def _blocks(self, x: Tensor) -> list[Block]:
         """
-        The layers, in blocks that are worked on at once: one by one on a CPU, where each stays in a cache, and all on
-        a GPU, where each launch costs, unless they share a budget, a decoder or a process group, or are on several
-        devices.
+        The layers, in blocks that are worked on at once: one by one on a CPU, where each stays in a cache; in training
+        on a GPU, where each launch costs and memory for copies of the encoders is there, all, unless they share a
+        budget, a decoder or a process group. (Hooks on the modules of single layers are not called then.)
         """
-        config = self.config
-        together = self.layers_together
+        config, together = self.config, self.layers_together
         if together is None:
-            together = not is_on_cpu(x) and len(set(getattr(self, "hf_device_map", {"": 0}).values())) == 1
+            together = self.training and not is_on_cpu(x)
         alone = self.shard is not None or config.k_scope == "token" or config.decoder_tying == "per_target"
         if not together or alone or config.num_layers == 1:
             return [self._block(layer) for layer in range(config.num_layers)]

@@ -7,6 +7,7 @@ full zero tensor per slice in the backward pass, which is O(L^3) traffic.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
@@ -47,7 +48,7 @@ class _AddDecoded(torch.autograd.Function):
         reconstruction[:, targets] += written.view(-1, *weight.shape[1:])
         ctx.mark_dirty(reconstruction)
         ctx.save_for_backward(weight, active_values)
-        ctx.features, ctx.active, ctx.targets = features, active, targets
+        ctx.features, ctx.active, ctx.targets, ctx.dtype = features, active, targets, gradient_dtype(weight)
         return reconstruction, squared_norms(rows) if with_squares else None
 
     @staticmethod
@@ -60,7 +61,7 @@ class _AddDecoded(torch.autograd.Function):
             grad_written = grad[:, ctx.targets]
             if weight.shape[1] == 1:
                 grad_written = grad_written.sum(dim=1, keepdim=True)
-            grad_written = grad_written.reshape(grad.shape[0], -1).to(rows.dtype)
+            grad_written = grad_written.reshape(grad.shape[0], -1).to(ctx.dtype).to(rows.dtype)
             if ctx.needs_input_grad[1]:
                 grad_values = entry_dots(grad_written, rows, features).to(active_values.dtype)
             if ctx.needs_input_grad[2]:
@@ -69,6 +70,12 @@ class _AddDecoded(torch.autograd.Function):
             slope = 2 * grad_squares.to(rows.dtype)[:, None]
             grad_rows = slope * rows if grad_rows is None else grad_rows.addcmul_(slope, rows)
         return grad, grad_values, None if grad_rows is None else grad_rows.view_as(weight), None, None, None
+
+
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """Of the reconstruction's gradient: autocast on a GPU rounds what goes into products, in the backward pass too."""
+    is_rough = weight.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if is_rough else weight.dtype
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -100,10 +107,7 @@ class _DecodeLayers(torch.autograd.Function):
     def forward(ctx, start, values, features: LayerFeatures, reach: int, tied: bool, with_squares: bool, *weights):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(values, *weights)
-        ctx.features, ctx.reach, ctx.tied, kind = features, reach, tied, values.device.type
-        # Autocast rounds what goes into products: the gradient in the backward pass; the weights if that pays.
-        is_rough = torch.is_autocast_enabled(kind)
-        ctx.dtype = torch.get_autocast_dtype(kind) if is_rough else weights[0].dtype
+        ctx.features, ctx.reach, ctx.tied, ctx.dtype = features, reach, tied, gradient_dtype(weights[0])
         is_often = features.indices.numel() > ROUND_ABOVE * features.num_features
         rounds = weights[0].dtype != ctx.dtype and is_often
         rows = triton_layers.rounded(weights, ctx.dtype) if rounds else weights
@@ -116,22 +120,23 @@ class _DecodeLayers(torch.autograd.Function):
         num_layers, width = len(weights), weights[0].shape[2]
         if grad is None:
             grad = values.new_zeros(ctx.features.num_rows // num_layers, num_layers, width)
-        written = grad.to(ctx.dtype)
+        written = grad
         if ctx.tied:  # what a source writes to one target it writes to all
             written = torch.nn.functional.pad(written, (0, 0, 0, ctx.reach - 1)).unfold(1, ctx.reach, 1).sum(dim=3)
         gradients = [torch.empty_like(w) for w in weights] if any(ctx.needs_input_grad[6:]) else [None] * num_layers
         has_sums, has_slopes = gradients[0] is not None, gradients[0] is not None and grad_squares is not None
         dots = triton_layers.posting_sums(
-            written.flatten(1),
+            written.to(ctx.dtype).flatten(1),
             output_rows(ctx.features),
             ctx.features,
             values=values if has_sums else None,
             columns=[(s * width, w[0].numel()) for s, w in enumerate(weights)],
             gradients=gradients if has_sums else None,
-            weights=weights,
+            weights=weights if ctx.needs_input_grad[1] or has_slopes else None,
             slopes=2 * grad_squares if has_slopes else None,
         )
-        return grad, dots.to(values.dtype), None, None, None, None, *gradients
+        grad_values = None if dots is None else dots.to(values.dtype)
+        return grad, grad_values, None, None, None, None, *gradients
 
 
 def output_rows(features: LayerFeatures) -> Tensor:
@@ -144,7 +149,13 @@ def output_rows(features: LayerFeatures) -> Tensor:
 
 
 def takes_layers(features: LayerFeatures, weights: list[Tensor], start: Tensor) -> bool:
-    """Whether [`decode_layers`] can be had, and beats products by layer."""
+    """
+    Whether [`decode_layers`] can be had, and beats products by layer. It gives all gradients at once: where there are
+    some to add them to, of an earlier batch or in the buckets of several processes, layer by layer takes less memory.
+    """
+    in_buckets = dist.is_available() and dist.is_initialized()
+    if torch.is_grad_enabled() and (weights[0].grad is not None or in_buckets):
+        return False
     num_features = features.num_features // features.num_layers
     return triton_layers.takes(weights, start) and not use_dense(features.values, features.num_rows, num_features)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..folding import at_least_float32
 from ..sparsity import LayerFeatures, sum_by_feature
-from .rows import row_dots_by_feature, row_sums, transposed_row_sums
+from .rows import row_dots_by_feature, row_sums, transposed_row_sums, use_dense
 
 
 def encode_dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,11 +86,17 @@ class _PreActivations(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             rows = weight.to(wide).flatten(0, 1)
             grad_x = row_sums(rows, features.indices, features.offsets, grad_values)
-            grad_x = grad_x.view(-1, num_layers, num_tokens, width).sum(dim=0).transpose(0, 1).to(x.dtype)
+            halves = 1 if features.first is None else 2
+            grad_x = grad_x.view(halves, num_layers, num_tokens, width).sum(dim=0).transpose(0, 1).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            rows = x.to(wide).reshape(-1, width)
-            grad_weight = transposed_row_sums(rows, features, grad_values, input_rows(features)).to(ctx.dtype)
-            grad_weight = grad_weight.view(num_layers, -1, width)
+            x, per_layer = x.to(wide), features.num_features // num_layers
+            if num_layers > 1 and use_dense(grad_values, features.num_rows, per_layer):
+                layers = enumerate(features.with_values(grad_values).by_layer())
+                grad_weight = torch.stack([transposed_row_sums(x[:, b], layer, layer.values) for b, layer in layers])
+            else:
+                rows = x.reshape(-1, width)
+                grad_weight = transposed_row_sums(rows, features, grad_values, input_rows(features))
+            grad_weight = grad_weight.view(num_layers, -1, width).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = sum_by_feature(features, grad_values).to(ctx.dtype).view(num_layers, -1)
         return grad_x, grad_weight, grad_bias, None, None

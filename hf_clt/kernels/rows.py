@@ -144,7 +144,7 @@ def row_dots_by_feature(left: Tensor, right: Tensor, features: LayerFeatures, pl
     """<left[p], right[f]> at the listed entries, (nnz,), `places` p their rows; a GPU reads a row of `right` once."""
     if use_triton(left):
         columns = [(0, left.shape[1])]
-        return triton_layers.posting_sums(left, places, features, columns=columns, weights=[right])
+        return triton_layers.posting_sums(left, places, features, columns=columns, weights=[right.contiguous()])
     return row_dots(left, places, right, features.indices)
 
 

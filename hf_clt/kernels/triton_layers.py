@@ -36,6 +36,7 @@ DECODE_COLUMNS, DECODE_ENTRIES = 128, 8
 POSTING_BYTES, POSTING_ENTRIES, POSTING_SPLIT = 1024, 4, 128
 # Entries of a program that adds up dot products over tiles; columns of one that adds up squares.
 DOTS_ENTRIES, SQUARE_COLUMNS = 128, 1024
+DOTS_BYTES = 2**31  # of dot products of single tiles
 ROUND_BLOCK = 4096  # elements of a program that rounds weights
 ALIGNED = 16  # elements
 
@@ -114,7 +115,7 @@ if triton is not None:
     ):
         # Features run fastest: those of one source pass over one column tile of the rows.
         feature = tl.program_id(0).to(tl.int64)
-        tile = table + 2 * num_sources + 5 * tl.program_id(1)
+        tile = table + 3 * num_sources + 5 * tl.program_id(1)
         source, number, width = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
         column = tl.multiple_of(tl.load(tile + 3), ALIGN)
         columns = column + tl.arange(0, BLOCK_C)
@@ -153,12 +154,16 @@ if triton is not None:
             tl.store(gradients + shift + own, total.to(gradients.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def dots_kernel(dots, order, indices, table, out, num_features, num_entries, most, BLOCK_E: tl.constexpr):
+    def dots_kernel(
+        dots, order, indices, table, out, num_sources, num_features, num_entries, most, BLOCK_E: tl.constexpr
+    ):
+        """Adds up those of some tiles, of as many as the table says of a source."""
         entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
         listed = entries < num_entries
         place = tl.load(order + entries, mask=listed, other=0)
-        num_tiles = tl.load(table + tl.load(indices + place, mask=listed, other=0) // num_features)
-        total = tl.full((BLOCK_E,), 0.0, tl.float32)
+        source = tl.load(indices + place, mask=listed, other=0) // num_features
+        num_tiles = tl.load(table + 2 * num_sources + source)
+        total = tl.load(out + place, mask=listed, other=0.0)
         dots += entries
         for tile in range(most):
             total += tl.load(dots, mask=listed & (tile < num_tiles), other=0.0)
@@ -274,54 +279,68 @@ def posting_sums(
     Returns:
         The dot products, (nnz,) float32, if weights were given.
     """
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()  # the gradient of a sum is one number, expanded
     num_layers = len(columns)
     num_features, num_entries = features.num_features // num_layers, features.indices.numel()
-    order, offsets = features.by_feature
     widest = max(width for _, width in columns)
     block = min(POSTING_BYTES // rows.element_size(), triton.next_power_of_2(widest))
-    tiles = [
-        (source, number, width, number * block, first)
-        for source, (first, width) in enumerate(columns)
-        for number in range(triton.cdiv(width, block))
-    ]
     apart = [distances(tensors) if tensors else [0] * num_layers for tensors in (weights, gradients)]
-    table = [*apart[0], *apart[1], *(number for tile in tiles for number in tile)]
-    most = triton.cdiv(widest, block)
-    dots = rows.new_empty(most, num_entries, dtype=torch.float32) if weights else None
-    with torch.cuda.device_of(rows):
-        posting_kernel[(num_features, len(tiles))](
-            rows,
-            places[order],
-            # A pointer that is never read stands in for none.
-            rows if values is None else values[order],
-            offsets,
-            weights[0] if weights else rows,
-            gradients[0] if gradients else rows,
-            rows if slopes is None else slopes,
-            dots if weights else rows,
-            table_on(rows.device, table),
-            num_layers,
-            num_features,
-            num_entries,
-            rows.stride(0),
-            HAS_SUMS=gradients is not None,
-            HAS_DOTS=bool(weights) and num_entries > 0,
-            HAS_SLOPES=slopes is not None,
-            ALIGN=alignment(table[: 2 * num_layers], [rows.stride(0)], *columns),
-            SPLIT=POSTING_SPLIT,
-            BLOCK_E=POSTING_ENTRIES,
-            BLOCK_C=block,
-            num_warps=1,
-        )
-        if not weights:
-            return None
-        out = rows.new_empty(num_entries, dtype=torch.float32)
-        if num_entries:
-            counts = table_on(rows.device, [triton.cdiv(width, block) for _, width in columns])
-            grid = (triton.cdiv(num_entries, DOTS_ENTRIES),)
-            dots_kernel[grid](
-                dots, order, features.indices, counts, out, num_features, num_entries, most, BLOCK_E=DOTS_ENTRIES
+    counts = [triton.cdiv(width, block) for _, width in columns]
+    # So many tiles of each row at once that their dot products take at most DOTS_BYTES.
+    at_once = max(1, DOTS_BYTES // (4 * max(1, num_entries))) if weights else max(counts)
+    has_dots = bool(weights) and num_entries > 0
+    out = torch.zeros(num_entries, device=rows.device) if weights else None
+    dots = rows.new_empty(min(at_once, max(counts)), num_entries, dtype=torch.float32) if weights else None
+    order, offsets = features.by_feature
+    given = [
+        rows,
+        places[order],
+        # A pointer that is never read stands in for none.
+        rows if values is None else values[order],
+        offsets,
+        weights[0] if weights else rows,
+        gradients[0] if gradients else rows,
+        rows if slopes is None else slopes,
+        dots if weights else rows,
+    ]
+    for begin in range(0, max(counts), at_once):
+        tiles = [
+            (source, number - begin, width, number * block, first)
+            for source, (first, width) in enumerate(columns)
+            for number in range(begin, min(begin + at_once, counts[source]))
+        ]
+        here = [max(0, min(count - begin, at_once)) for count in counts]
+        table = table_on(rows.device, [*apart[0], *apart[1], *here, *(number for tile in tiles for number in tile)])
+        with torch.cuda.device_of(rows):
+            posting_kernel[(num_features, len(tiles))](
+                *given,
+                table,
+                num_layers,
+                num_features,
+                num_entries,
+                rows.stride(0),
+                HAS_SUMS=gradients is not None,
+                HAS_DOTS=has_dots,
+                HAS_SLOPES=slopes is not None,
+                ALIGN=alignment(*apart, [rows.stride(0)], *columns),
+                SPLIT=POSTING_SPLIT,
+                BLOCK_E=POSTING_ENTRIES,
+                BLOCK_C=block,
+                num_warps=1,
             )
+            if has_dots:
+                dots_kernel[(triton.cdiv(num_entries, DOTS_ENTRIES),)](
+                    dots,
+                    order,
+                    features.indices,
+                    table,
+                    out,
+                    num_layers,
+                    num_features,
+                    num_entries,
+                    max(here),
+                    BLOCK_E=DOTS_ENTRIES,
+                )
     return out
 
 

@@ -23,6 +23,11 @@ triton = pytest.importorskip("triton")
 L, N, F, D = 3, 6, 12, 24
 
 
+def on_a_cpu_too(weight):
+    """Stands in for `gradient_dtype`, which follows the autocast of a GPU."""
+    return torch.bfloat16 if torch.is_autocast_enabled("cpu") else weight.dtype
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     with pytest.MonkeyPatch.context() as patch:
@@ -131,6 +136,26 @@ def test_both_gradients_of_the_decoders(interpreted, dtype, reach, tied, dead, s
         assert torch.equal(found(), dots)  # of weights that are not trained
 
 
+def test_a_gradient_that_is_one_number_and_tiles_in_turns(interpreted, monkeypatch):
+    """The gradient of a sum is expanded, without strides; the dot products of few tiles at a time are added up."""
+    block, _ = random_block(torch.float32)
+    weights = random_weights(torch.float32, 3)
+    columns = [(s * D, weight[0].numel()) for s, weight in enumerate(weights)]
+
+    def run(rows):
+        gradients = [torch.full_like(weight, torch.nan) for weight in weights]
+        given = {"values": block.values, "columns": columns, "gradients": gradients, "weights": weights}
+        return [interpreted.posting_sums(rows.flatten(1), output_rows(block), block, **given), *gradients]
+
+    rows = torch.full((N, L, D), 0.5)
+    wanted = run(rows)
+    expanded = torch.tensor(0.5).expand(N, L, D)
+    assert expanded.flatten(1).stride() == (0, 0)
+    for found in (run(expanded), monkeypatch.setattr(interpreted, "DOTS_BYTES", 1) or run(rows)):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_sums_alone_over_layers_whose_rows_lie_side_by_side(interpreted):
     """The gradient of the encoders: row n · L + b of the inputs is token n in layer b."""
     block, acts = random_block(torch.float32)
@@ -178,6 +203,7 @@ def test_autocast_rounds_the_gradient_and_the_weights(interpreted, monkeypatch, 
     """Numbers of few bits come through unchanged, others do not."""
     monkeypatch.setattr(decode_module, "triton_layers", interpreted)
     monkeypatch.setattr(decode_module, "ROUND_ABOVE", above)
+    monkeypatch.setattr(decode_module, "gradient_dtype", on_a_cpu_too)
     block, _ = random_block(torch.float32)
     start = torch.zeros(N, L, D)
 
@@ -203,6 +229,7 @@ def test_only_weights_of_another_format_are_rounded(interpreted, monkeypatch, dt
     monkeypatch.setattr(interpreted, "rounded", lambda weights, dtype: rounded.append(dtype) or weights)
     monkeypatch.setattr(decode_module, "triton_layers", interpreted)
     monkeypatch.setattr(decode_module, "ROUND_ABOVE", 0)
+    monkeypatch.setattr(decode_module, "gradient_dtype", on_a_cpu_too)
     block, _ = random_block(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         decode_layers(torch.zeros(N, L, D), block, random_weights(dtype, 3), 3, False)
