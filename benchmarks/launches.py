@@ -100,6 +100,7 @@ def fake_gpu():
                 stack.enter_context(patch(name, value))
             is_cuda = property(lambda tensor: tensor.device.type == "cuda")
             stack.enter_context(patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
+            stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda tensor: 0, create=True))
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             yield
     finally:
@@ -163,7 +164,7 @@ class Recorder(TorchDispatchMode):
             return args[0].new_empty(self.listed.get(args[0].numel(), 1), args[0].dim(), dtype=torch.int64)
         if name == "bincount":
             return args[0].new_empty(args[2])
-        if name == "_local_scalar_dense" and args[0].device.type == "cuda":
+        if name == "_local_scalar_dense" and args[0].constant is None:
             return {torch.bool: True, torch.int64: self.above}.get(args[0].dtype, 1.0)
         return func(*args, **kwargs)
 
@@ -226,7 +227,6 @@ def count(case: Case) -> dict:
             kernels = dict.fromkeys((name for name in vars(module) if name.endswith("_kernel")), recorder)
             stack.enter_context(patch.multiple(module, **kernels))
         stack.enter_context(patch.object(FakeTensor, "tolist", even))
-        stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda tensor: 0))
         stack.enter_context(patch.object(triton_layers, "table_on", partial(table_on, recorder)))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(recorder)

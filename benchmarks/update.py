@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_clt import CLTTrainingArguments
-from hf_clt.training.optimizers import make_optimizer
+from hf_clt.training.optimizers import clip_grad_norm, make_optimizer
 
 from .cases import Case
 from .dense_reference import dense_losses_of
@@ -49,7 +49,10 @@ class Update:
             fired = output.features.active_counts()
             self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
         mark()
-        torch.nn.utils.clip_grad_norm_(self.clt.parameters(), 1.0)
+        if self.is_ours:
+            clip_grad_norm(self.clt, self.optimizer, 1.0)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.clt.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         mark()

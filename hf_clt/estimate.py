@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .configuration_clt import TOPK_FAMILY, CLTConfig
 from .files import one_line
 from .sharding import FeatureShard
-from .training.optimizers import GPU_BLOCK
 
 
 # Shapes that can be planned with before anything is downloaded, as their authors published them.
@@ -200,15 +199,12 @@ def memory(plan: Plan) -> dict[str, int]:
     """
     config, n, model = plan.config, plan.feature_parallel_size, plan.language_model
     layers, width = config.num_layers, config.d_model
-    parameters = plan.parameters()
-    parts = state_bytes(parameters, plan.optimizer)
+    parts = state_bytes(plan.parameters(), plan.optimizer)
 
     batch = 4 * plan.tokens_at_once * layers * width  # (n·N, L, D) in float32
     pre_activations = 4 * plan.tokens_at_once * config.num_features // n  # of a layer
     encoders = 4 * layers * config.num_features // n * width
     copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
-    block = min(GPU_BLOCK, max(p.numel() for p in parameters))  # of weights that the optimizer works on
-    block *= 8 if plan.optimizer != "adam_compact" and plan.clt_dtype != "float32" else 0
     # Of each listed entry its feature, token, value and gradient, and the same in the order of the features.
     entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
     # topk and batchtopk revive dead features by reconstructing twice as many tokens, and keep the inputs twice more
@@ -222,7 +218,7 @@ def memory(plan: Plan) -> dict[str, int]:
         # When the decoders have gradients: the reconstruction's stands in place of the encoders'.
         (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
         # When all have.
-        (4 + revives) * batch + max(2 * encoders if plan.pulled else 0, block),
+        (4 + revives) * batch + (2 * encoders if plan.pulled else 0),
     )
     parts["step"] = round(max(moments) + entries)
 

@@ -382,7 +382,8 @@ def load_optimizer_tensors(
         name, _, entry = key.rpartition(":")
         if isinstance(optimizer, WideAdam):  # older versions kept moments in the weights' format
             value = value.float() if value.element_size() < 4 else value
-        optimizer.state[parameters[name]][entry] = value.to(parameters[name].device, copy=True)
+        device = "cpu" if entry == "step" else parameters[name].device
+        optimizer.state[parameters[name]][entry] = value.to(device, copy=True)
 
 
 def _read(path: Path) -> dict:

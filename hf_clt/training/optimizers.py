@@ -1,5 +1,5 @@
 """
-An Adam whose state takes a quarter of Adam's memory, or none; and Adam for weights in bfloat16.
+Adam with moments in float32, and an Adam whose state takes a quarter of its memory, or none.
 
 A CLT's decoders have of the order of L²/2 · F · D parameters, and Adam keeps two float32 numbers for each. What
 [`CompactAdam`] keeps is chosen for decoder and encoder rows, which belong to a feature:
@@ -14,7 +14,6 @@ A CLT's decoders have of the order of L²/2 · F · D parameters, and Adam keeps
 import math
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -32,8 +31,18 @@ GPU_BLOCK = 2**24
 HALF_MAX = torch.finfo(torch.float16).max
 
 
-class _OneByOne(torch.optim.Optimizer):
-    """Updates one parameter after another (`_update`), and keeps the number formats of its state on loading."""
+class _Stepping(torch.optim.Optimizer):
+    """
+    What both optimizers have in common. On a GPU a step is one kernel for all parameters of the same formats
+    (`kernels/triton_adam.py`), elsewhere one parameter after another (`_update`). Weights in bfloat16 are rounded at
+    random. The state keeps its number formats on loading; `step` is on the host, so that no step waits for a device.
+
+    `seed` is that of the rounding. `clip_factor`, (), is what the next step, and only that, multiplies gradients with,
+    on their device; None: 1.
+    """
+
+    seed = 0
+    clip_factor: Tensor | None = None
 
     def load_state_dict(self, state_dict: dict) -> None:
         # torch's own converts every state to the parameter's number format, and accelerate loads each optimizer once
@@ -42,8 +51,10 @@ class _OneByOne(torch.optim.Optimizer):
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             for index, parameter in zip(saved["params"], group["params"], strict=True):
                 if index in state_dict["state"]:
-                    entries = state_dict["state"][index].items()
-                    self.state[parameter] = {name: value.to(parameter.device) for name, value in entries}
+                    self.state[parameter] = {
+                        name: value.to("cpu" if name == "step" else parameter.device)
+                        for name, value in state_dict["state"][index].items()
+                    }
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,44 +63,75 @@ class _OneByOne(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        factor, self.clip_factor = self.clip_factor, None
+        taken, number = {}, 0  # by device
         for group in self.param_groups:
-            self._update_all([parameter for parameter in group["params"] if parameter.grad is not None], group)
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state.update(self._initial_state(parameter, group))
+                state["step"] += 1
+                step = int(state["step"])
+                key = triton_adam.rounding_key(self.seed, step, number)
+                if triton_adam.takes(parameter):
+                    what = parameter, state, key, self._numbers(group, step)
+                    taken.setdefault(parameter.device, []).append(what)
+                else:
+                    self._update(parameter, state, key, group, step, factor)
+        for steps in taken.values():
+            self._launch(steps, factor)
         return loss
 
-    def _update_all(self, parameters: list[Tensor], group: dict) -> None:
-        for parameter in parameters:
-            self._update(parameter, group)
 
-
-class WideAdam(_OneByOne, torch.optim.AdamW):
+class WideAdam(_Stepping, torch.optim.AdamW):
     """
-    AdamW for weights of fewer bits than float32, with both moments in float32: in bfloat16 the second one would never
-    fall, since 0.999 v rounds back to v. A step is computed in float32 and rounded once, to the nearest weight.
+    AdamW with both moments in float32 whatever the weights' format: in bfloat16 the second one would never fall, since
+    0.999 v rounds back to v. A step is computed in float32 and rounded once. On a CPU it is torch's fused one.
     """
 
-    def _update(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
+    def _initial_state(self, parameter: Tensor, group: dict) -> dict[str, Tensor]:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        return {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _numbers(self, group: dict, step: int) -> tuple[float, ...]:
+        """Those of the kernel; the correction of the second moment goes to eps and rate, as in [`CompactAdam`]."""
+        beta1, beta2 = group["betas"]
+        correction = math.sqrt(1 - beta2**step)
+        rate = -group["lr"] / (1 - beta1**step) * correction
+        return group["eps"] * correction, rate, 1 - group["lr"] * group["weight_decay"], 1 - beta1, 1 - beta2
+
+    def _launch(self, steps: list[tuple], factor: Tensor | None) -> None:
+        triton_adam.wide_step(steps, factor)
+
+    def _update(self, parameter, state, key, group, step, factor) -> None:
+        """A step by torch's fused Adam, of narrower weights on copies of some of them at a time."""
         settings = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         settings |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-        tensors = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        blocks = zip(*(tensor.view(-1).split(_block(parameter)) for tensor in tensors), strict=True)
-        for weights, gradient, *moments in blocks:
-            wide = weights.to(dtype)
-            steps = [state["step"].clone()]  # to which one is added
-            adamw(
-                [wide], [gradient.to(dtype)], *([moment] for moment in moments), [], steps,
-                fused=True, amsgrad=False, maximize=False, **settings,
-            )  # fmt: skip
+        settings |= {"fused": True, "amsgrad": False, "maximize": False}
+        if factor is not None:
+            settings["grad_scale"] = factor.reciprocal()
+        before = torch.full((), step - 1.0, device=parameter.device)  # to which one is added
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        if parameter.dtype == moments[0].dtype:
+            adamw([parameter], [parameter.grad], *([moment] for moment in moments), [], [before], **settings)
+            return
+        start = 0
+        tensors = parameter, parameter.grad, *moments
+        blocks = zip(*(tensor.reshape(-1).split(_block(parameter)) for tensor in tensors), strict=True)
+        for weights, gradient, *some in blocks:
+            wide, gradient = weights.to(some[0].dtype), gradient.to(some[0].dtype)
+            adamw([wide], [gradient], *([moment] for moment in some), [], [before.clone()], **settings)
+            if weights.dtype == torch.bfloat16:
+                triton_adam.round_stochastically_(wide, key, start)
             weights.copy_(wide)
-        state["step"] += 1
+            start += len(weights)
 
 
-class CompactAdam(_OneByOne):
+class CompactAdam(_Stepping):
     """
     Adam with one second moment per feature and a first moment in 2 bytes per parameter.
 
@@ -105,8 +147,8 @@ class CompactAdam(_OneByOne):
     one-dimensional parameter (bias, threshold) is a feature of its own, and nothing of it is kept in float16. Sums are
     in float32 or better whatever the parameter's type.
 
-    No step waits for the device, and on a GPU it is one kernel per parameter (`kernels/triton_adam.py`).
-    `load_state_dict` keeps the number formats of the state.
+    No step waits for the device, and on a GPU it is one kernel for all parameters of the same formats and about as
+    long rows (`kernels/triton_adam.py`). `load_state_dict` keeps the number formats of the state.
 
     Args:
         params: Parameters, or groups of them with their own settings; as in torch.optim.
@@ -141,34 +183,37 @@ class CompactAdam(_OneByOne):
         for parameter in group["params"]:
             _check_range(parameter, *group["betas"])
 
-    def _update_all(self, parameters: list[Tensor], group: dict) -> None:
-        taken = {}  # by device
-        for parameter in parameters:
-            if not triton_adam.takes(parameter):
-                self._update(parameter, group)
-                continue
-            if not self.state[parameter]:
-                self.state[parameter].update(_initial_state(parameter, group["betas"][0]))
-            taken.setdefault(parameter.device, []).append(parameter)
-        kept = 1 - group["lr"] * group["weight_decay"]
-        for some in taken.values():
-            steps = [self.state[parameter]["step"] for parameter in some]
-            torch._foreach_add_(steps, 1)
-            factors = torch.stack(_factors(torch.stack(steps), group), dim=1).float()
-            for place, parameter in enumerate(some):
-                triton_adam.adam_step(parameter, self.state[parameter], factors, place, group["betas"], kept)
+    def _initial_state(self, parameter: Tensor, group: dict) -> dict[str, Tensor]:
+        """Zeros: second_moment and denominator (first dimension,), update (as the parameter)."""
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        names = ("second_moment", "denominator")
+        state = {name: torch.zeros(len(parameter), dtype=dtype, device=parameter.device) for name in names}
+        if group["betas"][0]:
+            state["update"] = torch.zeros_like(parameter, dtype=torch.float16 if parameter.dim() > 1 else dtype)
+        return state
 
-    def _update(self, parameter: Tensor, group: dict) -> None:
-        """The formula in torch's operators: what is computed where the kernel cannot run."""
+    def _numbers(self, group: dict, step: int) -> tuple[float, ...]:
+        """
+        What is added to the root of the second moment at this step, what the quotient of the moment and that is
+        multiplied with, what weight decay leaves of a weight, and the betas. The correction of v is one factor for all
+        features, and so goes to the first two.
+        """
         beta1, beta2 = group["betas"]
-        state = self.state[parameter]
-        if not state:
-            state.update(_initial_state(parameter, beta1))
-        state["step"] += 1
+        correction = math.sqrt(1 - beta2**step)
+        rate = -group["lr"] * (1 - beta1) / (1 - beta1**step) * correction
+        return group["eps"] * correction, rate, 1 - group["lr"] * group["weight_decay"], beta1, beta2
+
+    def _launch(self, steps: list[tuple], factor: Tensor | None) -> None:
+        triton_adam.compact_step(steps, factor)
+
+    def _update(self, parameter, state, key, group, step, factor) -> None:
+        """The formula in torch's operators: what is computed where the kernel cannot run."""
+        eps, rate, kept, beta1, beta2 = self._numbers(group, step)
+        # Gradients are not rewritten for clipping: of factor · (g + m / factor) the first factor goes to `inverse`.
+        share = beta1 if factor is None else beta1 / factor
         dtype = state["second_moment"].dtype
-        eps, factor = (number.to(dtype) for number in _factors(state["step"], group))
         state["second_moment"].mul_(beta2)
-        state["denominator"].mul_(beta1)  # of the step before: update · denominator = beta1 · m
+        state["denominator"].mul_(share)  # of the step before: update · denominator = beta1 · m, over the factor
 
         rows, columns = len(parameter), parameter.numel() // len(parameter)
         size = max(1, _block(parameter) // columns)
@@ -176,19 +221,26 @@ class CompactAdam(_OneByOne):
         tensors += [state["second_moment"].view(rows, 1), state["denominator"].view(rows, 1)]
         tensors += [state["update"].view(rows, columns)] if beta1 else []
         moment = torch.empty(min(size, rows) if beta1 else 0, columns, dtype=dtype, device=parameter.device)
-        for w, g, v, denominator, *stored in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        start = 0
+        for weights, g, v, denominator, *stored in zip(*(tensor.split(size) for tensor in tensors), strict=True):
             norm = torch.linalg.vector_norm(g, dim=1, keepdim=True, dtype=dtype)
+            norm = norm if factor is None else norm * factor
             v.addcmul_(norm, norm, value=(1 - beta2) / columns)
             m = g
             if stored:
-                m = moment[: len(w)].copy_(stored[0])
+                m = moment[: len(weights)].copy_(stored[0])
                 torch.addcmul(g, m, denominator, out=m)
             inverse = torch.sqrt(v, out=denominator).add_(eps).reciprocal()
+            inverse = inverse if factor is None else inverse * factor
+            w = weights.float() if weights.dtype == torch.bfloat16 else weights
             if group["weight_decay"]:
-                w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.addcmul_(m, inverse * factor)
+                w.mul_(kept)
+            w.addcmul_(m, inverse * rate)
+            if w is not weights:
+                weights.copy_(triton_adam.round_stochastically_(w, key, start))
             if stored:
                 stored[0].copy_(m.mul_(inverse))
+            start += weights.numel()
 
 
 def state_entries(optimizer: torch.optim.Optimizer) -> set[str]:
@@ -202,31 +254,6 @@ def state_entries(optimizer: torch.optim.Optimizer) -> set[str]:
 def _block(parameter: Tensor) -> int:
     """Elements that are worked on at a time."""
     return GPU_BLOCK if parameter.is_cuda else CPU_BLOCK * torch.get_num_threads()
-
-
-def _factors(step: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-    """
-    What is added to the root of the second moment at this step (any shape, on the device, which a step must not wait
-    for), and what the quotient of the moment and that is multiplied with. The correction of v is one factor for all
-    features, and so goes to these. In float64, since 1 - beta2^t loses digits in float32.
-    """
-    beta1, beta2 = group["betas"]
-    step = step.double()
-    correction = (1 - beta2**step).sqrt()
-    return group["eps"] * correction, -group["lr"] * (1 - beta1) / (1 - beta1**step) * correction
-
-
-def _initial_state(parameter: Tensor, beta1: float) -> dict[str, Tensor]:
-    """Zeros: step (scalar), second_moment and denominator (first dimension,), update (as the parameter)."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    state = {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "second_moment": torch.zeros(len(parameter), dtype=dtype, device=parameter.device),
-        "denominator": torch.zeros(len(parameter), dtype=dtype, device=parameter.device),
-    }
-    if beta1:
-        state["update"] = torch.zeros_like(parameter, dtype=torch.float16 if parameter.dim() > 1 else dtype)
-    return state
 
 
 def _check_range(parameter: Tensor, beta1: float, beta2: float) -> None:
@@ -247,43 +274,46 @@ def _check_range(parameter: Tensor, beta1: float, beta2: float) -> None:
         )
 
 
-def make_optimizer(clt: CrossLayerTranscoder, args: CLTTrainingArguments) -> torch.optim.Optimizer:
+def make_optimizer(clt: CrossLayerTranscoder, args: CLTTrainingArguments) -> WideAdam | CompactAdam:
     """
-    Adam or AdamW, fused, with float32 moments whatever the weights' format, or [`CompactAdam`]; weight decay only on
+    Adam or AdamW, with float32 moments whatever the weights' format, or [`CompactAdam`]; weight decay only on
     matrices, never on biases and thresholds.
     """
     decayed = [p for p in clt.parameters() if p.dim() >= 2]
     others = [p for p in clt.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "adam_compact":
-        return CompactAdam(groups, **settings)
-    if clt.dtype in (torch.bfloat16, torch.float16):
-        return WideAdam(groups, **settings)  # Adam too, which has no weight decay
-    optimizer = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-    return optimizer(groups, **settings, fused=True)
+    optimizer = CompactAdam if args.optimizer == "adam_compact" else WideAdam  # Adam too, which has no weight decay
+    optimizer = optimizer(groups, **settings)
+    optimizer.seed = args.seed
+    return optimizer
 
 
-def clip_grad_norm(accelerator: Accelerator, clt: CrossLayerTranscoder, max_norm: float) -> None:
+def clip_grad_norm(clt: CrossLayerTranscoder, optimizer: WideAdam | CompactAdam, max_norm: float) -> None:
     """
-    Scales the gradients to a norm of at most `max_norm`. On a CPU, where looking at the norm costs nothing and writing
-    all gradients again much, only when it is larger; on a GPU always, without waiting for the norm.
+    Scales the gradients of the optimizer's next step to a norm of at most `max_norm`, as
+    `torch.nn.utils.clip_grad_norm_` does, without rewriting them, and on a GPU without waiting for the norm.
     """
-    if clt.shard is None and accelerator.device.type != "cpu":
-        accelerator.clip_grad_norm_(clt.parameters(), max_norm)  # which undoes the scaling of float16 as well
-        return
     norm = total_grad_norm(clt)
-    if accelerator.device.type != "cpu" or not norm <= max_norm:  # NaN as well, to stop the run
-        torch.nn.utils.clip_grads_with_norm_(clt.parameters(), max_norm, norm)
+    is_small = norm.device.type == "cpu" and bool(norm <= max_norm)  # NaN is not, to stop the run
+    optimizer.clip_factor = None if is_small else (max_norm / (norm.float() + 1e-6)).clamp(max=1)
 
 
-def total_grad_norm(clt: CrossLayerTranscoder) -> torch.Tensor:
+def total_grad_norm(clt: CrossLayerTranscoder) -> Tensor:
     """The norm of all gradients. Where several share the features, output biases and skips, on each, count once."""
-    names = clt.per_feature()
     gradients = {name: p.grad for name, p in clt.named_parameters() if p.grad is not None}
-    of_features = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name in names])
-    of_outputs = torch.nn.utils.get_total_norm([grad for name, grad in gradients.items() if name not in names])
+    if clt.shard is None:
+        return _norm(list(gradients.values()))
+    names = clt.per_feature()
+    of_features = _norm([grad for name, grad in gradients.items() if name in names])
+    of_outputs = _norm([grad for name, grad in gradients.items() if name not in names])
     return (sum_over(clt.shard, of_features.square()) + of_outputs.square()).sqrt()
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    if gradients and all(map(triton_adam.takes, gradients)):
+        return triton_adam.norm(gradients)
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 __all__ = ["CompactAdam", "WideAdam", "clip_grad_norm", "make_optimizer", "state_entries", "total_grad_norm"]

@@ -309,7 +309,8 @@ class CLTTrainer:
                 self.totals += losses / args.gradient_accumulation_steps
         with self.clt_stopwatch.running():
             if args.max_grad_norm > 0:
-                clip_grad_norm(accelerator, self.model, args.max_grad_norm)
+                accelerator.unscale_gradients()  # of float16
+                clip_grad_norm(self.model, optimizer.optimizer, args.max_grad_norm)
             if self.layout.replicas is not None:
                 dist.all_reduce(fired, group=self.layout.replicas)
             optimizer.step()

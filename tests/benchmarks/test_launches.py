@@ -86,6 +86,15 @@ def test_forward_and_backward_are_as_many_launches_at_any_depth(activation_fn, d
     assert few["forward"] + few["backward"] <= (205 if dead else 140)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
+def test_the_optimizer_with_clipping_takes_few_launches_at_any_depth(optimizer, dtype):
+    shape = SHAPE | {"d_model": 768, "dtype": dtype}
+    cases = [make_case(**shape | {"num_layers": n}, activation_fn="topk", optimizer=optimizer) for n in (6, 30)]
+    six, thirty = (count(case)["launches"]["optimizer"] for case in cases)
+    assert six == thirty < 20
+
+
 def test_more_dead_features_take_no_more_launches():
     case = make_case(**SHAPE, activation_fn="topk", dead=0.1)
     assert total(case) == total(replace(case, dead=0.6))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.training import optimizers
 from hf_clt.training.checkpoints import list_checkpoints, load_optimizer_tensors, optimizer_tensors
-from hf_clt.training.optimizers import CompactAdam, WideAdam, make_optimizer
+from hf_clt.training.optimizers import CompactAdam, WideAdam, clip_grad_norm, make_optimizer
 
 
 SHAPES = ((5, 3, 4), (6, 4), (7,))
@@ -359,6 +359,68 @@ def test_it_learns_as_adam_does():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"optimizer='adam8bit'.*adam, adamw, adam_compact"):
         CLTTrainingArguments(optimizer="adam8bit")
+
+
+# Clipping
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_compact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_within_a_step_is_that_of_torch(name, dtype):
+    """With a large epsilon, so that the size of gradients matters; norms above and below the largest, in turn."""
+    models = make_model(dtype), make_model(dtype)
+    arguments = {"optimizer": name, "learning_rate": 1.0, "adam_epsilon": 1.0}
+    optimizers_ = [make_optimizer(model, CLTTrainingArguments(**arguments)) for model in models]
+    generator = torch.Generator().manual_seed(0)
+    for size in (1.0, 1e-6, 0.1):
+        for ours, plain in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator).mul_(size).to(ours.dtype)
+            plain.grad = ours.grad.clone()
+        clip_grad_norm(models[0], optimizers_[0], 0.5)
+        torch.nn.utils.clip_grad_norm_(models[1].parameters(), 0.5)
+        for optimizer in optimizers_:
+            optimizer.step()
+    for ours, plain in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        # torch rounds the norm of gradients in bfloat16, and the clipped ones.
+        eps = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours.detach(), plain.detach(), rtol=eps, atol=eps / 10)
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_compact"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_that_are_not_finite_go_to_the_weights(name, value):
+    model = make_model()
+    optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.encoders[0].weight.grad[3, 5] = value
+    clip_grad_norm(model, optimizer, 1.0)
+    optimizer.step()
+    assert model.encoders[0].weight[3, 5].isnan()
+
+
+@pytest.mark.parametrize("name", ["adam", "adam_compact"])
+def test_with_a_scaler_for_float16(name):
+    """A step with infinite gradients is left out, and its factor is of no other step."""
+    weights = []
+    for scaled in (True, False):
+        model = make_model()
+        optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name, adam_epsilon=1.0))
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+        for number in range(3):
+            if number == 1 and not scaled:
+                continue
+            generator = torch.Generator().manual_seed(number)
+            for parameter in model.parameters():
+                parameter.grad = scaler.scale(torch.randn(parameter.shape, generator=generator))
+                if number == 1:
+                    parameter.grad.fill_(torch.inf)
+            scaler.unscale_(optimizer)
+            clip_grad_norm(model, optimizer, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(list(model.parameters()))
+    assert all(map(torch.equal, *weights))
 
 
 # Adam for weights in bfloat16
