@@ -105,7 +105,8 @@ class _DecodeLayers(torch.autograd.Function):
         is_rough = torch.is_autocast_enabled(kind)
         ctx.dtype = torch.get_autocast_dtype(kind) if is_rough else weights[0].dtype
         is_often = features.indices.numel() > ROUND_ABOVE * features.num_features
-        rows = triton_layers.rounded(weights, ctx.dtype) if is_rough and is_often else weights
+        rounds = weights[0].dtype != ctx.dtype and is_often
+        rows = triton_layers.rounded(weights, ctx.dtype) if rounds else weights
         decoded = triton_layers.decode(start, features, values, rows, reach, tied)
         return decoded, triton_layers.square_sums(weights) if with_squares else None
 

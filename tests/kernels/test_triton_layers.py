@@ -197,6 +197,18 @@ def test_autocast_rounds_the_gradient_and_the_weights(interpreted, monkeypatch, 
     assert torch.equal(run(weights, True)[0], run(weights, False)[0]) == bool(above)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_weights_of_another_format_are_rounded(interpreted, monkeypatch, dtype):
+    rounded = []
+    monkeypatch.setattr(interpreted, "rounded", lambda weights, dtype: rounded.append(dtype) or weights)
+    monkeypatch.setattr(decode_module, "triton_layers", interpreted)
+    monkeypatch.setattr(decode_module, "ROUND_ABOVE", 0)
+    block, _ = random_block(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        decode_layers(torch.zeros(N, L, D), block, random_weights(dtype, 3), 3, False)
+    assert rounded == [torch.bfloat16] * (dtype == torch.float32)
+
+
 @pytest.mark.parametrize("activation, reach, tying", [
     ("relu", 2, "none"),
     ("jumprelu", None, "none"),
