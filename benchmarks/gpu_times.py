@@ -19,11 +19,11 @@ from torch import Tensor
 from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import decode as decode_module
 from hf_clt.kernels import triton_adam, triton_layers, triton_select
-from hf_clt.kernels.decode import squared_norms
-from hf_clt.kernels.encode import encode_layers, pre_activations_at
+from hf_clt.kernels.decode import output_rows, squared_norms
+from hf_clt.kernels.encode import encode_layers, input_rows, pre_activations_at
 from hf_clt.losses import reconstruction_loss
 from hf_clt.selection import features_above, positions_topk, select
-from hf_clt.sparsity import LayerFeatures, features_at, join
+from hf_clt.sparsity import LayerFeatures, activate, features_at, join
 from hf_clt.training.optimizers import clip_grad_norm
 
 from . import gpu_report, phases
@@ -219,8 +219,12 @@ def phase_works(case: Case, entries: LayerFeatures, parts: tuple[str, ...] = (""
         given = [torch.randn_like(out) for out in outputs]
         return lambda: torch.autograd.grad(outputs, inputs, given, retain_graph=True)
 
-    def in_order() -> list[Tensor]:
-        return [LayerFeatures(f.values, f.indices, f.offsets, f.num_features).by_feature for f in own]
+    def lists() -> list[LayerFeatures]:
+        """Rows, their places, the order by feature, activations: most of the operators on lists."""
+        found = [LayerFeatures(f.values, f.indices, f.offsets, f.num_features, f.num_layers) for f in own]
+        for some in found:
+            _ = input_rows(some), output_rows(some), some.by_feature
+        return [activate(some, 0.0, clt.config, True) for some in found]
 
     def losses() -> tuple[Tensor, ...]:
         leaf = y.float().requires_grad_()
@@ -256,7 +260,7 @@ def phase_works(case: Case, entries: LayerFeatures, parts: tuple[str, ...] = (""
     add("selection, k of each row", "selection", lambda: lambda: [positions_topk(some, case.l0) for some in h])
     add("selection, above one per layer", "selection", lambda: above(cuts))
     add("selection, above one per feature", "selection", lambda: above(wide))
-    add("order by feature", None, lambda: in_order)
+    add("lists of entries", "lists of entries", lambda: lists)
     add("values", "values", lambda: quiet(autocast(partial(values, rough))))
     add("decode", "decode", lambda: quiet(autocast(lambda: clt._decode(own, None)[0])))
     if case.dtype == "float32":

@@ -4,22 +4,32 @@ before and after all layers were worked on at once. Modelled, not measured:
 
   python -m benchmarks.phases --device H100
 
-Rates are what a copy, a large product and gathers from the L2 cache reached on such cards (benchmarks/README.md). A
-phase takes the sum of its bytes and operations over these rates; launches cost nothing here, and nothing overlaps.
-The floor is what no arrangement avoids: the encoders' product and its result, each decoder row of an active entry
-gathered once forward and once backward, weights and gradients passed once, the optimizer's bytes, the language model.
+Rates of an H200 are what a copy, a large product and gathers mostly from the L2 cache reached there
+(benchmarks/README.md); those of an H100 are assumed: the same chip with slower memory. A phase takes the sum of its
+bytes and operations over these rates; launches cost nothing here, and nothing overlaps.
+
+- "Before" is too low: torch's top-k and multiplying bfloat16 gradients in place took several times their bytes.
+- The floor is what no arrangement avoids: the encoders' product and its result, each decoder row of an active entry
+  gathered once forward and once backward in bfloat16, weights and gradients passed once, the optimizer's bytes, the
+  language model.
+- Dense is one product per layer and direction at 600 TFLOP/s in bfloat16 (the encoders' reached 608 to 695 on an
+  H200), passes over its pre-activations, activations and their gradients, and the same optimizer.
 """
 
 import argparse
 
+from hf_clt.kernels.decode import ROUND_ABOVE
+
 from .cases import Case
 
 
-# Bytes per second of memory and of gathers from L2, operations per second of products in bfloat16.
+# Bytes per second of memory and of gathers from L2, operations per second of large products in bfloat16, and of those
+# of a dense step.
 RATES = {
-    "H100": {"memory": 3.0e12, "cache": 5.5e12, "product": 800e12},
-    "H200": {"memory": 4.3e12, "cache": 8.5e12, "product": 820e12},
+    "H100": {"memory": 3.0e12, "cache": 5.5e12, "product": 800e12, "dense": 600e12},
+    "H200": {"memory": 4.3e12, "cache": 8.5e12, "product": 820e12, "dense": 600e12},
 }
+LIST_BYTES = 600  # passed for each entry by the operators on lists (places, orders, activations); added up by hand
 SHAPES = {
     "A": (12, 768, 24_576, 4_096, 32),
     "A, k 200": (12, 768, 24_576, 4_096, 200),
@@ -47,27 +57,33 @@ def phases(case: Case, weight: int, state: int, layer_by_layer: bool) -> dict[st
     targets = L * (L + 1) // 2
     encoders, decoders, entries, batch = L * F * D, targets * F * D, N * k * L, N * L * D
     rows = N * k * targets * D  # numbers of all decoder rows that the entries gather
-    rounded = weight if layer_by_layer else 2  # the reconstruction's gradient; autocast rounds it, in one pass
+    each_target = N * targets * D  # numbers that a source writes to each of its targets
     encoder_state = 8 if state == 8 else 2
     # Under autocast rows that are read often are rounded first.
-    is_rounded = weight == 4 and not layer_by_layer and N * k > 6 * F
+    is_rounded = weight == 4 and not layer_by_layer and N * k > ROUND_ABOVE * F
     return {
+        # Weights are rounded (6); after, they are stacked (8) into rows that were set to zero (2). Pre-activations.
         "encoders": {
             "product": 2 * N * encoders,
-            # Rounded weights; where layers are stacked first that is a copy more. Pre-activations, written.
-            "memory": (6 if layer_by_layer else 14) * encoders + 2 * N * F * L,
+            "memory": (6 if layer_by_layer else 16) * encoders + 2 * N * F * L,
         },
-        # Maxima of groups, then the groups that can hold what is sought.
-        "selection": {"memory": 2 * N * F * L * 1.1},
+        # `positions_largest`: entries, maxima of groups, the groups that can hold what is sought; lists and bits.
+        "selection": {"memory": (2 * (1 + 1 / 16) + 1 / 64) * N * F * L + (128 + 40) * entries},
+        "lists of entries": {"memory": LIST_BYTES * entries},
+        # Computed again in float32: an input and an encoder row each; after, those by feature once.
         "values": {"cache": 8 * entries * D} if layer_by_layer else {"cache": 4 * entries * D, "memory": 4 * encoders},
         "decode": {
             "cache": rows * (2 if is_rounded else weight),
-            "memory": (8 * N * targets * D if layer_by_layer else 8 * batch) + 6 * decoders * is_rounded,
+            # Before, what a source writes is written, read, and added to the reconstruction.
+            "memory": (8 + 2 * weight) * each_target if layer_by_layer else 4 * batch + 6 * decoders * is_rounded,
         },
         "losses": {"memory": 40 * batch},
+        # The reconstruction's gradient, which autocast rounds, is gathered once for both results, whose dot products
+        # are written and read for each tile of 512 columns. Before, twice, from a slice for each source.
         "gradients of decoders": {
-            "cache": rows * (2 * weight if layer_by_layer else rounded),
-            "memory": 2 * weight * decoders + ((4 + weight) * N * targets * D if layer_by_layer else 8 * batch),
+            "cache": rows * (2 * weight if layer_by_layer else 2),
+            "memory": 2 * weight * decoders
+            + ((8 if weight == 4 else 14) * each_target if layer_by_layer else 6 * batch + 8 * rows / 512),
         },
         "gradients of encoders": {"cache": 4 * entries * D, "memory": 4 * encoders},
         # The norm reads all gradients; before they were multiplied in place as well.
@@ -89,6 +105,19 @@ def floor(case: Case, weight: int, state: int) -> dict[str, dict[str, float]]:
     }
 
 
+def dense(case: Case) -> dict[str, dict[str, float]]:
+    """The same of products over all features, in bfloat16."""
+    L, D, F, N = case.num_layers, case.d_model, case.num_features, case.tokens
+    encoders, decoders = L * F * D, L * (L + 1) // 2 * F * D
+    ours = phases(case, 2, 2, layer_by_layer=False)
+    return {name: ours[name] for name in ("losses", "clipping", "update")} | {
+        # Forward, and backward to the weights and to the activations.
+        "products": {"dense": 2 * N * (2 * encoders + 3 * decoders)},
+        # Eight passes of 2 bytes: written, selected, multiplied with the mask, forward and backward.
+        "activations": {"memory": 16 * N * F * L},
+    }
+
+
 def milliseconds(counts: dict[str, float], rates: dict[str, float]) -> float:
     return 1000 * sum(number / rates[kind] for kind, number in counts.items())
 
@@ -103,16 +132,21 @@ def format_table(device: str, form: str) -> str:
         before, after = (
             phases(case, *numbers, layer_by_layer=each) | {"language model": model} for each in (True, False)
         )
-        columns[name] = before, after, floor(case, *numbers) | {"language model": model}
+        rest = (part | {"language model": model} for part in (floor(case, *numbers), dense(case)))
+        columns[name] = before, after, *rest
     lines = [f"| {device}, {form} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for phase in before:
         cells = [
-            f"{milliseconds(b[phase], rates):.1f}, {milliseconds(a[phase], rates):.1f}" for b, a, _ in columns.values()
+            f"{milliseconds(b[phase], rates):.1f}, {milliseconds(a[phase], rates):.1f}"
+            for b, a, *_ in columns.values()
         ]
         lines.append(f"| {phase} | " + " | ".join(cells) + " |")
     totals = [[sum(milliseconds(c, rates) for c in part.values()) for part in parts] for parts in columns.values()]
-    lines.append("| **total** | " + " | ".join(f"{b:.0f}, **{a:.0f}**" for b, a, _ in totals) + " |")
-    lines.append("| floor, and its share | " + " | ".join(f"{f:.0f}, {f / a:.0%}" for _, a, f in totals) + " |")
+    lines.append("| **total** | " + " | ".join(f"{b:.0f}, **{a:.0f}**" for b, a, *_ in totals) + " |")
+    lines.append("| floor, and its share | " + " | ".join(f"{f:.0f}, {f / a:.0%}" for _, a, f, _ in totals) + " |")
+    lines.append(
+        "| dense in bfloat16, and over ours | " + " | ".join(f"{d:.0f}, {d / a:.1f}" for _, a, _, d in totals) + " |"
+    )
     return "\n".join(lines)
 
 
@@ -127,4 +161,4 @@ if __name__ == "__main__":
     main()
 
 
-__all__ = ["floor", "milliseconds", "phases"]
+__all__ = ["dense", "floor", "milliseconds", "phases"]

@@ -60,6 +60,7 @@ def plan_of(case: Case, run: dict | None = None) -> Plan:
         optimizer=case.optimizer,
         buffer_batches=1,  # a benchmark has no buffer
         buffer_on_device=False,
+        on_gpu=case.device != "cpu",
     )
 
 

@@ -51,6 +51,16 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """
+    A tensor on a device; from the host to a GPU by way of pinned memory, in the order of the current stream, so that
+    the host does not wait for what the GPU has to do before.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory."""
     return torch.cuda.get_device_properties(device).total_memory

@@ -9,6 +9,7 @@ L layers, F features per layer, D the width, n processes that share the features
 all n work on the same n·N tokens, each with F / n features. J_s is the number of target layers of source layer s.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,23 +34,28 @@ SHAPES = {
 }
 
 # From the data sheets: dense products in bfloat16 and float32 (TF32) in operations per second, memory in bytes and
-# bytes per second, link between the GPUs of a node and between nodes in bytes per second and direction.
+# bytes per second, link between the GPUs of a node and between nodes in bytes per second and direction. Not from there
+# `cache`, bytes per second of gathers that mostly come from the L2 cache: of an H200 as single kernels reached
+# (benchmarks/README.md, "Parts"); of the others assumed.
 DEVICES = {
-    "H100": {"bfloat16": 989e12, "float32": 495e12, "memory": 80e9, "stream": 3.35e12, "link": 450e9, "network": 50e9},
-    "H200": {"bfloat16": 989e12, "float32": 495e12, "memory": 141e9, "stream": 4.8e12, "link": 450e9, "network": 50e9},
-    "A100": {"bfloat16": 312e12, "float32": 156e12, "memory": 80e9, "stream": 2.04e12, "link": 300e9, "network": 25e9},
+    "H100": {"bfloat16": 989e12, "float32": 495e12, "memory": 80e9, "stream": 3.35e12, "cache": 5.5e12}
+    | {"link": 450e9, "network": 50e9},
+    "H200": {"bfloat16": 989e12, "float32": 495e12, "memory": 141e9, "stream": 4.8e12, "cache": 8.5e12}
+    | {"link": 450e9, "network": 50e9},
+    "A100": {"bfloat16": 312e12, "float32": 156e12, "memory": 80e9, "stream": 2.04e12, "cache": 3e12}
+    | {"link": 300e9, "network": 25e9},
 }
-# Shares of the data sheet that are assumed: of products, of all else, of memory in adam_compact with clipping. The
-# last is the mean of what an H200 reached at three shapes (benchmarks/gpu_check_h200.json: 28, 25 and 30 %; the
-# optimizer's kernel alone 80 %, but clipping bfloat16 gradients takes longer than it). The others were chosen before
-# anything was measured. There single kernels reached up to 71 and 88 %, but an update also has gaps and small kernels,
-# and rows that come from a cache: it took 0.7 to 0.9 times what the model says of 32 active features, 0.5 of 200, and
-# in bfloat16 0.6 to 1.4.
-ASSUMED = {"products": 0.4, "streams": 0.6, "compact": 0.27}
+# Shares of the data sheet that are assumed, of products and of all else, chosen before anything was measured. There
+# single kernels reached up to 71 and 88 %, but an update also has gaps and small kernels.
+ASSUMED = {"products": 0.4, "streams": 0.6}
 GPUS_PER_NODE = 8
 USABLE = 0.92  # of a GPU's memory; the rest goes to its driver, libraries and fragments
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# As `kernels/decode.py`, `kernels/triton_layers.py` and `modeling_clt.py` have them, which --help answers without:
+# readings of a feature's decoder row above which it is rounded first, bytes of a tile of columns, bytes of
+# pre-activations that are there at once.
+ROUND_ABOVE, POSTING_BYTES, ENCODED_BYTES = 6, 1024, 4 * 2**30
 WINDOW = 2.0  # listed entries for each active one, where a jumprelu CLT has most features outside its window
 
 
@@ -126,6 +132,7 @@ class Plan:
     prompts: int = 8  # store_batch_size_prompts
     buffer_batches: int = 32  # n_batches_in_buffer
     buffer_on_device: bool = True  # whether the buffer lies in the memory that is counted
+    on_gpu: bool = False  # where all layers are worked on at once, if they can be
 
     def __post_init__(self):
         for name in ("processes", "feature_parallel_size", "batch_size", "context_size", "prompts", "buffer_batches"):
@@ -141,6 +148,13 @@ class Plan:
         if not 0 <= self.dead < 1:
             raise ValueError(f"dead={self.dead} is no share of the features; give 0 to less than 1")
         FeatureShard(0, self.feature_parallel_size).rows(self.config.num_features)
+
+    @property
+    def layers_together(self) -> bool:
+        """Whether all layers are worked on at once: on a GPU, unless they share a budget, a decoder or a group."""
+        config = self.config
+        alone = self.feature_parallel_size > 1 or config.k_scope == "token" or config.decoder_tying == "per_target"
+        return self.on_gpu and not alone and config.num_layers > 1
 
     @property
     def tokens_at_once(self) -> int:
@@ -191,6 +205,38 @@ def state_bytes(parameters: list[torch.Tensor], optimizer: str) -> dict[str, int
     return {"parameters": size, "gradients": size, "optimizer": state}
 
 
+def encoding_bytes(plan: Plan, batch: int, encoders: int, revives: bool) -> float:
+    """
+    Bytes at the end of encoding, beside parameters and the optimizer's state.
+    """
+    config, number = plan.config, BYTES[plan.product_dtype]
+    layers, pre_activations = (
+        config.num_layers,
+        plan.tokens_at_once * config.num_features // plan.feature_parallel_size,
+    )
+    if not plan.layers_together:
+        # Inputs, labels, normalised inputs and reconstruction; of a layer the pre-activations, those above the
+        # threshold, the order in which they are compared.
+        copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
+        return (4 + 3 * revives) * batch + (3 + revives) * 4 * pre_activations + copies
+    # Inputs, labels, normalised inputs, all encoders in one; of as many layers as are encoded at a time their
+    # encoders, in the format of the product, and the pre-activations, those of the layers before still there. Or twice
+    # the pre-activations, the second time of dead features.
+    at_a_time = layers / max(1, min(layers, -(-layers * number * pre_activations // ENCODED_BYTES)))
+    encoded = at_a_time * number * pre_activations
+    others = encoders * number / 4 * at_a_time / layers + encoded * (at_a_time < layers)
+    return 3 * batch + encoders + encoded + max(others, encoded * revives)
+
+
+def tiles_bytes(plan: Plan, entry_count: float) -> float:
+    """On a GPU, bytes of the gradients of activations: one per entry and tile of columns of its decoder row."""
+    if not plan.layers_together:
+        return 0
+    number = 2 if plan.product_dtype == "bfloat16" else BYTES[plan.clt_dtype]
+    targets = 1 if plan.config.decoder_tying == "per_source" else plan.config.num_targets(0)
+    return 4 * entry_count * math.ceil(targets * plan.config.d_model * number / POSTING_BYTES)
+
+
 def memory(plan: Plan) -> dict[str, int]:
     """
     Bytes of one process at the peak of an update, by what they are for, and `total`. `step` is what an update takes
@@ -202,21 +248,19 @@ def memory(plan: Plan) -> dict[str, int]:
     parts = state_bytes(plan.parameters(), plan.optimizer)
 
     batch = 4 * plan.tokens_at_once * layers * width  # (n·N, L, D) in float32
-    pre_activations = 4 * plan.tokens_at_once * config.num_features // n  # of a layer
+    entry_count = plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
     encoders = 4 * layers * config.num_features // n * width
-    copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
     # Of each listed entry its feature, token, value and gradient, and the same in the order of the features.
-    entries = 40 * plan.tokens_at_once * layers * (plan.listed_per_layer + plan.revived_per_layer) / n
+    entries = 40 * entry_count
     # topk and batchtopk revive dead features by reconstructing twice as many tokens, and keep the inputs twice more
     # until the encoders have gradients. relu and jumprelu keep the dead features' encoder rows so long, and write the
     # gradients of the encoders twice more.
     revives = plan.revived_per_layer > 0
     moments = (
-        # Forward: inputs, labels, normalised inputs and reconstruction. No gradients yet, but of a layer the
-        # pre-activations, those above the threshold, the order in which they are compared; autocast's encoders.
-        (4 + 3 * revives) * batch + (3 + revives) * pre_activations + copies - parts["gradients"],
+        # Forward: there are no gradients yet.
+        encoding_bytes(plan, batch, encoders, revives) - parts["gradients"],
         # When the decoders have gradients: the reconstruction's stands in place of the encoders'.
-        (5 + 4 * revives) * batch + plan.pulled * encoders - encoders,
+        (5 + 4 * revives) * batch + plan.pulled * encoders - encoders + tiles_bytes(plan, entry_count),
         # When all have.
         (4 + revives) * batch + (2 * encoders if plan.pulled else 0),
     )
@@ -307,11 +351,27 @@ def seconds(plan: Plan, rates: dict[str, float]) -> dict[str, float]:
     return spent | {"total": sum(spent.values())}
 
 
+def gather_seconds(plan: Plan, sheet: dict[str, float]) -> tuple[float, float]:
+    """Seconds of the gathers on a GPU, mostly from its L2 cache, forward and backward; see `benchmarks/phases.py`."""
+    config, weight, is_rough = plan.config, BYTES[plan.clt_dtype], plan.product_dtype == "bfloat16"
+    targets = sum(config.num_targets(s) for s in range(config.num_layers))
+    held = config.num_features / plan.feature_parallel_size
+    entries = plan.tokens_at_once * (plan.listed_per_layer + plan.revived_per_layer) / plan.feature_parallel_size
+    rows, inputs = entries * targets * config.d_model, 4 * entries * config.num_layers * config.d_model
+    is_rounded = plan.layers_together and is_rough and weight > 2 and entries > ROUND_ABOVE * held
+    forward = rows * (2 if is_rounded else weight) + is_rough * inputs  # under autocast values are computed again
+    # One gather for both gradients of a decoder; where layers are worked on one by one, two.
+    backward = rows * ((2 if is_rough else weight) if plan.layers_together else 2 * weight) + inputs
+    streamed = 6 * held * targets * config.d_model * is_rounded + plan.pulled * 4 * held * config.d_model
+    return forward / sheet["cache"] + streamed / (ASSUMED["streams"] * sheet["stream"]), backward / sheet["cache"]
+
+
 def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
     """The rates of a device of [`DEVICES`], as assumed: modelled, not measured."""
-    sheet = DEVICES[device]
+    sheet, counts = DEVICES[device], work(plan)
     stream = ASSUMED["streams"] * sheet["stream"]
-    update = ASSUMED["compact"] * sheet["stream"] if plan.optimizer == "adam_compact" else stream
+    gather_forward, gather_backward = gather_seconds(plan, sheet)
+    gradients = state_bytes(plan.parameters(), plan.optimizer)["gradients"]
 
     def link(processes):
         return ASSUMED["streams"] * (sheet["link"] if processes <= GPUS_PER_NODE else sheet["network"])
@@ -319,12 +379,12 @@ def data_sheet_rates(device: str, plan: Plan) -> dict[str, float]:
     return {
         "products": ASSUMED["products"] * sheet[plan.product_dtype],
         "select": stream / 2,  # written and read
-        "gather_forward": stream,  # as if no cache kept a row
-        "gather_backward": stream,
+        "gather_forward": counts["gather"] / gather_forward,
+        "gather_backward": counts["gather_back"] / gather_backward,
         "norms_forward": stream,
         "norms_backward": stream / 3,  # decoders and gradients read, gradients written
-        "gradients": stream,
-        "update": update,
+        "gradients": stream / 2,  # weights are read beside
+        "update": stream * counts["update"] / (counts["update"] + gradients),  # which clipping reads once more
         "language_model": ASSUMED["products"] * sheet[plan.model_dtype],
         "shared": link(plan.feature_parallel_size),  # consecutive processes, so on one node if they fit there
         "averaged": link(plan.processes),

@@ -495,6 +495,7 @@ class CrossLayerTranscoder(PreTrainedModel):
                 own.append(select(h, above, self.config, k, training, part.stop - part.start))
                 if dead is not None:
                     others.append(largest_dead(h, dead[part], self.config.aux_k, self.shard))
+            del h  # before the next part has its own
         return join(own), join(others) if others else None
 
     def _revives(self, dead: Tensor) -> bool:

@@ -6,6 +6,8 @@ batch of N (batchtopk only in training). With `k_scope="token"` all layers share
 over which features are spread: each layer and process then gives its largest, and what is kept is chosen from these.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ def select(
         positions = positions_topk(h, k)
     else:
         positions = positions_batchtopk(h, k * (len(h) // num_layers), num_layers)
-    return entries_at(h, positions, num_layers)
+    return replace(entries_at(h, positions, num_layers), is_even=True)
 
 
 def features_above(h: Tensor, lower: Tensor | float, num_layers: int = 1) -> LayerFeatures:
@@ -145,7 +147,7 @@ def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None
     if num_layers > 1 or not is_on_cpu(h):
         per_token = min(aux_k, num_features)
         columns = h.view(num_layers, -1, num_features).masked_fill(~dead[:, None], -torch.inf).view_as(h)
-        found = entries_at(columns, positions_topk(columns, per_token), num_layers)
+        found = replace(entries_at(columns, positions_topk(columns, per_token), num_layers), is_even=True)
     else:
         found, per_token = _largest_of_few(h, true_positions(dead), aux_k)
     if shard is None:

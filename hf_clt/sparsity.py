@@ -33,6 +33,7 @@ class LayerFeatures:
         num_layers (`int`): B.
         first (`tuple[int, int]`, *optional*): Where the rows of dead features begin, see [`with_dead`]: their first
             row (B · N) and their first entry. None: there are none.
+        is_even (`bool`): Whether each layer has as many entries, so that nobody has to ask a GPU where each begins.
         orders (`dict`): What follows from indices and offsets, found once for all values at these entries.
     """
 
@@ -42,6 +43,7 @@ class LayerFeatures:
     num_features: int
     num_layers: int = 1
     first: tuple[int, int] | None = None
+    is_even: bool = False
     orders: dict = field(default_factory=dict, repr=False, compare=False)
 
     def with_values(self, values: Tensor) -> "LayerFeatures":
@@ -95,6 +97,7 @@ class LayerFeatures:
             indices=torch.cat([self.indices, dead.indices]),
             offsets=torch.cat([self.offsets, dead.offsets[1:] + self.indices.numel()]),
             first=(self.num_rows, self.indices.numel()),
+            is_even=self.is_even and dead.is_even,
             orders={},
         )
 
@@ -109,18 +112,21 @@ class LayerFeatures:
             (offsets[: rows + 1], offsets[rows:] - entries),
             strict=True,
         )
-        own, dead = (LayerFeatures(*part, self.num_features, self.num_layers) for part in parts)
+        own, dead = (LayerFeatures(*part, self.num_features, self.num_layers, is_even=self.is_even) for part in parts)
         return own, dead
 
     def by_layer(self) -> "list[LayerFeatures]":
-        """The features of each layer. (Of several a GPU is asked where each begins.)"""
+        """The features of each layer. (Of several a GPU is asked where each begins, unless they are even.)"""
         if self.num_layers == 1:
             return [self]
         own, dead = self.halves()
         if dead is not None:
             return [a.with_dead(b) for a, b in zip(own.by_layer(), dead.by_layer(), strict=True)]
         num_tokens, num_features = self.num_tokens, self.num_features // self.num_layers
-        starts = self.offsets[::num_tokens].tolist() if num_tokens else [0] * (self.num_layers + 1)
+        if self.is_even or num_tokens == 0:
+            starts = [b * len(self.indices) // self.num_layers for b in range(self.num_layers + 1)]
+        else:
+            starts = self.offsets[::num_tokens].tolist()
         values = self.values.split([end - start for start, end in pairwise(starts)])
         return [
             LayerFeatures(
@@ -247,12 +253,14 @@ def join(blocks: list[LayerFeatures]) -> LayerFeatures:
         return blocks[0]
     entries = [0, *accumulate(block.indices.numel() for block in blocks)]
     features = [0, *accumulate(block.num_features for block in blocks)]
+    num_layers = sum(block.num_layers for block in blocks)
     return LayerFeatures(
         torch.cat([block.values for block in blocks]),
         torch.cat([block.indices + features[i] for i, block in enumerate(blocks)]),
         torch.cat([blocks[0].offsets[:1], *(block.offsets[1:] + entries[i] for i, block in enumerate(blocks))]),
         features[-1],
-        sum(block.num_layers for block in blocks),
+        num_layers,
+        is_even=all(b.is_even and b.indices.numel() * num_layers == entries[-1] * b.num_layers for b in blocks),
     )
 
 

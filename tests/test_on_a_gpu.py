@@ -18,6 +18,7 @@ from benchmarks.update import Update
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.attribution import TokenTarget, attribute
 from hf_clt.commands import main
+from hf_clt.device import to_device
 from hf_clt.evaluation.prompt import prompt_features
 from hf_clt.evaluation.replacement import ReplacementModel
 from hf_clt.harvest.harvester import Harvester, load_language_model
@@ -98,6 +99,24 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tiny_gpt2, text_file, tmp_p
     make(resume_from_checkpoint="latest").train()
     for name, value in released(tmp_path / "straight").items():
         assert torch.equal(released(tmp_path / "run")[name], value), name
+
+
+@pytest.mark.parametrize("buffer_device", [None, "cpu"])
+def test_a_batch_does_not_wait_for_the_gpu(tiny_gpt2, text_file, tmp_path, buffer_device):
+    arguments = {"device": DEVICE, "buffer_device": buffer_device, "batch_size": 16}
+    trainer = make_trainer(tiny_gpt2, text_file, tmp_path / "run", None, arguments)
+    batches = trainer.buffer.endless()
+    next(batches)
+    ready = trainer.buffer.num_ready
+    assert trainer.tokens.read_ahead > 0 and ready > 3
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        device = torch.device(DEVICE)
+        found = [{n: to_device(rows, device) for n, rows in next(batches).items()} for _ in range(ready)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.tokens.close()
+    assert all(batch["labels"].isfinite().all() for batch in found)
 
 
 def test_it_loads_straight_onto_the_gpu(on_a_gpu):

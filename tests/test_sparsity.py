@@ -1,5 +1,8 @@
 """The sparse form of activations, and the activation functions on it."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,7 +11,9 @@ from hf_clt.sparsity import (
     JumpReLU,
     LayerFeatures,
     SparseFeatures,
+    entries_at,
     features_at,
+    join,
     sparse_from_dense,
     sum_by_feature,
     true_positions,
@@ -178,3 +183,29 @@ def test_features_of_further_tokens_follow_and_are_taken_off():
     alone = joined.with_values(2 * joined.values).halves()[0]
     assert torch.equal(alone.to_dense(), 2 * first.to_dense()) and torch.equal(alone.offsets, first.offsets)
     assert first.halves() == (first, None)
+
+
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_layers_of_a_block_and_blocks_of_layers(with_dead):
+    """Uneven ones; a block of layers, of which one has no entry, gives them back, with the dead features of each."""
+    h = torch.randn(2, 3, 6, 5, generator=generator())
+    support = h > torch.tensor([0.3, 9.0, -0.2])[:, None, None]
+    layers, dead = ([features_at(h[half, b], support[half, b]) for b in range(3)] for half in range(2))
+    block = join([join(layers[:2]), layers[2]])
+    if with_dead:
+        block = block.with_dead(join(dead))
+        layers = [a.with_dead(b) for a, b in zip(layers, dead, strict=True)]
+    assert block.num_tokens == 6 and block.num_layers == 3 and block.num_features == 15
+    for found, wanted in zip(block.by_layer(), layers, strict=True):
+        assert torch.equal(found.to_dense(), wanted.to_dense()) and found.first == wanted.first
+        assert torch.equal(found.rows, wanted.rows) and torch.equal(found.offsets, wanted.offsets)
+
+
+def test_even_layers_need_no_offsets_to_be_told_apart():
+    h = torch.randn(6, 5, generator=generator())
+    block = replace(entries_at(h, torch.tensor([0, 7, 11, 16, 22, 29]), 3), is_even=True)
+    joined = join([block, block])
+    assert joined.is_even and not join([block, replace(block, is_even=False)]).is_even
+    for features, (a, b) in zip(joined.by_layer(), itertools.pairwise(range(0, 13, 2)), strict=True):
+        assert torch.equal(features.values, joined.values[a:b])
+        assert features.indices.tolist() == (joined.indices[a:b] % 5).tolist()

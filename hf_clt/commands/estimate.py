@@ -11,7 +11,9 @@ A device's rates come from its data sheet and an assumed share of them, or, with
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -113,6 +115,7 @@ def make_plan(options: argparse.Namespace, model: str, num_features: int | None,
         prompts=run.store_batch_size_prompts,
         buffer_batches=run.n_batches_in_buffer,
         buffer_on_device=options.buffer_device == "device",
+        on_gpu=options.device in DEVICES,
     )
 
 
@@ -139,13 +142,13 @@ def print_scale(options: argparse.Namespace) -> None:
             print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def print_plan(with_dead: Plan, rates: dict[str, float], tokens: float) -> None:
+def print_plan(with_dead: Plan, rates: Callable[[Plan], dict[str, float]], tokens: float) -> None:
     """
     Memory of a process by part, time of an update by phase, time for `tokens`: all of it without dead features; then
     memory and time with those of the plan.
     """
     plan = replace(with_dead, dead=0.0)
-    sizes, spent = memory(plan), seconds(plan, rates)
+    sizes, spent = memory(plan), seconds(plan, rates(plan))
     n, config = plan.feature_parallel_size, plan.config
     count = sum(p.numel() for p in plan.parameters())
     speed = plan.batch_size * plan.processes / spent["total"]
@@ -166,7 +169,7 @@ def print_plan(with_dead: Plan, rates: dict[str, float], tokens: float) -> None:
             print(f"  {phase:<16}{value * 1000:>9,.1f} ms")
     print(f"\n{speed:,.0f} tokens per second, {tokens / speed / 3600:,.1f} hours for {tokens:,.0f} tokens")
     if with_dead.dead:
-        size, time = memory(with_dead)["total"], seconds(with_dead, rates)["total"]
+        size, time = memory(with_dead)["total"], seconds(with_dead, rates(with_dead))["total"]
         print(
             f"with {with_dead.dead:.0%} of the features dead and revived: {format_size(size)} "
             f"({size / sizes['total'] - 1:+.1%}), an update {time * 1000:,.1f} ms ({time / spent['total'] - 1:+.1%})"
@@ -194,14 +197,17 @@ def estimate(options: argparse.Namespace) -> None:
         plan = found
     if options.rates is not None:
         saved = json.loads(options.rates.read_text(encoding="utf-8"))
-        rates = {name: math.inf if rate is None else rate for name, rate in saved["rates"].items()}
+        measured = {name: math.inf if rate is None else rate for name, rate in saved["rates"].items()}
+
+        def rates(plan: Plan) -> dict[str, float]:
+            return measured
+
         origin = f"rates measured on {saved['device']}"
     else:
-        rates = data_sheet_rates(options.device, plan)
+        rates = partial(data_sheet_rates, options.device)
         origin = (
             f"modelled, not measured: {ASSUMED['products']:.0%} of the products and {ASSUMED['streams']:.0%} of the "
-            f"bandwidths in the data sheet of the {options.device}"
-            + (f", {ASSUMED['compact']:.0%} in adam_compact" if plan.optimizer == "adam_compact" else "")
+            f"bandwidths in the data sheet of the {options.device}, gathers from its cache"
         )
     print_plan(plan, rates, options.tokens)
     print(f"({origin})")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..device import to_device
 from .cache import ActivationCache, CachedTokens
 from .dealing import tensors_of
 from .harvester import ActivationError, Harvester, without_bad_rows
@@ -66,6 +67,8 @@ class ActivationBuffer:
         progress: Whether the first fill, which can take minutes, shows a progress bar.
         overlap: Whether to harvest ahead.
         skip_bad: Whether to leave out blocks in which the language model gives NaN or infinity, instead of raising.
+        pin_memory: Whether batches of a buffer on the CPU are in pinned memory, for a copy to a GPU that is not waited
+            for.
 
     Attributes:
         num_unread (`int`): Tokens in the buffer that were not yet handed out.
@@ -92,6 +95,7 @@ class ActivationBuffer:
         progress: bool = False,
         overlap: bool = False,
         skip_bad: bool = False,
+        pin_memory: bool = False,
     ):
         # At most so many tokens of an extraction batch count: position 0 never does.
         self.rows_per_harvest = tokens.prompts_per_batch * (tokens.context_size - 1)
@@ -108,14 +112,15 @@ class ActivationBuffer:
         shape = (num_slots, harvester.num_layers, harvester.d_model)
         self.inputs = torch.empty(shape, dtype=dtype, device=device)
         self.labels = torch.empty(shape, dtype=dtype, device=device)
+        self.pin_memory = pin_memory and self.inputs.device.type == "cpu"
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.empty(0, dtype=torch.int64)  # slots with tokens, in the order of reading
-        self.read = 0  # how many of them were read
+        self._set_order(torch.empty(0, dtype=torch.int64))
         self.slot_batch = torch.zeros(num_slots, dtype=torch.int64)  # number of the extraction batch, and ...
         self.slot_row = torch.zeros(num_slots, dtype=torch.int64)  # ... row in it, of the token in each slot
         self.token_batches: dict[int, dict[str, Tensor]] = {}  # by number, those with unread tokens (or some more)
         self.num_harvested = 0  # extraction batches so far
         self.skipped_tokens = 0
+        self._checks_each = False
         self.epoch = 0
         self._text: Iterator | None = None  # the rest of this epoch's text; None: not started
         self._text_ended = False  # whether this epoch's text has been read, though perhaps not yet all of the buffer
@@ -158,15 +163,25 @@ class ActivationBuffer:
         raise ValueError("dataset: the text has no token that counts for training; give more text")
 
     def _next_batch(self) -> dict[str, Tensor]:
-        slots = self.order[self.read : self.read + self.batch_size]
+        slots = self.order_here[self.read : self.read + self.batch_size]
         if self.overlap:
             self._harvest_ahead(self.read + len(slots))  # it may fail, and then the batch is still unread
         self.read += len(slots)
-        return self._activations(slots)
+        return self._activations(slots, self.pin_memory)
 
-    def _activations(self, slots: Tensor) -> dict[str, Tensor]:
-        slots = slots.to(self.inputs.device)
-        return {"inputs": self.inputs[slots], "labels": self.labels[slots]}
+    def _activations(self, slots: Tensor, pin_memory: bool) -> dict[str, Tensor]:
+        """Rows of the buffer, (N, L, D) each; `slots` are where the activations are."""
+        found = {}
+        for name, values in (("inputs", self.inputs), ("labels", self.labels)):
+            shape = len(slots), *values.shape[1:]
+            out = torch.empty(shape, dtype=values.dtype, pin_memory=True) if pin_memory else None
+            found[name] = torch.index_select(values, 0, slots, out=out)
+        return found
+
+    def _set_order(self, order: Tensor) -> None:
+        self.order = order  # slots with tokens, in the order of reading
+        self.order_here = to_device(order, self.inputs.device)  # the same, where the activations are
+        self.read = 0  # how many of them were read
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +195,23 @@ class ActivationBuffer:
         is_free = torch.ones(len(self.inputs), dtype=torch.bool)
         is_free[unread] = False
         free = is_free.nonzero().squeeze(1)
-        filled, taken = 0, []
+        # Whether all are finite is asked once, since a GPU has to be waited for; once some were not, of each batch.
+        filled = self._harvest_into(free, self._checks_each)
+        if filled is None:
+            self._checks_each = True
+            filled = self._harvest_into(free, self._checks_each)
+        if filled:
+            unread = torch.cat([unread, free[:filled]])
+            self._set_order(unread[torch.randperm(len(unread), generator=self.generator)])
+        self.token_batches = self._unread_batches()
+
+    def _harvest_into(self, free: Tensor, check_each: bool) -> int | None:
+        """
+        Harvests extraction batches into free slots; the number of tokens. None if some are not finite, without
+        `check_each`: then, as after an error, the slots stay free, and the batches wait.
+        """
+        free_here = to_device(free, self.inputs.device)
+        filled, taken, totals = 0, [], []
         before = self.num_harvested, self.skipped_tokens
         first = self.num_harvested == 0 and self.progress
         with tqdm(total=len(free), desc="Filling the buffer", unit="token", unit_scale=True, disable=not first) as bar:
@@ -190,19 +221,19 @@ class ActivationBuffer:
                     if harvested is None:
                         break
                     taken.append(harvested.tokens)
-                    added = self._store(harvested, free[filled:])
+                    totals.append(harvested.total)
+                    added = self._store(harvested, free[filled:], free_here[filled:], check_each)
                     filled += added
                     bar.update(added)
-            except BaseException:  # the slots stay free, and the batches wait
-                self.waiting = deque([*taken, *(harvested.tokens for harvested in self.ahead), *self.waiting])
-                self.ahead.clear()
-                self.num_harvested, self.skipped_tokens = before
-                raise
-        if filled:
-            unread = torch.cat([unread, free[:filled]])
-            self.order = unread[torch.randperm(len(unread), generator=self.generator)]
-            self.read = 0
-        self.token_batches = self._unread_batches()
+                if check_each or not totals or bool(torch.stack(totals).isfinite().all()):
+                    taken = None
+                    return filled
+            finally:
+                if taken is not None:
+                    self.waiting = deque([*taken, *(harvested.tokens for harvested in self.ahead), *self.waiting])
+                    self.ahead.clear()
+                    self.num_harvested, self.skipped_tokens = before
+        return None
 
     def _unread_batches(self) -> dict[int, dict[str, Tensor]]:
         """The extraction batches that have unread tokens, by number."""
@@ -240,21 +271,28 @@ class ActivationBuffer:
                 self.ahead.append(harvested)
                 ready += len(harvested.inputs)
 
-    def _check(self, harvested: Harvested) -> None:
-        """Waits for the activations, and raises [`ActivationError`] if one is not finite."""
-        tensors = harvested.inputs, harvested.labels, harvested.total
+    def _await(self, harvested: Harvested) -> None:
+        """Lets the current stream of a GPU wait for the activations."""
         if harvested.done is not None:
             stream = torch.cuda.current_stream(harvested.inputs.device)
             stream.wait_event(harvested.done)
-            for tensor in tensors:
+            for tensor in (harvested.inputs, harvested.labels, harvested.total):
                 tensor.record_stream(stream)  # its memory is not used again before this stream has read it
-        self.harvester.check(harvested.tokens, *tensors)
 
-    def _store(self, harvested: Harvested, slots: Tensor) -> int:
-        """Puts an extraction batch into the first of the given slots; returns the number of tokens."""
+    def _check(self, harvested: Harvested) -> None:
+        """Raises [`ActivationError`] if an activation is not finite; a GPU is waited for."""
+        self.harvester.check(harvested.tokens, harvested.inputs, harvested.labels, harvested.total)
+
+    def _store(self, harvested: Harvested, slots: Tensor, slots_here: Tensor, check: bool) -> int:
+        """
+        Puts an extraction batch into the first of the given slots, which are also given where the activations are;
+        returns the number of tokens.
+        """
         tokens, inputs, labels = harvested.tokens, harvested.inputs, harvested.labels
+        self._await(harvested)
         try:
-            self._check(harvested)
+            if check:
+                self._check(harvested)
         except ActivationError as error:
             if not self.skip_bad:
                 raise
@@ -264,7 +302,7 @@ class ActivationBuffer:
                 logger.warning("%d tokens are skipped, and from now on all such: %s", skipped, error)
             self.skipped_tokens += skipped
         slots = slots[: len(inputs)]
-        self._put(slots, inputs, labels)
+        self._put(slots_here[: len(inputs)], inputs, labels)
         self.slot_batch[slots] = self.num_harvested
         self.slot_row[slots] = torch.arange(len(slots))
         self.token_batches[self.num_harvested] = tokens
@@ -272,7 +310,6 @@ class ActivationBuffer:
         return len(slots)
 
     def _put(self, slots: Tensor, inputs: Tensor, labels: Tensor) -> None:
-        slots = slots.to(self.inputs.device)
         self.inputs[slots], self.labels[slots] = inputs.to(self.inputs), labels.to(self.labels)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -311,7 +348,7 @@ class ActivationBuffer:
         `inputs` and `labels` of the unread tokens, (N, L, D) each on the CPU, in the order of `state_dict`, to whose
         tensors they can be added: they need not be harvested again then.
         """
-        return {name: rows.cpu() for name, rows in self._activations(self.order[self.read :]).items()}
+        return {name: rows.cpu() for name, rows in self._activations(self.order_here[self.read :], False).items()}
 
     def load_state_dict(self, values: dict, tensors: dict[str, Tensor]) -> None:
         """
@@ -326,20 +363,21 @@ class ActivationBuffer:
                 f"the checkpoint's buffer holds {values['capacity']} tokens, this one {self.capacity}; resume with "
                 "the same n_batches_in_buffer, store_batch_size_prompts and context_size"
             )
-        self.order, self.read = tensors["order"].clone(), 0
+        self._set_order(tensors["order"].clone())
         self.slot_batch[self.order], self.slot_row[self.order] = tensors["slot_batch"], tensors["slot_row"]
         numbers = tensors["slot_batch"].unique().tolist()
         self.token_batches = {number: tensors_of(tensors, f"tokens.{number}.") for number in numbers}
         if "inputs" in tensors:
-            self._put(self.order, tensors["inputs"], tensors["labels"])
+            self._put(self.order_here, tensors["inputs"], tensors["labels"])
         else:
             bar = tqdm(numbers, desc="Restoring the buffer", unit="batch", disable=not self.progress)
             for number in bar:
                 harvested = self._harvest(self.token_batches[number])
+                self._await(harvested)
                 self._check(harvested)  # rows that were skipped do not count any more
                 slots = self.order[tensors["slot_batch"] == number]
-                rows = self.slot_row[slots].to(harvested.inputs.device)
-                self._put(slots, harvested.inputs[rows], harvested.labels[rows])
+                rows = to_device(self.slot_row[slots], harvested.inputs.device)
+                self._put(to_device(slots, self.inputs.device), harvested.inputs[rows], harvested.labels[rows])
         self.ahead = deque()
         self.waiting = deque(tensors_of(tensors, f"ahead.{number}.") for number in range(values["num_ahead"]))
         self.num_harvested, self.epoch = values["num_harvested"], values["epoch"]

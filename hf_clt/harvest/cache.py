@@ -399,6 +399,9 @@ class CachedTokens:
         """Goes back to the start of the epoch."""
         self.position = 0
 
+    def close(self) -> None:
+        """Nothing is read ahead."""
+
     def state_dict(self) -> dict:
         """Where the stream stands, ready for `json.dump`."""
         names = ("split", "rank", "world_size", "seed", "num_batches")

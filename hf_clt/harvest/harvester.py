@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..configuration_clt import CLTConfig
-from ..device import Stopwatch
+from ..device import Stopwatch, to_device
 from ..files import one_line
 from ..kernels.encode import multiplies_bfloat16
 from .sites import resolve_sites
@@ -330,7 +330,7 @@ class Harvester:
         device = self.model.device
         inputs = torch.empty(count, self.num_layers, self.d_model, dtype=dtype, device=device)
         outputs = torch.empty_like(inputs)
-        rows = None if rows is None else rows.to(device)
+        rows = None if rows is None else to_device(rows, device)
 
         # The body of the trace runs along with the model: each read waits for its module, so they come in its order.
         with torch.no_grad(), self._nnsight.trace(**arguments) as tracer:
@@ -362,10 +362,13 @@ class Harvester:
                 f"token ids from {int(input_ids.min())} to {int(input_ids.max())} do not fit the language model's "
                 f"vocabulary of {len(embedding)}: use the model's own tokenizer."
             )
-        arguments = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        arguments = {
+            "input_ids": to_device(input_ids, device),
+            "attention_mask": to_device(attention_mask, device),
+        }
         # A token's position is the number of tokens before it: on left-padded rows that is not its column.
         if "position_ids" in self._accepted:
-            arguments["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0).to(device)
+            arguments["position_ids"] = to_device((attention_mask.cumsum(1) - 1).clamp(min=0), device)
         elif not attention_mask[:, 0].all():
             raise ValueError(
                 f"{type(self.model).__name__} takes no position_ids, so left padding would change its activations: "

@@ -7,9 +7,9 @@ on these numbers: the held-out text is the first so many pieces, and of the othe
 process.
 """
 
-import copy
 import glob
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +29,9 @@ GROUP_PIECES = 1_024  # ... or are this many
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Libraries that read over the network; not all of their errors are OSErrors.
 NETWORK = ("aiohttp", "httpx", "httpx2", "httpcore", "urllib3", "requests", "http")
+TRIES = "STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"  # of datasets.config; the first try included
+_LOCK = threading.Lock()
+_READERS = {"count": 0, "own": {}}
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------
@@ -148,24 +151,33 @@ class StreamError(OSError):
 def reading_text(retries: int) -> Iterator[None]:
     """
     While text is read: datasets tries `retries` times again, 5 seconds apart, what it reads over the network; what
-    fails all the same is raised as a [`StreamError`].
+    fails all the same is raised as a [`StreamError`]. Several threads of a run may read at once.
     """
-    names = "STREAMING_READ_MAX_RETRIES", "STREAMING_OPEN_MAX_RETRIES"  # the first try included
-    before = {name: getattr(datasets.config, name) for name in names if hasattr(datasets.config, name)}
+    _change_tries(1, retries + 1)
     try:
-        for name in before:
-            setattr(datasets.config, name, retries + 1)
         yield
     except Exception as error:
-        if not is_reading_error(error):
+        if isinstance(error, StreamError) or not is_reading_error(error):
             raise
         reason = error.__cause__ or error  # of datasets' "Server Disconnected"
         raise StreamError(
             f"the text cannot be read, with stream_retries={retries} ({type(reason).__name__}: {one_line(reason)})"
         ) from error
     finally:
-        for name, value in before.items():
-            setattr(datasets.config, name, value)
+        _change_tries(-1)
+
+
+def _change_tries(readers: int, tries: int | None = None) -> None:
+    """One reader more, with its number of tries, or one less; when there is none, datasets has its own again."""
+    with _LOCK:
+        if _READERS["count"] == 0:
+            _READERS["own"] = {
+                name: getattr(datasets.config, name) for name in TRIES if hasattr(datasets.config, name)
+            }
+        _READERS["count"] += readers
+        if tries is not None or _READERS["count"] == 0:
+            for name, own in _READERS["own"].items():
+                setattr(datasets.config, name, own if tries is None else tries)
 
 
 def is_reading_error(error: Exception) -> bool:
@@ -227,14 +239,14 @@ def _cut_point(text: str, low: int, high: int) -> int:
 
 
 def read_groups(
-    dataset: datasets.IterableDataset, text_column: str, pieces: range, start: dict | None, drop_space: bool
+    rows: datasets.IterableDataset, text_column: str, pieces: range, start: dict | None, drop_space: bool
 ) -> Iterator[tuple[dict, list[Piece]]]:
     """
     Reads the text in groups of pieces, to be tokenized together. Documents that are empty, white space or None have
     none.
 
     Args:
-        dataset: The documents. It is copied, not iterated itself.
+        rows: The documents. They are read by nobody else.
         text_column: Column that holds the text.
         pieces: Numbers of the pieces to read.
         start: Where to begin: `document`, the row that holds the first piece; `dataset`, the dataset's own state
@@ -249,7 +261,6 @@ def read_groups(
         ValueError: If a document cannot be read or is not text; the message has its row.
     """
     start = start or {"dataset": None, "document": 0, "split": 0, "piece": 0}
-    rows = copy.deepcopy(dataset)
     document = 0
     if start["dataset"] is not None:
         rows.load_state_dict(start["dataset"])

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .ahead import ReadAhead
 from .text import Piece, load_text_dataset, read_groups, reading_text
 
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 RETRIES = 5  # times that datasets tries again what it reads over the network
 NO_TOKENS = np.empty(0, dtype=np.int64)
+# One at a time: streams that share a tokenizer may be read in two threads, and not every tokenizer allows that.
+TOKENIZING = threading.Lock()
+CLOSING_SECONDS = 5.0  # to wait for a read that is going on
 
 
 class TokenStream:
@@ -41,6 +46,9 @@ class TokenStream:
 
     When text cannot be read, the stream stands where the last batch ended, and can go on from there.
 
+    With `read_ahead`, a thread reads and tokenizes the next batches of an epoch, while those before are worked on.
+    Batches, positions and errors are the same, and come at the same batch; `close` ends the thread.
+
     The dataset is copied (not its data), so one dataset can serve several streams at once. The constructor reads the
     beginning of the text, to find the held-out text and to see that there is enough.
 
@@ -59,6 +67,7 @@ class TokenStream:
         rank: Number of this process.
         world_size: Number of processes.
         retries: How often datasets tries again what it reads over the network.
+        read_ahead: Batches that may be read ahead; 0: each is read when it is asked for.
 
     Attributes:
         is_reading (`bool`): Whether text is read, or waited for: an exception raised by a signal handler then loses no
@@ -91,6 +100,7 @@ class TokenStream:
         rank: int = 0,
         world_size: int = 1,
         retries: int = RETRIES,
+        read_ahead: int = 0,
     ):
         if isinstance(dataset, datasets.Dataset):
             dataset = dataset.to_iterable_dataset()
@@ -106,6 +116,7 @@ class TokenStream:
             ("context_size", context_size, 2 + prepend_bos),
             ("prompts_per_batch", prompts_per_batch, 1),
             ("heldout_tokens", heldout_tokens, int(heldout)),
+            ("read_ahead", read_ahead, 0),
         ):
             if value < least:
                 raise ValueError(
@@ -126,7 +137,9 @@ class TokenStream:
         self.rank = rank
         self.world_size = world_size
         self.retries = retries
+        self.read_ahead = read_ahead
         self.is_reading = False
+        self._reader: ReadAhead | None = None  # of the batches after `_position`; it has what is `_opened` then
 
         self._dataset = dataset
         self._text_per_block = context_size - prepend_bos
@@ -150,8 +163,22 @@ class TokenStream:
 
     def rewind(self) -> None:
         """Goes back to the start of the text."""
-        self._position = None  # behind the last batch; None: at the beginning
+        self._stop_reader()
+        self._position = None  # behind the last batch that was given; None: at the beginning
         self._opened = None  # the text from there on: the rest of the last group, and a reader of the next ones
+
+    def close(self) -> None:
+        """
+        Ends the thread that reads ahead; the next iteration goes on at the same batch. A thread that waits for a
+        network is not waited for, and ends when it has an answer.
+        """
+        self._stop_reader()
+        if self._reader is not None:
+            self._reader.join(CLOSING_SECONDS)
+
+    def _stop_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.stop()
 
     # -- resuming -----------------------------------------------------------------------------------------------------
 
@@ -244,12 +271,14 @@ class TokenStream:
         return range(self._heldout_pieces + offset, sys.maxsize, world_size)
 
     def _groups(self, pieces: range, start: dict | None = None) -> Iterator[tuple[dict, list[Piece]]]:
-        return read_groups(self._dataset, self.text_column, pieces, start, self._drop_space)
+        dataset = copy.deepcopy(self._dataset)  # which other readers of it do not disturb
+        return read_groups(dataset, self.text_column, pieces, start, self._drop_space)
 
     def _tokenize(self, group: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a group, and the document each comes from (-1 for the EOS after one): (n,) int64 each."""
         texts = [piece.text for piece in group]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        with TOKENIZING:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids, documents = [], []
         for piece, found in zip(group, encoded["input_ids"], strict=True):
             ids += found
@@ -330,6 +359,37 @@ class TokenStream:
 
     def _next_batch(self) -> dict[str, torch.Tensor] | None:
         """The next batch; None at the end of the text."""
+        if self.read_ahead == 0:
+            return self._read_batch()
+        try:
+            if self._reader is None or self._reader.stopped:
+                source = copy.copy(self)
+                # Opened here, since fsspec, in whose memory a dataset's files are, cannot be copied in another thread.
+                source._opened = self._opened or self._open(self._position, self._pieces)[1:]
+                self._opened = None
+                self._reader = ReadAhead(source._with_positions(), self.read_ahead)
+            batch, position = self._reader.take()
+            self.is_reading = False  # from here on the batch is given
+        except StopIteration:
+            self._stop_reader()
+            return None
+        except BaseException:  # an error of the text, or Ctrl-C: the text is opened again where the last batch ended
+            self._stop_reader()
+            raise
+        self._position = position
+        return batch
+
+    def _with_positions(self) -> Iterator[tuple[dict[str, torch.Tensor], dict]]:
+        """The batches up to the end of the text, and the position behind each."""
+        while True:
+            with reading_text(self.retries):
+                batch = self._read_batch()
+            if batch is None:
+                return
+            yield batch, self._position
+
+    def _read_batch(self) -> dict[str, torch.Tensor] | None:
+        """Reads the next batch; None at the end of the text."""
         # The stream moves on when the batch is whole. After an error or Ctrl-C in between, the next call opens the
         # text again where the last batch ended: no token is lost.
         opened, self._opened = self._opened, None
@@ -380,6 +440,7 @@ def open_text(
     heldout: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    read_ahead: int = 0,
 ) -> TokenStream:
     """
     The stream that the options of a run name, so that whoever measures a CLT reads what its training held out.
@@ -391,6 +452,7 @@ def open_text(
         tokenizer: The language model's.
         heldout: Whether to give the held-out text, or the rest.
         rank, world_size: This process, and how many share the text.
+        read_ahead: Batches that a thread may read ahead.
 
     Raises:
         ValueError: As [`load_text_dataset`] and [`TokenStream`].
@@ -416,6 +478,7 @@ def open_text(
         rank=rank,
         world_size=world_size,
         retries=options.stream_retries,
+        read_ahead=read_ahead,
     )
 
 

@@ -23,7 +23,7 @@ numbers are a hash of the run's seed, the step, the parameter and the element ([
 import torch
 from torch import Tensor
 
-from .triton_rows import available, triton
+from .triton_rows import available, table_on, triton
 
 
 if triton is not None:
@@ -354,9 +354,7 @@ def launch(kernel, entries: list[tuple], like: Tensor, *arguments, **options) ->
         constants = {"BLOCK_P": block_p} | dict(constants) | options
         calls.append((begin - start, len(group), start, constants))
     sizes = [len(table) for table in tables]
-    # Pinned memory, which torch does not use again before the copy is made.
-    joined = torch.cat(tables, out=torch.empty(sum(sizes), dtype=torch.int64, pin_memory=like.is_cuda))
-    tables = joined.to(like.device, non_blocking=True).split(sizes)
+    tables = table_on(like.device, torch.cat(tables)).split(sizes)
     with torch.cuda.device_of(like):
         for table, (programs, size, start, constants) in zip(tables, calls, strict=True):
             kernel[(programs,)](table, size, start, *arguments, **constants)

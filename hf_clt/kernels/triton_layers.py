@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..sparsity import LayerFeatures
-from .triton_rows import available, triton
+from .triton_rows import available, table_on, triton
 
 
 if triton is not None:
@@ -159,8 +159,10 @@ if triton is not None:
         place = tl.load(order + entries, mask=listed, other=0)
         num_tiles = tl.load(table + tl.load(indices + place, mask=listed, other=0) // num_features)
         total = tl.full((BLOCK_E,), 0.0, tl.float32)
+        dots += entries
         for tile in range(most):
-            total += tl.load(dots + tile * num_entries + entries, mask=listed & (tile < num_tiles), other=0.0)
+            total += tl.load(dots, mask=listed & (tile < num_tiles), other=0.0)
+            dots += num_entries  # one by one, since their product may exceed 32 bits
         tl.store(out + place, total, mask=listed)
 
     @triton.jit
@@ -367,12 +369,6 @@ def distances(tensors: Sequence[Tensor]) -> list[int]:
 def alignment(*numbers: list[int] | tuple[int, ...]) -> int:
     """What all numbers of elements are a multiple of, for loads of several at a time: [`ALIGNED`] or 1."""
     return ALIGNED if all(number % ALIGNED == 0 for some in numbers for number in some) else 1
-
-
-def table_on(device: torch.device, numbers: list[int]) -> Tensor:
-    """An int64 vector on the device, which the host does not wait for."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=True)
 
 
 __all__ = ["decode", "posting_sums", "rounded", "square_sums", "takes"]

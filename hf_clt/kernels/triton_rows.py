@@ -108,6 +108,13 @@ def available(tensor: Tensor) -> bool:
     return tensor.is_cuda or not isinstance(row_sums_kernel, triton.JITFunction)
 
 
+def table_on(device: torch.device, numbers: list[int] | Tensor) -> Tensor:
+    """An int64 vector on the device, which is not waited for: pinned memory is not used again before it is copied."""
+    numbers = torch.as_tensor(numbers, dtype=torch.int64)
+    pinned = torch.empty(len(numbers), dtype=torch.int64, pin_memory=device.type == "cuda").copy_(numbers)
+    return pinned.to(device, non_blocking=True)
+
+
 def row_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """
     out[b] = Σ over the entries e of bag b of weights[e] · rows[indices[e]], summed in float32.
@@ -225,4 +232,4 @@ def check_entries(**tensors: Tensor) -> None:
         raise ValueError(f"{shapes}: pass one element per entry, (nnz,)")
 
 
-__all__ = ["available", "row_dots", "row_sums"]
+__all__ = ["available", "row_dots", "row_sums", "table_on"]

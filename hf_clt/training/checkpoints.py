@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -154,6 +155,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     keep: int | None,
     shard: FeatureShard | None = None,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Path:
     """
     Writes `checkpoint-<step>` under a temporary name, flushes it to the disk, and renames it; then deletes old ones.
@@ -167,6 +169,7 @@ def save_checkpoint(
         accelerator: For the rank and the barriers.
         keep: Number of checkpoints to keep; None for all.
         shard: The slice of the features that this process holds; None: all.
+        given_up: Whether it must not get its name any more, which is asked when all is written.
 
     Returns:
         The folder.
@@ -198,6 +201,8 @@ def save_checkpoint(
                 _sync_file(metrics)  # a run that goes on from here writes none of its lines again
 
     def finish():
+        if given_up():
+            raise CheckpointError("given up")
         if accelerator.is_main_process:
             _put_in_place(temporary, final)
 

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .trainer import CLTTrainer
 
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
+AHEAD_TOKENS = 2**20  # that may be read ahead, with what is known of them: 26 MB
 
 
 def open_activations(
@@ -65,7 +67,17 @@ def open_activations(
         harvester = Harvester(model, config.feature_input_hook, config.feature_output_hook)
     check_context_size(harvester.model.config, args.context_size)
     heldout = open_text(args, tokenizer, heldout=True, **share) if args.eval_tokens else None
-    return harvester, open_text(args, tokenizer, **share), heldout
+    return harvester, open_text(args, tokenizer, **share, read_ahead=batches_ahead(args, accelerator.device)), heldout
+
+
+def batches_ahead(args: CLTTrainingArguments, device: torch.device) -> int:
+    """
+    Extraction batches to read ahead while a GPU works: as many as a fill of the buffer asks for, unless they are very
+    large. On a CPU none: a thread that tokenizes would take its cores from the language model and the CLT.
+    """
+    if device.type == "cpu":
+        return 0
+    return max(1, min(args.n_batches_in_buffer, AHEAD_TOKENS // (args.store_batch_size_prompts * args.context_size)))
 
 
 def initialize_from_data(trainer: "CLTTrainer") -> None:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,10 +44,11 @@ def checkpoint_on_failure(
         yield
     except (Exception, StopRequested) as error:
         try:
+            trainer.writer.wait()
             is_one = trainer.accelerator.num_processes == 1
             can_save = is_one or not (alone or isinstance(error, OtherProcessGone))
             if can_save and trainer.step > 0 and trainer.saved_step != trainer.step:
-                save_run(trainer, optimizer, before)
+                save_run(trainer, optimizer, before, in_place=True)
             if isinstance(error, StopRequested) and trainer.step > 0:
                 error.args = (f"stopped at step {trainer.step}",)
             error.add_note(newest_usable(trainer.output_dir))
@@ -72,11 +72,19 @@ def moving_state(trainer: "CLTTrainer") -> tuple[dict, dict]:
     return {"values": values, "tensors": tensors}, buffers
 
 
-def save_run(trainer: "CLTTrainer", optimizer: torch.optim.Optimizer, before: tuple[dict, dict] | None = None) -> Path:
+def save_run(
+    trainer: "CLTTrainer",
+    optimizer: torch.optim.Optimizer,
+    before: tuple[dict, dict] | None = None,
+    in_place: bool = False,
+) -> None:
     """
-    Writes a checkpoint; with the state `before` the update that is going on, if that is given. One of weights that
-    are not finite would in time take the place of the last good one: it raises [`CheckpointError`].
+    Writes a checkpoint, once the last is written; with the state `before` the update that is going on, if that is
+    given. Where the trainer's [`CheckpointWriter`] writes in the background, it goes on writing, unless `in_place`.
+    One of weights that are not finite would in time take the place of the last good one: it raises
+    [`CheckpointError`].
     """
+    trainer.writer.wait()
     clt, accelerator, args = trainer.model, trainer.accelerator, trainer.args
     names = [name for name, _ in clt.named_parameters()]
     lowest = [-torch.inf if name.startswith("thresholds.") else 0.0 for name in names]  # log θ of θ = 0
@@ -111,13 +119,18 @@ def save_run(trainer: "CLTTrainer", optimizer: torch.optim.Optimizer, before: tu
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         },
     }
-    folder = save_checkpoint(
-        trainer.output_dir, trainer.step, shared, own, accelerator, args.save_total_limit, trainer.shard
-    )
-    trainer.saved_step = trainer.step
-    if accelerator.is_main_process and trainer.progress:
-        tqdm.write(f"checkpoint written: {folder}")
-    return folder
+    step = trainer.step
+
+    def save(shared: dict, own: dict) -> None:
+        keep, writer = args.save_total_limit, trainer.writer
+        folder = save_checkpoint(
+            trainer.output_dir, step, shared, own, accelerator, keep, trainer.shard, lambda: writer.given_up
+        )
+        if accelerator.is_main_process and trainer.progress:
+            tqdm.write(f"checkpoint written: {folder}")
+
+    trainer.writer.write(save, shared, own, in_place)
+    trainer.saved_step = step
 
 
 def restore_run(trainer: "CLTTrainer") -> torch.optim.Optimizer:

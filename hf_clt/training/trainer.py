@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration_clt import CLTConfig
-from ..device import Stopwatch, rounded_products
+from ..device import Stopwatch, rounded_products, to_device
 from ..evaluation.metrics import MetricSums
 from ..files import local_or_hub
 from ..harvest.buffer import ActivationBuffer
@@ -29,7 +29,7 @@ from ..modeling_clt import THRESHOLD_DECAY, CLTOutput, CrossLayerTranscoder
 from ..sharding import gather_tokens, sum_over
 from . import publishing
 from .arguments import CLTTrainingArguments
-from .checkpoints import find_checkpoint, read_state
+from .checkpoints import CheckpointError, find_checkpoint, read_state
 from .evaluation import evaluate_heldout, gather_sums
 from .optimizers import clip_grad_norm, make_optimizer
 from .output_folder import check_output_dir, prepare_output_dir
@@ -48,6 +48,7 @@ from .setup import (
     prepare_device,
 )
 from .trackers import check_trackers, finish_trackers, start_trackers
+from .writer import CheckpointWriter
 
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ class CLTTrainer:
             progress=self.progress,
             overlap=args.overlap_harvest,
             skip_bad=self.skip_bad,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
         self.signals = StopSignals()
         self.fingerprint = self.harvester.fingerprint()
@@ -169,7 +171,8 @@ class CLTTrainer:
         self.last_evaluation: tuple[int, dict] | None = None  # step, metrics
         self.last_written: int | None = None  # step of the last evaluation in metrics.jsonl
         self.lock: int | None = None  # on output_dir, in the main process
-        self.saved_step: int | None = None  # of the newest checkpoint in output_dir
+        self.saved_step: int | None = None  # of the newest checkpoint in output_dir, or of the one being written
+        self.writer = CheckpointWriter(self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1)
 
     def train(self) -> CrossLayerTranscoder:
         """
@@ -188,8 +191,20 @@ class CLTTrainer:
             FloatingPointError: If the loss is not finite.
         """
         try:
-            return self._train()
+            clt = self._train()
+            self.writer.wait()
+            return clt
+        except KeyboardInterrupt:
+            self.writer.given_up = True  # the first Ctrl-C has waited for it, the second does not
+            raise
+        except Exception as error:
+            try:
+                self.writer.wait()
+            except CheckpointError as failure:
+                error.add_note(str(failure))
+            raise
         finally:
+            self.tokens.close()
             finish_trackers(self.accelerator)
             if self.lock is not None:
                 os.close(self.lock)
@@ -221,6 +236,7 @@ class CLTTrainer:
         with self.signals.caught(self._is_reading, announce=accelerator.is_main_process):
             with bar:
                 while self.step < args.training_steps:
+                    self.writer.check()
                     batch, output, scale = self._update(model, optimizer)
                     is_last = self.step == args.training_steps
                     if self.step % args.log_interval == 0 or is_last or self.step == 1:
@@ -296,7 +312,7 @@ class CLTTrainer:
             all_ready = self.batches.num_agreed > 0
             with checkpoint_on_failure(self, optimizer, before):
                 batch = self.batches.read(micro_step, self.signals)
-            batch = {name: rows.to(accelerator.device) for name, rows in batch.items()}
+            batch = {name: to_device(rows, accelerator.device) for name, rows in batch.items()}
             self.tokens_since_log += len(batch["inputs"])
             batch = gather_tokens(self.shard, batch, equally_many=all_ready)
             is_last = micro_step == args.gradient_accumulation_steps - 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.launches import count, estimated_bytes, fake_gpu, make_case
-from hf_clt import modeling_clt
+from hf_clt import estimate, modeling_clt
 from hf_clt.kernels import triton_rows
 
 
@@ -27,8 +27,10 @@ def total(case):
 @pytest.mark.parametrize("optimizer", ["adam", "adam_compact"])
 @pytest.mark.parametrize("dead", [0.0, 0.3])
 @pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
-def test_an_update_never_waits(activation_fn, dead, optimizer):
-    found = count(make_case(**SHAPE, activation_fn=activation_fn, dead=dead, optimizer=optimizer))
+@pytest.mark.parametrize("num_features", [2048, 256], ids=["", "dense"])
+def test_an_update_never_waits(activation_fn, dead, optimizer, num_features):
+    shape = SHAPE | {"num_features": num_features}
+    found = count(make_case(**shape, activation_fn=activation_fn, dead=dead, optimizer=optimizer))
     assert found["waits"] == {}
     assert all(found["launches"].values())
 
@@ -109,4 +111,19 @@ def test_more_dead_features_take_no_more_launches():
 def test_memory_is_what_the_plan_says(activation_fn, dead, optimizer, dtype):
     shape = SHAPE | {"d_model": 128, "tokens": 128}  # gradients outweigh a layer's pre-activations, as in real ones
     case = make_case(**shape, activation_fn=activation_fn, dead=dead, optimizer=optimizer, dtype=dtype)
+    assert estimated_bytes(case) == pytest.approx(count(case)["peak_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", None])
+@pytest.mark.parametrize(
+    "activation_fn, tokens, dead",
+    [("batchtopk", 256, 0.0), ("batchtopk", 256, 0.3), ("batchtopk", 2048, 0.0)]
+    + [("jumprelu", 256, 0.0), ("jumprelu", 256, 0.3)],
+)
+def test_memory_while_encoding_is_what_the_plan_says(activation_fn, tokens, dead, autocast, monkeypatch):
+    # Of per-layer transcoders gradients are few, and pre-activations are the most; 2,048 tokens are encoded in parts.
+    for module in (modeling_clt, estimate):
+        monkeypatch.setattr(module, "ENCODED_BYTES", 16 * 2**20)
+    shape = SHAPE | {"num_layers": 6, "tokens": tokens, "decoder_reach": 1, "autocast": autocast}
+    case = make_case(**shape, activation_fn=activation_fn, dead=dead)
     assert estimated_bytes(case) == pytest.approx(count(case)["peak_bytes"], rel=0.1)

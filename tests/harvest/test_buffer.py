@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt import ActivationBuffer
@@ -235,6 +236,28 @@ class Flaky:
             raise self.error
 
 
+def not_finite(harvester, number, times):
+    """The extraction batch `number` that is new is not finite so many times that it is checked."""
+    read, seen, left = harvester.read, [], [times]
+
+    def is_bad(batch):
+        return left[0] > 0 and len(seen) >= number and batch is seen[number - 1]
+
+    def failing_read(batch, dtype=torch.float32):
+        inputs, labels, total = read(batch, dtype)
+        if not any(batch is other for other in seen):
+            seen.append(batch)
+        return inputs, labels, total * torch.nan if is_bad(batch) else total
+
+    def check(batch, inputs, labels, total):
+        assert bool(total.isnan()) == is_bad(batch)
+        if is_bad(batch):
+            left[0] -= 1
+            raise OSError("gone")
+
+    harvester.read, harvester.check = failing_read, check
+
+
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("where", ["text", "model", "check"])
 def test_a_failure_loses_and_repeats_nothing(where, overlap):
@@ -244,9 +267,12 @@ def test_a_failure_loses_and_repeats_nothing(where, overlap):
 
     def make_failing(calls):
         buffer = make_buffer(**shape)
+        if where == "check":
+            not_finite(buffer.harvester, min(calls), len(calls))
+            return buffer
         flaky = Flaky(calls, OSError("gone"))
         owner = buffer.tokens if where == "text" else buffer.harvester
-        name = {"text": "_next_batch", "model": "read", "check": "check"}[where]
+        name = {"text": "_next_batch", "model": "read"}[where]
         method = getattr(owner, name)
         setattr(owner, name, lambda *args, **kwargs: (flaky(), method(*args, **kwargs))[1])
         if where == "text":
@@ -383,6 +409,45 @@ def test_preallocated():
 def test_device():
     buffer = ActivationBuffer(make_stream()[0], NumberHarvester(), n_batches=4, batch_size=10, device="meta")
     assert buffer.inputs.device.type == buffer.labels.device.type == "meta"
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Counts copies to the meta device, which has no values: nothing that asks it for one goes through."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function == torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == META
+        return function(*args, **(kwargs or {}))
+
+
+META = torch.device("meta")
+
+
+def test_a_batch_waits_for_no_device():
+    """The order is copied once per fill, and whether activations are finite is asked once; meta stands for a GPU."""
+
+    class MetaHarvester(NumberHarvester):
+        def read(self, batch, dtype=torch.float32):
+            inputs, labels, total = super().read(batch, dtype)
+            return inputs.new_empty(inputs.shape, device=META), labels.new_empty(labels.shape, device=META), total
+
+        def check(self, *args):
+            raise AssertionError("asked for each batch")
+
+    stream = make_stream(num_documents=200)[0]
+    buffer = ActivationBuffer(stream, MetaHarvester(), n_batches=20, batch_size=5, device=META)
+    fills = 0
+    batches = iter(buffer)
+    for _ in range(200):
+        harvested = buffer.num_harvested
+        with CopiesToMeta() as copies:
+            batch = next(batches)
+        assert batch["inputs"].device == META and batch["inputs"].shape == (5, LAYERS, WIDTH)
+        filled = buffer.num_harvested > harvested
+        fills += filled
+        assert copies.count == (2 if filled else 0)  # the free slots and the order
+    assert fills > 5
 
 
 # Checkpoints

@@ -3,7 +3,10 @@
 import copy
 import io
 import json
+import os
 import random
+import signal
+import threading
 import time
 
 import datasets
@@ -14,8 +17,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt.harvest import text as text_module
+from hf_clt.harvest.ahead import ReadAhead
 from hf_clt.harvest.text import StreamError, load_text_dataset, split_document
 from hf_clt.harvest.tokens import TokenStream
+from hf_clt.training.processes import StopRequested, StopSignals
 
 
 WORDS = "the cat sat on a mat while seven dogs watched it sleep; nobody said: 'no, 42 mice!'".split()  # noqa: SIM905
@@ -501,6 +506,84 @@ def test_datasets_tries_again_as_often_as_was_asked_for(pauses, retries):
     with pytest.raises(StreamError, match=rf"stream_retries={retries} \(ConnectError: no route\)"):
         stream(retries + 1)
     assert datasets.config.STREAMING_READ_MAX_RETRIES == 20
+
+
+# Read ahead
+
+
+def events(stream, epochs):
+    """Batches, errors and positions of a stream, in order."""
+    found, epoch = [], 0
+    while epoch < epochs:
+        found.append(json.dumps(stream.state_dict()))
+        try:
+            for batch in stream:
+                found += [{name: values.tolist() for name, values in batch.items()}, json.dumps(stream.state_dict())]
+            epoch += 1
+        except OSError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("ahead", [1, 4, 100])
+def test_reading_ahead_gives_the_same_batches_positions_and_errors(monkeypatch, ahead):
+    monkeypatch.setattr(text_module, "GROUP_CHARACTERS", 300)
+    texts = odd_texts()
+    options = {"context_size": 16, "prompts_per_batch": 4, "retries": 0}
+    failures = {25: 2, 40: 1, 59: 3}
+    plain = TokenStream(breaking(texts, failures, OSError("gone")), TOKENIZER, **options)
+    stream = TokenStream(breaking(texts, failures, OSError("gone")), TOKENIZER, **options, read_ahead=ahead)
+    expected = events(plain, epochs=2)
+    assert sum("gone" in event for event in expected if isinstance(event, str)) == 6
+    assert events(stream, epochs=2) == expected
+    state = json.loads(expected[20])  # it goes to another place while it has read on
+    next(iter(stream))
+    stream.load_state_dict(state)
+    plain.load_state_dict(state)
+    assert events(stream, epochs=2) == events(plain, epochs=2)
+    stream.rewind()
+    next(iter(stream))
+    stream.close()
+    assert not any(thread.name == "hf_clt reads ahead" for thread in threading.enumerate())
+    assert datasets.config.STREAMING_READ_MAX_RETRIES == 20  # read by two threads
+
+
+def test_only_so_much_is_read_ahead():
+    read = []
+    ahead = ReadAhead((read.append(number) or number for number in range(100)), most=3)
+    for number in range(5):
+        assert ahead.take() == number
+        time.sleep(0.05)
+        assert len(read) == number + 1 + 3
+    ahead.stop()
+    ahead.join(5)
+    assert len(read) == 8 and not ahead._thread.is_alive()
+
+
+def test_ctrl_c_while_text_is_waited_for_ends_the_wait_and_loses_nothing(monkeypatch):
+    monkeypatch.setattr(text_module, "GROUP_CHARACTERS", 200)
+    texts, go_on = odd_texts(), threading.Event()
+
+    def rows():
+        for number, text in enumerate(texts):
+            if number == 40:
+                go_on.wait(20)
+            yield {"text": text}
+
+    options = {"context_size": 16, "prompts_per_batch": 4}
+    stream = TokenStream(datasets.IterableDataset.from_generator(rows), TOKENIZER, **options, read_ahead=5)
+    batches, start = [], None
+    with pytest.raises(StopRequested), StopSignals().caught(lambda: stream.is_reading, announce=False):
+        for batch in stream:
+            batches.append(batch)
+            if len(batches) == 3:
+                start = time.perf_counter()
+                threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    assert time.perf_counter() - start < 10 and len(batches) > 3 and not stream.is_reading
+    go_on.set()
+    batches += stream
+    stream.close()
+    assert same_batches(batches, list(TokenStream(as_dataset(texts), TOKENIZER, **options)))
 
 
 def test_bad_documents_train_as_what_is_readable_of_them(tmp_path):

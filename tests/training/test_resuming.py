@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from hf_clt.harvest.harvester import ActivationError
 from hf_clt.harvest.text import StreamError
-from hf_clt.training import checkpoints, publishing
+from hf_clt.training import checkpoints, preparation, publishing
 from hf_clt.training import trainer as trainer_module
 from hf_clt.training.checkpoints import CheckpointError, list_checkpoints
 from tests.training.test_trainer import STATISTICS, recorded, released, rows_of
@@ -37,7 +38,7 @@ def assert_same_metrics(one, two):
 
 @pytest.mark.parametrize("activation_fn", ["jumprelu", "batchtopk"])
 @pytest.mark.parametrize("stop_at", [2, 6])
-def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, activation_fn, stop_at):
+def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, monkeypatch, activation_fn, stop_at):
     """Twelve steps over a text of about five, and a buffer of two: many refills, and checkpoints in several epochs."""
     config = {"activation_fn": activation_fn}
     arguments = {
@@ -55,7 +56,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, activation_f
     assert straight.buffer.epoch == 2
     shutil.move(tmp_path / "run", tmp_path / "straight")
 
-    # Harvesting ahead changes nothing either, nor does keeping the activations.
+    # Harvesting and reading ahead changes nothing either, nor does keeping the activations.
+    monkeypatch.setattr(preparation, "batches_ahead", lambda args, device: stop_at)
     arguments["overlap_harvest"] = activation_fn == "batchtopk"
     arguments["checkpoint_activations"] = stop_at == 6
     stopped = make(config, **arguments)
@@ -71,7 +73,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, activation_f
 
     resumed = make(config, **arguments, resume_from_checkpoint="latest")
     resumed.train()
-    assert resumed.step == 12
+    assert resumed.step == 12 and resumed.tokens.read_ahead == stop_at
+    assert not any(thread.name == "hf_clt reads ahead" for thread in threading.enumerate())
     for name, value in released(tmp_path / "straight").items():
         assert torch.equal(released(tmp_path / "run")[name], value), name
     assert torch.equal(resumed.steps_since_fired, straight.steps_since_fired)
