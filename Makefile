@@ -23,7 +23,7 @@ help:
 	@echo "make test-slow    run the slow tests"
 	@echo "make test-circuit-tracer   that circuit-tracer and SAELens read our files and give our graphs, in $(TRACER)"
 	@echo "make graph-scores CLT=...  scores of circuit-tracer's graphs for a CLT, by default the quickstart's"
-	@echo "make gpu-check    on a machine with a GPU: is hf_clt right there, and what does a step cost; four minutes"
+	@echo "make gpu-check    on a machine with a GPU: is hf_clt right there, and what does a step cost; five minutes"
 	@echo "make gpu-train MINUTES=5 MODEL=... DATASET=...  there: how fast it trains, and a CLT; the quickstart's by default"
 	@echo "make lint         check style and formatting"
 	@echo "make cards        make the cards of the reference CLTs anew, in model_cards/"

@@ -1,20 +1,17 @@
 """
-Whether hf_clt is right on this GPU, and what each part of a training step costs there: `make gpu-check`, four minutes.
+Whether hf_clt is right on this GPU, and what each phase of an update costs there: `make gpu-check`, five minutes.
 
 The pieces come in the order of their importance: kernels and whole steps against float64, the rates of the machine,
-the parts of a step, and updates of ours beside dense ones. What does not fit into the budget is skipped, and said.
+phases, whole updates of ours beside dense ones, other constants of the kernels (timings: gpu_times.py). What does not
+fit into the budget is skipped, and said.
 """
 
 import argparse
 import copy
-import gc
 import sys
-import time
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from statistics import median
 from unittest.mock import patch
 
 import torch
@@ -23,21 +20,20 @@ from torch import Tensor
 
 from hf_clt.command import one_line_errors
 from hf_clt.configuration_clt import TOPK_FAMILY
-from hf_clt.estimate import Plan, memory
 from hf_clt.kernels import rows as rows_module
 from hf_clt.kernels import triton_adam, triton_rows, triton_select
-from hf_clt.selection import largest_dead, positions_batchtopk, positions_topk
-from hf_clt.sparsity import LayerFeatures, features_at, true_positions
-from hf_clt.training.optimizers import CompactAdam
+from hf_clt.kernels.decode import add_decoded, decode_layers, squared_norms
+from hf_clt.kernels.encode import pre_activations_at
+from hf_clt.selection import features_above, positions_batchtopk, positions_topk
+from hf_clt.sparsity import LayerFeatures, features_at, join
+from hf_clt.training.optimizers import CompactAdam, WideAdam
 
 from . import gpu_report
 from .cases import Case
-from .crossover import random_entries
 from .dense_reference import dense_losses_of
 from .gpu_report import attempt
-from .machine import measure_rates, memory_in_use, peak_memory, reset_peak_memory, synchronize
-from .measure import Clock, make_batches, make_clt
-from .update import Update
+from .gpu_times import time_constants, time_phases, time_rates, time_updates
+from .measure import make_batches, make_clt
 
 
 SHAPES = {  # L, D, F, N, k
@@ -46,21 +42,47 @@ SHAPES = {  # L, D, F, N, k
     "B": (30, 576, 8192, 4096, 32),
     "C": (26, 2304, 16384, 4096, 50),
 }
-CHECKED, TINY = (4, 256, 8192, 1024, 16), (3, 16, 256, 64, 4)
+# k as large as an update of A has it in comparison with F: under autocast decoder rows are rounded first.
+CHECKED, TINY = (4, 256, 8192, 1024, 56), (3, 16, 256, 64, 4)
 FORMATS = {
     "float32": {},
     "autocast": {"autocast": "bfloat16"},
     "bfloat16": {"autocast": "bfloat16", "dtype": "bfloat16", "optimizer": "adam_compact"},
 }
-# Shape, format, and about how many seconds ours and the dense side take, and ours with dead features.
-UPDATES = [("A", "autocast", 8, 5), ("B", "autocast", 10, 8), ("A", "bfloat16", 10, 6), ("C", "bfloat16", 20, 18),
-           ("A200", "autocast", 8, 5), ("B", "bfloat16", 12, 8), ("A200", "bfloat16", 10, 6)]  # fmt: skip
-# Entries and columns at a time and warps of a program of posting_dots.
-POSTINGS = ((4, 512, 1), (2, 512, 1), (8, 512, 1), (4, 256, 1), (4, 512, 2), (4, 1024, 1), (4, 1024, 2), (4, 2048, 4))
-TOPKS = ((1024, 4), (2048, 4), (4096, 8))  # columns at a time and warps of a program
-SPLITS = (32, 64, 128, 256, 512, 2**30)  # entries of a posting list that one program takes
-ADAM_BLOCKS = [(1024, 256), (1024, 512), (2048, 256), (2048, 512), (4096, 256), (4096, 512), (8192, 512)]
-TOP = 12  # kernels that are shown
+# All layers at once: L, D, F, N, k, reach, whether tied, whether dead features follow, and the format.
+LAYERS = [
+    (12, 768, 24576, 1024, 32, 12, False, False, "autocast"),
+    (12, 768, 24576, 1024, 32, 12, False, True, "float32"),
+    (12, 768, 24576, 1024, 200, 12, False, False, "bfloat16"),
+    (30, 576, 8192, 1024, 64, 30, False, True, "autocast"),  # read often enough to be rounded first
+    (30, 576, 8192, 1024, 32, 30, False, False, "bfloat16"),
+    (26, 2304, 4096, 512, 16, 26, False, True, "bfloat16"),
+    (12, 768, 24576, 1024, 32, 4, False, False, "autocast"),
+    (12, 768, 24576, 1024, 32, 12, True, True, "float32"),
+    (12, 768, 24576, 1024, 32, 5, True, False, "bfloat16"),
+    (5, 300, 1000, 777, 5, 3, False, True, "float16"),
+    (3, 7, 100, 64, 3, 3, False, False, "bfloat16"),
+    (3, 7, 100, 64, 3, 1, False, True, "float32"),
+]
+TINY_LAYERS = [
+    (4, 30, 100, 77, 5, 4, False, False, "float32"),
+    (4, 30, 100, 77, 5, 2, False, True, "float32"),
+    (4, 7, 100, 77, 5, 4, True, True, "float32"),
+    (4, 30, 100, 77, 5, 3, True, False, "float32"),
+]
+ADAM_SHAPES = [(1000, 9216), (100, 59904), (777, 300), (64, 7), (5000,), (768, 12, 768)]
+# What is timed, in this order: pieces of shape and format, and about how many seconds each takes; updates have ours
+# and the dense side, and ours with dead features.
+TIMED = [
+    ("phases", "A", "autocast", 12), ("update", "A", "autocast", 8), ("update", "B", "autocast", 10),
+    ("constants", "A", "autocast", 25), ("phases", "B", "autocast", 10), ("phases", "A200", "autocast", 10),
+    ("phases", "C", "bfloat16", 15), ("update", "A", "bfloat16", 10), ("update", "C", "bfloat16", 20),
+    ("constants", "C", "bfloat16", 25), ("update", "A200", "autocast", 8), ("phases", "A", "bfloat16", 10),
+    ("constants", "B", "autocast", 12), ("update", "B", "bfloat16", 12), ("dead", "A", "autocast", 5),
+    ("dead", "C", "bfloat16", 18), ("dead", "B", "autocast", 8), ("dead", "A200", "autocast", 5),
+    ("update", "A200", "bfloat16", 10), ("constants", "A200", "autocast", 20), ("constants", "A", "bfloat16", 15),
+    ("phases", "B", "bfloat16", 10),
+]  # fmt: skip
 
 
 def make_case(shape: tuple, form: str, device: torch.device, fn: str = "batchtopk", dead: float = 0.0) -> Case:
@@ -71,25 +93,30 @@ def make_case(shape: tuple, form: str, device: torch.device, fn: str = "batchtop
 # -- is it right ------------------------------------------------------------------------------------------------------
 
 
-def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run there; otherwise what a CPU does instead is checked."""
+    return device.type == "cuda"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_rows(rows: list, device: torch.device, tiny: bool) -> None:
     """The sums and dot products of gathered rows against their formulas in float64, element by element."""
-    on_gpu = device.type == "cuda"
+    on_gpu = has_kernels(device)
     kernels = triton_rows if on_gpu else rows_module
-    entry_dots = dots_by_posting if on_gpu else dots_by_row
-    print("the Triton kernels" if on_gpu else "the CPU's ways in kernels/rows.py: Triton's kernels do not run here")
-    shapes = [(1024, 8192, 32, 9216), (4096, 24576, 32, 768), (777, 1000, 5, 300), (64, 100, 3, 7)]
+    print("the Triton kernels" if on_gpu else "the CPU's ways in kernels/: Triton's kernels do not run here")
+    shapes = [(1024, 24576, 32, 768), (777, 1000, 5, 300), (64, 100, 3, 7)]
     torch.manual_seed(0)
-    for num_tokens, num_features, k, columns in shapes[2 if tiny else 0 :]:
-        support = torch.rand(num_tokens, num_features, device=device) < k / num_features
-        support[:, :3], support[0], support[:, 5] = True, False, False  # hot features; nothing on a token; never
-        values = F.dropout(torch.randn(num_tokens, num_features, device=device), 0.2)  # zero weights
+    for num_tokens, num_features, k, columns in shapes[1 if tiny else 0 :]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16) if on_gpu else (torch.float32, torch.bfloat16):
-            entries = features_at(values.to(dtype), support)
+            entries = random_layer(num_tokens, num_features, k, device)
+            entries = entries.with_values(entries.values.to(dtype))
             tokens, indices, offsets = entries.rows, entries.indices, entries.offsets
             decoder = torch.randn(num_features, columns, device=device, dtype=dtype)
             grad = torch.randn(num_tokens, columns, device=device, dtype=dtype)
-            wide, wide_grad, acts = decoder.double(), grad.double(), entries.values.double()
-            dense = entries.dense(acts)
+            wide, wide_grad, dense = decoder.double(), grad.double(), entries.dense(entries.values.double())
             dots = (
                 rows_module.row_dots_reference(wide_grad, tokens, wide, indices),
                 rows_module.row_dots_reference(wide_grad.abs(), tokens, wide.abs(), indices),
@@ -101,102 +128,270 @@ def check_kernels(rows: list, device: torch.device, tiny: bool) -> None:
                     dense.abs() @ wide.abs(),
                 ),
                 "row_dots": (partial(kernels.row_dots, grad, tokens, decoder, indices), *dots),
-                "entry_dots": (partial(entry_dots, grad, decoder, entries), *dots),
-                "transposed_row_sums": (
-                    partial(kernels.transposed_row_sums, grad, entries, entries.values),
-                    dense.T @ wide_grad,
-                    dense.abs().T @ wide_grad.abs(),
-                ),
             }
             for name, given in checks.items():
                 shape = {"tokens": num_tokens, "features": num_features, "columns": columns}
-                row = {"check": name, "dtype": str(dtype).removeprefix("torch."), **shape}
+                row = {"check": name, "dtype": name_of(dtype), **shape}
                 print_check(attempt(rows, row, partial(kernel_check, *given)))
 
 
-def dots_by_posting(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
-    """What `entry_dots` does on a GPU, whatever the density."""
-    dots = triton_rows.posting_dots(left, right, entries)
-    return torch.empty_like(dots).index_copy_(0, entries.by_feature[0], dots)
-
-
-def dots_by_row(left: Tensor, right: Tensor, entries: LayerFeatures) -> Tensor:
-    """The same by `row_dots`, as it was done before."""
-    order, _ = entries.by_feature
-    dots = rows_module.row_dots(left, entries.rows[order], right, entries.indices[order])
-    return torch.empty_like(dots).index_copy_(0, order, dots)
-
-
 def kernel_check(work: Callable[[], Tensor], wanted: Tensor, terms: Tensor) -> dict:
-    """The largest error as a share of its bound: one rounding of the result, and sums in float32."""
     found = work()
-    rounding = torch.finfo(found.dtype).eps / 2
-    bound = rounding * (wanted.abs() + torch.finfo(found.dtype).tiny) + 1e-6 * terms
-    error = ((found.double() - wanted).abs() / bound).max().item()
+    error = share_of_bound(found, wanted, terms)
     same = torch.equal(found, work())
     return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
 
 
-def check_topk(rows: list, device: torch.device, tiny: bool) -> None:
-    """The k largest of each row, to the position, beside a stable sort, which takes the first of equal entries."""
-    shapes = [(4096, 24576, 32), (4096, 24576, 200), (777, 1000, 5), (64, 256, 4)]
-    for num_tokens, num_features, k in shapes[3 if tiny else 0 :]:
-        for dtype in (torch.float32, torch.bfloat16):
-            row = {"check": "positions_topk", "dtype": str(dtype).removeprefix("torch.")}
-            row |= {"shape": (num_tokens, num_features, k)}
-            print_check(attempt(rows, row, partial(topk_check, dtype, num_tokens, num_features, k, device)))
+def share_of_bound(found: Tensor, wanted: Tensor, terms: Tensor) -> float:
+    """
+    The largest error as a share of its bound: one rounding of the result, and sums in float32 of terms whose absolute
+    values add up to `terms`.
+    """
+    rounding = torch.finfo(found.dtype).eps / 2
+    bound = rounding * (wanted.abs() + torch.finfo(found.dtype).tiny) + 1e-6 * terms
+    return ((found.double() - wanted).abs() / bound).max().item() if found.numel() else 0.0
 
 
-def topk_check(dtype: torch.dtype, num_tokens: int, num_features: int, k: int, device: torch.device) -> dict:
-    values = torch.randn(num_tokens, num_features, device=device).to(dtype)
-    values[::2, ::3] = -torch.inf  # as of features that are not dead
-    found = positions_topk(values, k)
-    columns = values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-    wanted = columns + num_features * torch.arange(num_tokens, device=device)[:, None]
-    wanted = wanted.flatten()
-    if device.type != "cuda":  # where it is not said which of equal entries are taken
-        found, wanted = (values.flatten()[places].view(num_tokens, k).sort().values for places in (found, wanted))
-    other = (found != wanted).sum().item()
-    same = torch.equal(positions_topk(values, k), positions_topk(values, k))
-    return {"errors": {"other entries": other}, "same_bits": same, "passed": other == 0 and same}
+def random_layer(num_tokens: int, num_features: int, k: int, device: torch.device) -> LayerFeatures:
+    """About k entries on a token, none on the first; three features are on all others, one on none; some are zero."""
+    support = torch.rand(num_tokens, num_features, device=device) < k / num_features
+    support[:, :3], support[0], support[:, 5] = True, False, False
+    return features_at(F.dropout(torch.randn(num_tokens, num_features, device=device), 0.2), support)
 
 
-def check_adam(rows: list, device: torch.device) -> None:
-    """Three steps of CompactAdam's kernel beside the plain code on weights and gradients in float32."""
+def check_layers(rows: list, device: torch.device, tiny: bool) -> None:
+    """What all layers decode, and all gradients, element by element against the formulas in float64."""
+    torch.manual_seed(0)
+    for num_layers, width, num_features, num_tokens, k, reach, tied, dead, form in TINY_LAYERS if tiny else LAYERS:
+        row = {"check": "layers", "format": form, "shape": (num_layers, width, num_features, num_tokens, k)}
+        row |= {"reach": f"reach {reach}", "tied": "tied" if tied else "untied", "dead": "dead" if dead else "no dead"}
+
+        def make(of: int, num_layers=num_layers, num_features=num_features, num_tokens=num_tokens) -> LayerFeatures:
+            return join([random_layer(num_tokens, num_features, of, device) for _ in range(num_layers)])
+
+        block = make(k).with_dead(make(4)) if dead else make(k)
+        print_check(attempt(rows, row, partial(layers_check, block, width, reach, tied, form)))
+        row = {"check": "encoders", "shape": row["shape"], "dead": row["dead"]}
+        print_check(attempt(rows, row, partial(encoders_check, block, width)))
+
+
+def layers_check(block: LayerFeatures, width: int, reach: int, tied: bool, form: str) -> dict:
+    """Decoding, the norms of decoders, and their gradients. What is rounded on the way has few bits beforehand."""
+    device, num_layers, num_features = block.values.device, block.num_layers, block.num_features // block.num_layers
+    dtype = torch.float32 if form == "autocast" else getattr(torch, form)
+    exact = dtype if form != "autocast" else torch.bfloat16
+    targets = [range(s, min(num_layers, s + reach)) for s in range(num_layers)]
+    weights = [
+        torch.randn(num_features, 1 if tied else len(some), width, device=device, dtype=exact).to(dtype)
+        for some in targets
+    ]
+    num_rows = block.num_rows // num_layers
+    start = torch.randn(num_rows, num_layers, width, device=device)
+    # Whole numbers where those of several targets are added up before they are rounded.
+    grad = torch.randint(-4, 5, start.shape, device=device).to(exact) if tied else torch.randn_like(start).to(exact)
+    grad, slopes = grad.float(), torch.randn(num_layers * num_features, device=device)
+
+    def step() -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        leaves = [block.values.clone().requires_grad_(), *(w.clone().requires_grad_() for w in weights)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=form == "autocast"):
+            outputs = decoded(start, block.with_values(leaves[0]), leaves[1:], reach, tied)
+        return *(out.detach() for out in outputs), torch.autograd.grad(outputs, leaves, [grad, slopes])
+
+    found, squares, (dots, *gradients) = step()
+    acts_of, rows_of = dense_layers(block), grad.double()
+    wanted, most = start.double(), start.double().abs()
+    errors = dict.fromkeys(("decoded", "values", "decoders", "squares"), 0.0)
+    entries = block.rows // (num_layers * block.num_tokens) * block.num_tokens + block.rows % block.num_tokens
+    layer_of = block.indices // num_features
+    for s, (weight, gradient, some) in enumerate(zip(weights, gradients, targets, strict=True)):
+        acts, w = acts_of(s), weight.double().expand(-1, len(some), -1).flatten(1)
+        columns = slice(some.start, some.stop)
+        wanted[:, columns] += (acts @ w).view(num_rows, len(some), width)
+        most[:, columns] += (acts.abs() @ w.abs()).view(num_rows, len(some), width)
+        own = (layer_of == s).nonzero()[:, 0]
+        place = entries[own], block.indices[own] % num_features
+        g = rows_of[:, columns].flatten(1)
+        pair = (g @ w.T)[place], (g.abs() @ w.abs().T)[place]
+        errors["values"] = max(errors["values"], share_of_bound(dots[own], *pair))
+        w, g = weight.double().flatten(1), rows_of[:, columns]
+        g, of_terms = (g.sum(dim=1), g.abs().sum(dim=1)) if tied else (g.flatten(1), g.abs().flatten(1))
+        own = slice(s * num_features, (s + 1) * num_features)
+        slope = 2 * slopes[own, None].double() * w
+        pair = acts.T @ g + slope, acts.abs().T @ of_terms + slope.abs()
+        errors["decoders"] = max(errors["decoders"], share_of_bound(gradient.flatten(1), *pair))
+        square = w.square().sum(dim=1)
+        errors["squares"] = max(errors["squares"], share_of_bound(squares[own], square, square))
+        del acts, w, g, of_terms, slope, pair, place
+    errors["decoded"] = share_of_bound(found, wanted, most)
+    *again, others = step()
+    same = all(map(torch.equal, (found, squares, dots, *gradients), (*again, *others)))
+    return {"errors": errors, "same_bits": same, "passed": same and max(errors.values()) <= 1}
+
+
+def decoded(start: Tensor, block: LayerFeatures, weights: list[Tensor], reach: int, tied: bool) -> tuple[Tensor, ...]:
+    """By the kernels over all layers; on a CPU, which has none, layer by layer."""
+    if has_kernels(start.device):
+        return decode_layers(start, block, weights, reach, tied, with_squares=True)
+    out, squares = start.clone(), []
+    for s, (layer, weight) in enumerate(zip(block.by_layer(), weights, strict=True)):
+        out, _ = add_decoded(out, layer, weight, slice(s, min(len(weights), s + reach)))
+        squares.append(squared_norms(weight.flatten(1)))
+    return out, torch.cat(squares)
+
+
+def dense_layers(block: LayerFeatures) -> Callable[[int], Tensor]:
+    """The activations of a layer with its dead features below, (N or 2 N, F), in float64."""
+    layers = block.by_layer()
+    return lambda s: layers[s].dense(layers[s].values.double())
+
+
+def encoders_check(block: LayerFeatures, width: int) -> dict:
+    """Values computed again after a rough product, and the gradients of encoders and inputs."""
+    device, num_layers, num_tokens = block.values.device, block.num_layers, block.num_tokens
+    num_features = block.num_features // num_layers
+    x = torch.randn(num_tokens, num_layers, width, device=device)
+    weight = torch.randn(num_layers, num_features, width, device=device)
+    bias = torch.randn(num_layers, num_features, device=device)
+    rough, grad = block.with_values(block.values.bfloat16()), torch.randn_like(block.values)
+
+    def step() -> list[Tensor]:
+        leaves = [some.clone().requires_grad_() for some in (x, weight, bias)]
+        if has_kernels(device):
+            values = pre_activations_at(*leaves, rough).values
+            return [values.detach(), *torch.autograd.grad(values, leaves, grad)]
+        layers, out = rough.by_layer(), [torch.empty_like(grad)]
+        places = [(block.indices // num_features == s).nonzero()[:, 0] for s in range(num_layers)]
+        total = 0.0
+        for s, (layer, place) in enumerate(zip(layers, places, strict=True)):
+            part = leaves[0][:, s : s + 1], leaves[1][s : s + 1], leaves[2][s : s + 1]
+            values = pre_activations_at(*part, layer).values
+            out[0][place] = values.detach()
+            total = total + (values * grad[place]).sum()
+        return [*out, *torch.autograd.grad(total, leaves)]
+
+    found, errors = step(), dict.fromkeys(("values", "inputs", "weights", "biases"), 0.0)
+    tokens, layer_of = block.rows % num_tokens, block.indices // num_features
+    for s in range(num_layers):
+        own = (layer_of == s).nonzero()[:, 0]
+        place = tokens[own], block.indices[own] % num_features
+        a, w, b = (some.double() for some in (x[:, s], weight[s], bias[s]))
+        g, most = torch.zeros(2, num_tokens, num_features, dtype=torch.float64, device=device)
+        g.index_put_(place, grad[own].double(), accumulate=True)
+        most.index_put_(place, grad[own].double().abs(), accumulate=True)
+        pairs = {
+            "values": (found[0][own], (a @ w.T + b)[place], (a.abs() @ w.abs().T + b.abs())[place]),
+            "inputs": (found[1][:, s], g @ w, most @ w.abs()),
+            "weights": (found[2][s], g.T @ a, most.T @ a.abs()),
+            "biases": (found[3][s], g.sum(dim=0), most.sum(dim=0)),
+        }
+        for name, given in pairs.items():
+            errors[name] = max(errors[name], share_of_bound(*given))
+    same = all(map(torch.equal, found, step()))
+    return {"errors": errors, "same_bits": same, "passed": same and max(errors.values()) <= 1}
+
+
+def check_selection(rows: list, device: torch.device, tiny: bool) -> None:
+    """Selections position by position: of equal entries at a cut the first. (A CPU takes any: there their values.)"""
+    shapes = [(12, 4096, 24576, 32), (12, 4096, 24576, 200), (26, 4096, 16384, 50), (3, 777, 1000, 5), (2, 64, 256, 4)]
+    torch.manual_seed(0)
+    for shape in shapes[4 if tiny else 0 :]:
+        for dtype in (torch.bfloat16, torch.float32):
+            for name in ("topk", "batchtopk", "above", "above per layer", "above per feature"):
+                if dtype == torch.float32 and shape in shapes[1:3]:
+                    continue
+                row = {"check": name, "dtype": name_of(dtype), "shape": shape}
+                print_check(attempt(rows, row, partial(selection_check, name, dtype, shape, device)))
+
+
+def selection_check(name: str, dtype: torch.dtype, shape: tuple, device: torch.device) -> dict:
+    num_layers, num_tokens, num_features, k = shape
+    h = torch.randn(num_layers * num_tokens, num_features, device=device, dtype=dtype)
+    h[::2, ::3] = -torch.inf  # as of features that are not dead
+    if name.startswith("above"):
+        # Each feature above its own mean of two rows; numbers that all layers share, or one has.
+        theta = {"above": 2.0, "above per layer": torch.linspace(1, 3, num_layers, device=device)}.get(name)
+        lower = theta if theta is not None else 1 + torch.rand(num_layers * num_features, device=device)
+        found = features_above(h, lower, num_layers)
+        found = found.rows * num_features + found.indices % num_features
+        above = lower if name == "above" else lower.view(num_layers, 1, -1)
+        wanted = (h.view(num_layers, num_tokens, -1).float() > above).flatten().nonzero()[:, 0]
+        work = partial(features_above, h, lower, num_layers)
+        same = torch.equal(work().values, work().values)
+    else:
+        per_row = name == "topk"
+        count = k if per_row else k * num_tokens
+        work = partial(positions_topk, h, k) if per_row else partial(positions_batchtopk, h, count, num_layers)
+        found, wanted = work(), first_largest(h if per_row else h.view(num_layers, -1), count)
+        same = torch.equal(found, work())
+        if not has_kernels(device):
+            found, wanted = (h.flatten()[p].view(-1, count).sort().values for p in (found, wanted))
+    other = (found != wanted).sum().item() if found.shape == wanted.shape else float("inf")
+    taken = not has_kernels(device) or triton_select.takes(h)
+    return {"errors": {"other entries": other}, "same_bits": same, "passed": other == 0 and same and taken}
+
+
+def first_largest(rows: Tensor, count: int) -> Tensor:
+    """Flat positions of the `count` largest of each row (B, M), of equal ones the first, by their values alone."""
+    cut = rows.topk(count, dim=1).values[:, -1:]
+    chosen, equal = rows > cut, rows == cut
+    for row, more, lacking in zip(chosen, equal, count - chosen.sum(dim=1), strict=True) if len(rows) < 100 else ():
+        row[more.nonzero()[:lacking, 0]] = True
+    if len(rows) >= 100:
+        chosen |= equal & (equal.cumsum(dim=1, dtype=torch.int32) <= count - chosen.sum(dim=1, keepdim=True))
+    return chosen.flatten().nonzero()[:, 0]
+
+
+def check_adam(rows: list, device: torch.device, tiny: bool) -> None:
+    """Three steps of each optimizer's kernel beside the plain code, weights and gradients in float32; and norms."""
+    shapes = ADAM_SHAPES[2:5] if tiny else ADAM_SHAPES
     for dtype in (torch.float32, torch.bfloat16):
-        for shape in ((1000, 9216), (100, 59904), (777, 300), (64, 7), (5000,)):
-            for beta1 in (0.9, 0.0):
-                row = {"check": "adam_step", "dtype": str(dtype).removeprefix("torch."), "shape": shape}
-                row["beta1"] = f"beta1 {beta1:g}"
-                print_check(attempt(rows, row, partial(adam_check, dtype, shape, beta1, device)))
+        for make, beta1 in ((CompactAdam, 0.9), (CompactAdam, 0.0), (WideAdam, 0.9)):
+            row = {"check": make.__name__, "dtype": name_of(dtype), "beta1": f"beta1 {beta1:g}"}
+            print_check(attempt(rows, row, partial(adam_check, make, dtype, beta1, shapes, device)))
+        row = {"check": "norm", "dtype": name_of(dtype)}
+        print_check(attempt(rows, row, partial(norm_check, dtype, shapes, device)))
 
 
-def adam_check(dtype: torch.dtype, shape: tuple, beta1: float, device: torch.device, steps: int = 3) -> dict:
-    start = torch.randn(shape, device=device).to(dtype)
-    gradients = [torch.randn(shape, device=device).mul_(10.0**-step).to(dtype) for step in range(steps)]
+def adam_check(
+    make, dtype: torch.dtype, beta1: float, shapes: list[tuple], device: torch.device, steps: int = 3
+) -> dict:
+    """All shapes by one optimizer, with clipping."""
+    starts = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    gradients = [
+        [torch.randn(shape, device=device).mul_(10.0**-step).to(dtype) for shape in shapes] for step in range(steps)
+    ]
 
-    def run(wanted: torch.dtype) -> Tensor:
-        weight = torch.nn.Parameter(start.to(wanted, copy=True))
-        optimizer = CompactAdam([weight], lr=0.01, betas=(beta1, 0.999), weight_decay=0.1)
-        for gradient in gradients:
-            weight.grad = gradient.to(wanted)
+    def run(wanted: torch.dtype) -> list[Tensor]:
+        weights = [torch.nn.Parameter(start.to(wanted, copy=True)) for start in starts]
+        optimizer = make(weights, lr=0.01, betas=(beta1, 0.999), weight_decay=0.1)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient.to(wanted, copy=True)
+            optimizer.clip_factor = torch.full((), 0.7, device=device)
             optimizer.step()
-        return weight.detach()
+        return [weight.detach() for weight in weights]
 
     found = run(dtype)
-    with plain_adam():
+    with patch.object(triton_adam, "takes", lambda parameter: False):
         expected = run(torch.float32)
-    # The weight, what is added to it (0.01 times a quotient of up to about 8) and, where it is stored, the quotient
-    # are rounded at each step.
-    bound = steps * (torch.finfo(dtype).eps * (expected.abs() + 0.01 * 8) + 0.01 * 2**-8 * (beta1 > 0))
-    error = ((found - expected).abs() / bound).max().item()
-    same = torch.equal(found, run(dtype))
-    return {"errors": {"of the bound": error}, "same_bits": same, "passed": error <= 1 and same}
+    errors = {}
+    for shape, one, other in zip(shapes, found, expected, strict=True):
+        # The weight, what is added to it (0.01 times a quotient of up to about 8) and, where it is stored, the
+        # quotient are rounded at each step.
+        bound = torch.finfo(dtype).eps * (other.abs() + 0.01 * 8) + 0.01 * 2**-8 * (make is CompactAdam and beta1 > 0)
+        errors[" x ".join(map(str, shape))] = ((one - other).abs() / (steps * bound)).max().item()
+    same = all(map(torch.equal, found, run(dtype)))
+    return {"errors": errors, "same_bits": same, "passed": max(errors.values()) <= 1 and same}
 
 
-def plain_adam():
-    """A context in which CompactAdam's step is the plain code, in torch's operators."""
-    return patch.object(triton_adam, "takes", lambda parameter: False)
+def norm_check(dtype: torch.dtype, shapes: list[tuple], device: torch.device) -> dict:
+    """On a CPU of torch, as the package has it."""
+    tensors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    norm = triton_adam.norm if has_kernels(device) else torch.nn.utils.get_total_norm
+    found, wanted = norm(tensors), torch.cat([tensor.double().flatten() for tensor in tensors]).norm()
+    error, same = ((found.double() - wanted).abs() / wanted).item(), torch.equal(found, norm(tensors))
+    bound = 1e-6 if has_kernels(device) else 1e-2
+    return {"errors": {"norm": error}, "same_bits": same, "passed": same and error <= bound}
 
 
 def print_check(row: dict) -> None:
@@ -209,12 +404,16 @@ def print_check(row: dict) -> None:
 
 def check_steps(rows: list, device: torch.device, tiny: bool) -> None:
     """All gradients of a step against the dense formula in float64 on the same selection."""
-    for fn in ("topk", "batchtopk", "jumprelu", "relu"):
+    for fn in ("batchtopk", "jumprelu", "topk", "relu"):
         for form in FORMATS:
             for dead in (0.0, 0.3):
                 case = make_case(TINY if tiny else CHECKED, form, device, fn)
                 row = {"check": fn, "format": form, "dead": f"dead {dead:g}"}
                 print_check(attempt(rows, row, partial(step_check, case, dead)))
+    for fn in ("batchtopk", "jumprelu"):
+        case = replace(make_case(TINY if tiny else CHECKED, "float32", device, fn), decoder_reach=2)
+        row = {"check": fn, "format": "float32", "dead": "dead 0.3", "reach": "reach 2"}
+        print_check(attempt(rows, row, partial(step_check, case, 0.3)))
 
 
 def step_check(case: Case, dead: float) -> dict:
@@ -248,9 +447,10 @@ def step_errors(case: Case, dead_share: float) -> tuple[dict[str, float], bool]:
     (output, found), (other, again) = gradients(), gradients()
     revived = None
     if dead is not None and case.activation_fn in TOPK_FAMILY:
+        x = clt.normalize_inputs(inputs)
         with autocast(), torch.no_grad():
-            hidden = [encoder(inputs[:, s]) for s, encoder in enumerate(clt.encoders)]
-        revived = [largest_dead(h, dead[s : s + 1], clt.config.aux_k) for s, h in enumerate(hidden)]
+            _, written = clt._encode(x, clt._blocks(x), True, dead)
+        revived = [layer for block in written for layer in block.halves()[1].by_layer()]
     wide = copy.deepcopy(clt).double()
     loss = dense_loss(wide, inputs.double(), labels.double(), output.features.layers, dead, revived)
     wanted = torch.autograd.grad(loss, list(wide.parameters()), materialize_grads=True)
@@ -293,265 +493,10 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
 
 
-# -- what the parts cost ----------------------------------------------------------------------------------------------
-
-
-def add_timing(rows: list, device: torch.device, name: str, work, size: float = 0, flops: float = 0) -> None:
-    """Median milliseconds of a call, beside the bytes or the operations that it needs."""
-
-    def timed() -> dict:
-        clock = Clock(device)
-        for _ in range(10):
-            clock.mark()
-            work()
-        spent = 1000 * median(clock.seconds()[2:])
-        rates = {"TB/s": size / spent / 1e9, "TFLOP/s": flops / spent / 1e9}
-        needed = f"{size / 1e9:.3f} GB" if size else f"{flops / 1e12:.4f} TFLOP" if flops else ""
-        unit = "TB/s" if size else "TFLOP/s"
-        print(f"{name:44}{spent:10.3f} ms" + (f"{rates[unit]:9.3f} {unit} for {needed}" if needed else ""), flush=True)
-        return {"ms": spent, "bytes": size, "flops": flops, **rates}
-
-    attempt(rows, {"name": name}, timed)
-
-
-def time_rates(rows: list, device: torch.device, tiny: bool) -> None:
-    """What the machine reaches: copies, products, and [`measure_rates`] at shape A."""
-    data = torch.empty(2**16 if tiny else 2**30, dtype=torch.uint8, device=device)
-    copied, n = torch.empty_like(data), 64 if tiny else 8192
-    add_timing(rows, device, "copy", lambda: copied.copy_(data), 2 * data.numel())
-    before = torch.get_float32_matmul_precision()
-    for name, dtype, precision in (
-        ("bfloat16", torch.bfloat16, before),
-        ("TF32", torch.float32, "high"),
-        ("float32", torch.float32, "highest"),
-    ):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        torch.set_float32_matmul_precision(precision)
-        try:
-            add_timing(rows, device, f"product {n}^3 in {name}", lambda a=a, b=b: a @ b, 0, 2 * n**3)
-        finally:
-            torch.set_float32_matmul_precision(before)
-    case = make_case(TINY if tiny else SHAPES["A"], "autocast", device)
-    rows.append({"name": "rates", **measure_rates(case, *((2**16, 0.001) if tiny else (2**30, 0.2)))})
-    print(", ".join(f"{name} {rate / 1e12:.3f} T/s" for name, rate in rows[-1].items() if name != "name"))
-
-
-def time_parts(rows: list, device: torch.device, shape: tuple) -> None:
-    """The parts of the first source layer's step, in bfloat16: it writes to all layers."""
-    L, D, num_features, N, k = shape
-    C, form = L * D, {"device": device, "dtype": torch.bfloat16}
-    add = partial(add_timing, rows, device)
-    x, weight = torch.randn(N, D, **form), torch.randn(num_features, D, **form)
-    bias = torch.zeros(num_features, **form)
-    add("encoder product", lambda: F.linear(x, weight, bias), 0, 2 * N * num_features * D)
-    h = F.linear(x, weight, bias)
-    cut = h[:16].float().flatten().kthvalue(16 * (num_features - k)).values
-    add("positions_topk", lambda: positions_topk(h, k), 2 * h.numel())
-    with patch.object(triton_select, "takes", lambda values: False):
-        add("positions_topk, in torch's operators", lambda: positions_topk(h, k), 2 * h.numel())
-    if device.type == "cuda":
-        for columns, warps in TOPKS:
-            with patch.multiple(triton_select, TOPK_COLUMNS=columns, TOPK_WARPS=warps):
-                add(f"    {columns} columns, {warps} warps", lambda: positions_topk(h, k), 2 * h.numel())
-    wide = h.float()
-    add("positions_topk, float32", lambda: positions_topk(wide, k), 4 * h.numel())
-    with patch.object(triton_select, "takes", lambda values: False):
-        add("positions_topk, float32, in torch's operators", lambda: positions_topk(wide, k), 4 * h.numel())
-        # The largest of the whole batch in two rounds, as of one long row.
-        add("positions_batchtopk, in groups", lambda: positions_topk(h.flatten()[None], k * N), 2 * h.numel())
-    add("torch.topk", lambda: h.topk(k, dim=1, sorted=False), 2 * h.numel())
-    add("positions_batchtopk", lambda: positions_batchtopk(h, k * N), 2 * h.numel())
-    add("true_positions of h > cut", lambda: true_positions(h > cut), 2 * h.numel())
-    found = random_entries(N, num_features, k / num_features, str(device))
-    entries = found.with_values(found.values.to(torch.bfloat16))
-    values, bags = entries.values, (entries.indices, entries.offsets)
-    listed = values.numel()
-    add("order by feature", lambda: LayerFeatures(values, *bags, num_features).by_feature, 2 * 8 * listed)
-    decoder, grad = torch.randn(num_features, C, **form), torch.randn(N, C, **form)
-    gathered, batch = 2 * listed * C, 2 * N * C
-    add("row_sums (decode)", lambda: rows_module.row_sums(decoder, *bags, values), gathered + batch)
-    add("decode, dense", lambda: entries.to_dense() @ decoder, 0, 2 * N * num_features * C)
-    add("entry_dots", lambda: rows_module.entry_dots(grad, decoder, entries), gathered)
-    transposed = rows_module.transposed_row_sums
-    add("transposed_row_sums, decoder", lambda: transposed(grad, entries, values), gathered + 2 * decoder.numel())
-    add("transposed_row_sums, encoder", lambda: transposed(x, entries, values), 2 * (listed * D + weight.numel()))
-
-
-def time_variants(rows: list, device: torch.device, shape: tuple) -> None:
-    """
-    The sums and dot products along posting lists of the first source layer, with other settings of the kernels than
-    theirs, in both formats; features fire equally often, and as unequally as those of a trained CLT.
-    """
-    L, D, num_features, N, k = shape
-    even, uneven = random_entries(N, num_features, k / num_features, str(device)), uneven_entries(device, shape)
-    for title, found in (("even", even), ("uneven", uneven)):
-        print(
-            f"{title}: the longest posting list has {int(found.by_feature[1].diff().max())} of {N} tokens", flush=True
-        )
-        for dtype in (torch.bfloat16, torch.float32):
-            entries = found.with_values(found.values.to(dtype))
-            C, bytes_of, listed = L * D, dtype.itemsize, found.values.numel()
-            x, grad = (torch.randn(N, width, device=device, dtype=dtype) for width in (D, C))
-            form = f"{title}, {str(dtype).removeprefix('torch.')}"
-            sums = partial(rows_module.transposed_row_sums, grad, entries, entries.values)
-            short = partial(rows_module.transposed_row_sums, x, entries, entries.values)
-            for split in SPLITS:
-                with patch.object(triton_rows, "SPLIT", split):
-                    size = bytes_of * C * (listed + num_features)
-                    add_timing(rows, device, f"sums, {form}, split {split}", sums, size)
-            decoder = torch.randn(num_features, C, device=device, dtype=dtype)
-            dots = partial(rows_module.entry_dots, grad, decoder, entries)
-            least = bytes_of * C * (listed + num_features)  # each row of the decoder once
-            before = partial(dots_by_row, grad, decoder, entries)
-            add_timing(rows, device, f"dots, {form}, row_dots", before, 2 * bytes_of * C * listed)
-            for number, columns, warps in POSTINGS:
-                names = {"POSTING_ENTRIES": number, "POSTING_COLUMNS": columns, "POSTING_WARPS": warps}
-                with patch.multiple(triton_rows, **names):
-                    add_timing(rows, device, f"dots, {form}, {number} x {columns}, {warps} warps", dots, least)
-            add_timing(rows, device, f"sums, {form}, encoder", short, bytes_of * D * (listed + num_features))
-
-
-def uneven_entries(device: torch.device, shape: tuple) -> LayerFeatures:
-    """Three features on every token, a quarter on none, the others about as often as a log-normal number says."""
-    _, _, num_features, N, k = shape
-    rates = torch.exp(1.5 * torch.randn(num_features, device=device))
-    rates[torch.rand(num_features, device=device) < 0.25] = 0
-    rates *= k / rates.sum()
-    rates[:3] = 1
-    support = torch.rand(N, num_features, device=device) < rates
-    return features_at(torch.rand(N, num_features, device=device), support)
-
-
-def time_optimizers(rows: list, device: torch.device, shapes: dict) -> None:
-    """
-    An update of the first decoder and encoder in float32, and the clipping before it; CompactAdam's kernel beside the
-    plain code and with other blocks, in both formats, and for the longest rows.
-    """
-    L, D, num_features, *_ = shapes["A"]
-    wide, half = torch.float32, torch.bfloat16
-    decoder, encoder = (num_features, L, D), (num_features, D)
-    longest = shapes["C"][2], shapes["C"][0], shapes["C"][1]
-
-    def add(name: str, make, size: tuple, dtype: torch.dtype, least: int) -> None:  # bytes per weight
-        weight = torch.nn.Parameter(torch.randn(size, device=device, dtype=dtype))
-        weight.grad = torch.randn_like(weight)
-        work = partial(torch.nn.utils.clip_grad_norm_, [weight], 1.0) if make is None else make([weight]).step
-        add_timing(rows, device, name, work, least * weight.numel())
-
-    adam = partial(torch.optim.Adam, fused=True)
-    add("Adam, fused", adam, decoder, wide, 28)
-    add("clip_grad_norm_", None, decoder, wide, 12)
-    add("Adam, fused, encoder", adam, encoder, wide, 28)
-    for name, size, dtype, least in (
-        ("CompactAdam", decoder, wide, 16),
-        ("CompactAdam, encoder", encoder, wide, 16),
-        ("CompactAdam, bfloat16", decoder, half, 10),
-        ("CompactAdam, bfloat16, rows of C", longest, half, 10),
-    ):
-        add(name, CompactAdam, size, dtype, least)
-        if size != longest:
-            with plain_adam():
-                add(f"{name}, plain", CompactAdam, size, dtype, least)
-        if device.type != "cuda":
-            continue
-        for columns, per_warp in ADAM_BLOCKS:
-            with patch.multiple(triton_adam, ADAM_COLUMNS=columns, ADAM_PER_WARP=per_warp):
-                add(f"    {columns} columns, {per_warp} a warp", CompactAdam, size, dtype, least)
-
-
-# -- ours beside a dense step -----------------------------------------------------------------------------------------
-
-
-def time_updates(rows: list, case: Case, steps: int = 6) -> None:
-    """Updates of ours and of the dense reference, one after the other; what the memory has no room for is left out."""
-    row = {"case": case.to_dict()}
-    rows.append(row)
-    for side in ("ours", "dense") if case.dead == 0 else ("ours",):  # the dense side revives nothing
-        needed, free = bytes_needed(case, side), free_bytes(case.device)
-        if needed > free:
-            row[side] = {"skipped": f"it needs about {needed / 1e9:.0f} GB, of {free / 1e9:.0f} GB that are free"}
-            print(f"{side}: skipped, {row[side]['skipped']}", flush=True)
-            continue
-        row[side] = found = measure_side(case, side, steps)
-        print(
-            f"{side:5} {found['update_ms']:9.2f} ms ({found['tokens_per_second']:,.0f} tokens/s): forward "
-            f"{found['forward']:.2f}, backward {found['backward']:.2f}, optimizer {found['optimizer']:.2f}; host "
-            f"{found['host_ms']:.2f}; {found['launches']:.0f} launches, kernels {found['busy_ms']:.2f} ms; peak "
-            f"{(found['peak_bytes'] or 0) / 1e9:.2f} GB; waits {found['waits'] or 'none'}"
-        )
-        if side == "ours":
-            gpu_report.print_kernels(found["kernels"])
-    if all("update_ms" in row.get(side, {}) for side in ("ours", "dense")):
-        row["ratio"] = row["dense"]["update_ms"] / row["ours"]["update_ms"]
-        print(f"ratio dense / ours {row['ratio']:.2f}", flush=True)
-
-
-def bytes_needed(case: Case, side: str) -> int:
-    formats = {"clt_dtype": case.dtype, "optimizer": case.optimizer if side == "ours" else "adam"}
-    formats |= {"product_dtype": case.product_dtype, "dead": case.dead}
-    plan = Plan(case.config(), batch_size=case.tokens, l0=case.l0, buffer_on_device=False, **formats)
-    dense = 8 * case.tokens * case.num_features * case.num_layers  # pre-activations and activations of all layers
-    return memory(plan)["total"] + (dense if side == "dense" else 0)
-
-
-def free_bytes(device: str) -> float:
-    if device == "cpu":
-        return float("inf")
-    gc.collect()
-    torch.cuda.empty_cache()  # what the other side left
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def measure_side(case: Case, side: str, steps: int) -> dict:
-    """Milliseconds of an update and of its phases, and what a profiler and torch's watch on waits say of one."""
-    device = torch.device(case.device)
-    reset_peak_memory(device)
-    before = memory_in_use(device)
-    update, data, clocks = Update(case, side), make_batches(case, None), []
-    for _ in range(2):
-        update(*next(data))
-    synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        clocks.append(Clock(device))
-        update(*next(data), clocks[-1].mark)
-    host = time.perf_counter() - begin  # until all was launched
-    phases = [1000 * median(column) for column in zip(*(clock.seconds() for clock in clocks), strict=True)]
-    peak = peak_memory(device)
-    result = {"update_ms": sum(phases), **dict(zip(("forward", "backward", "optimizer"), phases, strict=True))}
-    result |= {"host_ms": 1000 * host / steps, "tokens_per_second": 1000 * case.tokens / sum(phases)}
-    result["peak_bytes"] = None if peak is None else peak - before
-    batch = next(data)
-    synchronize(device)
-    with gpu_report.make_profiler(device) as profiler:
-        update(*batch)
-        synchronize(device)
-    result |= gpu_report.profile_figures(profiler, device, 1, TOP)
-    result["waits"] = waits(lambda: update(*batch)) if device.type == "cuda" else {}
-    return result
-
-
-def waits(update) -> dict[str, int]:
-    """How often an update makes the host wait for the GPU, by line of code."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            update()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    places = {}
-    for warning in caught:
-        if "called a synchronizing" in str(warning.message):
-            place = f"{'/'.join(Path(warning.filename).parts[-2:])}:{warning.lineno}"
-            places[place] = places.get(place, 0) + 1
-    return places
-
-
 @one_line_errors()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=240, help="seconds for all pieces (default 240)")
+    parser.add_argument("--budget", type=float, default=300, help="seconds for all pieces (default 300)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="only pieces that begin so")
     gpu_report.add_options(parser, "gpu_check.json")
     options = parser.parse_args(argv)
@@ -563,20 +508,19 @@ def main(argv: list[str] | None = None) -> int:
         report.piece(name, 1 if tiny else about, lambda rows: work(rows, *arguments))
 
     shapes = {name: TINY if tiny else shape for name, shape in SHAPES.items()}
-    piece("kernels", 15, check_kernels, device, tiny)
-    piece("topk", 4, check_topk, device, tiny)
-    piece("adam", 5, check_adam, device)
-    piece("steps", 12, check_steps, device, tiny)
-    piece("rates", 4, time_rates, device, tiny)
-    for name in ("A", "A200", "B"):
-        piece(f"parts {name}", 5, time_parts, device, shapes[name])
-    for name, about in (("A", 30), ("A200", 10), ("B", 8)):
-        piece(f"variants {name}", about, time_variants, device, shapes[name])
-    piece("optimizers", 20, time_optimizers, device, shapes)
-    for name, form, *seconds in UPDATES:
-        for dead, about in zip((0.0, 0.3), seconds, strict=True):
-            case = make_case(shapes[name], form, device, dead=dead)
-            title = f"update {name} {form}" + (f" dead {dead:g}" if dead else "")
+    piece("layers", 40, check_layers, device, tiny)
+    piece("rows", 4, check_rows, device, tiny)
+    piece("selection", 12, check_selection, device, tiny)
+    piece("adam", 6, check_adam, device, tiny)
+    piece("steps", 15, check_steps, device, tiny)
+    piece("rates", 4, time_rates, make_case(shapes["A"], "autocast", device), tiny)
+    works = {"phases": time_phases, "constants": time_constants}
+    for kind, name, form, about in TIMED:
+        case = make_case(shapes[name], form, device, dead=0.3 if kind == "dead" else 0.0)
+        if kind in works:
+            piece(f"{kind} {name} {form}", about, works[kind], case)
+        else:
+            title = f"update {name} {form}" + (" dead 0.3" if kind == "dead" else "")
             piece(title, about, time_updates, case, 2 if tiny else 6)
     return report.finish()
 

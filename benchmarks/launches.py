@@ -24,6 +24,7 @@ import math
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -150,13 +151,6 @@ class Recorder(TorchDispatchMode):
         self._track(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type == "cuda")
         return out
 
-    def __getitem__(self, grid):
-        """Stands in for a Triton kernel: `kernel[grid](...)`."""
-        return self._launch
-
-    def _launch(self, *args, **kwargs) -> None:
-        self.launches += 1
-
     def _run(self, func, name, args, kwargs):
         """An operator on fake tensors, with a made-up value where that is asked for."""
         if name == "nonzero":
@@ -203,9 +197,28 @@ def place() -> str:
 # -- what is counted --------------------------------------------------------------------------------------------------
 
 
-def count(case: Case) -> dict:
+class CountedKernel:
+    """Stands in for a Triton kernel: `kernel[grid](...)`."""
+
+    def __init__(self, recorder: Recorder, kernel, launched: Callable | None):
+        self.recorder, self.kernel, self.launched = recorder, kernel, launched
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.recorder.launches += 1
+            if self.launched is not None:
+                self.launched(self.kernel, grid, args, kwargs)
+
+        return launch
+
+
+def count(case: Case, launched: Callable | None = None) -> dict:
     """
     Counts an update of a case, not the first, which makes the optimizer's state.
+
+    Args:
+        case: The shape and the settings.
+        launched: Called for each launch of a Triton kernel: the kernel, its grid, its arguments, and those by name.
 
     Returns:
         `dict`: `operators`; `launches` of `forward`, `backward` (with the counts of what fired) and `optimizer` (with
@@ -223,7 +236,11 @@ def count(case: Case) -> dict:
 
     with ExitStack() as stack:
         for module in (triton_adam, triton_layers, triton_rows, triton_select):
-            kernels = dict.fromkeys((name for name in vars(module) if name.endswith("_kernel")), recorder)
+            kernels = {
+                name: CountedKernel(recorder, kernel, launched)
+                for name, kernel in vars(module).items()
+                if name.endswith("_kernel")
+            }
             stack.enter_context(patch.multiple(module, **kernels))
         stack.enter_context(patch.object(FakeTensor, "tolist", even))
         stack.enter_context(FakeTensorMode())

@@ -12,6 +12,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from benchmarks.cases import Case
+from benchmarks.measure import make_batches
+from benchmarks.update import Update
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.attribution import TokenTarget, attribute
 from hf_clt.commands import main
@@ -57,6 +60,26 @@ def test_a_run_learns_as_on_the_cpu(tiny_gpt2, text_file, tmp_path, activation_f
         for name in ("loss", "nmse", "l0"):
             if name in cpu:
                 assert gpu[name] == pytest.approx(cpu[name], rel=5e-3), (cpu["split"], cpu["step"], name)
+
+
+@pytest.mark.parametrize("dtype, optimizer", [("float32", "adam"), ("bfloat16", "adam_compact")])
+@pytest.mark.parametrize("dead", [0.0, 0.1])
+@pytest.mark.parametrize("activation_fn", ["topk", "batchtopk"])
+def test_an_update_waits_for_nothing(activation_fn, dead, dtype, optimizer):
+    """Nor does a wait hide in the first updates alone: those compile, and make the optimizer's state."""
+    shape = {"num_layers": 3, "d_model": 64, "num_features": 4096, "tokens": 256, "l0": 8}
+    form = {"dtype": dtype, "optimizer": optimizer, "autocast": "bfloat16"}
+    case = Case(**shape, **form, activation_fn=activation_fn, dead=dead, device=DEVICE)
+    update, data = Update(case), make_batches(case, None)
+    losses = [update(*next(data)) for _ in range(2)]
+    batch = next(data)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses.append(update(*batch))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
 
 
 @pytest.mark.parametrize("activation_fn", ["jumprelu", "batchtopk"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_report, gpu_train
+from benchmarks import gpu_check, gpu_report, gpu_times, gpu_train
 from hf_clt.evaluation.metrics import density_histogram
 from hf_clt.kernels import rows
 
@@ -58,8 +58,9 @@ def test_gpu_check_runs_from_a_checkout(not_installed):
     assert record["versions"]["hf_clt"] == "0+checkout" and record["device"] and "--tiny" in record["command"]
     pieces = record["pieces"]
     assert {piece["status"] for piece in pieces.values()} == {"done"}
-    assert list(pieces)[:4] == ["kernels", "topk", "adam", "steps"] and "update C bfloat16 dead 0.3" in pieces
-    assert all(row["passed"] and row["same_bits"] for name in list(pieces)[:4] for row in pieces[name]["rows"])
+    checks = list(pieces)[:5]
+    assert checks == ["layers", "rows", "selection", "adam", "steps"] and "update C bfloat16 dead 0.3" in pieces
+    assert all(row["passed"] and row["same_bits"] for name in checks for row in pieces[name]["rows"])
     (row,) = pieces["update A autocast"]["rows"]
     assert row["ratio"] == row["dense"]["update_ms"] / row["ours"]["update_ms"]
     assert row["ours"]["launches"] > 10 and row["ours"]["busy_ms"] > 0 and row["ours"]["kernels"]
@@ -87,14 +88,15 @@ def test_gpu_train_runs_from_a_checkout(not_installed, tiny_gpt2, text_file, tmp
 def test_a_wrong_kernel_is_found_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     right = rows.bag_sums
     monkeypatch.setattr(rows, "bag_sums", lambda *arguments: 1.001 * right(*arguments))
-    status, record = check(tmp_path, "--only", "kernels", "steps", "optimizers")
+    status, record = check(tmp_path, "--only", "layers", "rows", "selection", "steps")
     assert status == 1
     assert {name: piece["status"] for name, piece in record["pieces"].items()} == {
-        "kernels": "failed",
+        "layers": "failed",
+        "rows": "failed",
+        "selection": "done",
         "steps": "failed",
-        "optimizers": "done",
     }
-    passed = {(row["check"], row["dtype"]): row["passed"] for row in record["pieces"]["kernels"]["rows"]}
+    passed = {(row["check"], row["dtype"]): row["passed"] for row in record["pieces"]["rows"]["rows"]}
     assert not passed["row_sums", "float32"] and passed["row_dots", "float32"]
     assert "FAIL  row_sums, float32" in capsys.readouterr().out
 
@@ -106,27 +108,116 @@ def test_other_bits_the_second_time_are_found():
     assert found["errors"]["of the bound"] == 0 and not found["same_bits"] and not found["passed"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrong", [None, "decoded", "squares", "values", "decoders"])
+def test_a_wrong_entry_of_any_layer_is_found(monkeypatch, tied, wrong):
+    """By a small part of one of them, which a norm over all would not show."""
+    torch.manual_seed(0)
+    block = gpu_check.join([gpu_check.random_layer(50, 40, 4, torch.device("cpu")) for _ in range(3)])
+    right = gpu_check.decoded
+
+    def changed(start, block, weights, reach, tied):
+        out, squares = right(start, block, weights, reach, tied)
+        off = torch.zeros_like(out)
+        off[-1, -1, -1] = 1e-4 * out[-1, -1, -1].abs().item()
+        if wrong == "decoded":
+            out = out + off
+        if wrong == "squares":
+            squares = squares + 1e-5 * squares.detach()
+        if wrong == "values":
+            out = out + 1e-3 * (block.values[-1] - block.values[-1].detach())
+        if wrong == "decoders":
+            out = out + 1e-3 * (weights[-1][7, 0, 3] - weights[-1][7, 0, 3].detach())
+        return out, squares
+
+    monkeypatch.setattr(gpu_check, "decoded", changed)
+    found = gpu_check.layers_check(block, 24, 2, tied, "float32")
+    assert found["same_bits"] and found["passed"] == (wrong is None)
+    assert {name for name, error in found["errors"].items() if error > 1} == ({wrong} if wrong else set())
+
+
+def test_a_wrong_gradient_of_an_encoder_is_found(monkeypatch):
+    block = gpu_check.join([gpu_check.random_layer(50, 40, 4, torch.device("cpu")) for _ in range(3)])
+    assert gpu_check.encoders_check(block, 24)["passed"]
+    right = gpu_check.pre_activations_at
+    monkeypatch.setattr(
+        gpu_check, "pre_activations_at", lambda x, weight, bias, some: right(x, weight, 1.001 * bias, some)
+    )
+    errors = gpu_check.encoders_check(block, 24)["errors"]
+    assert errors["biases"] > 1 and errors["values"] > 1 and errors["weights"] <= 1
+
+
+@pytest.mark.parametrize("num_rows", [4, 200])
+def test_the_largest_are_the_first_of_equal_ones(num_rows):
+    rows = torch.randint(-3, 4, (num_rows, 50)).float()
+    order = rows.sort(dim=1, descending=True, stable=True).indices[:, :7].sort(dim=1).values
+    wanted = (order + 50 * torch.arange(num_rows)[:, None]).flatten()
+    assert torch.equal(gpu_check.first_largest(rows, 7), wanted)
+
+
 def test_a_gradient_of_dead_features_is_compared(monkeypatch):
     case = gpu_check.make_case(gpu_check.TINY, "float32", torch.device("cpu"), "topk")
     assert gpu_check.step_check(case, 0.3)["passed"]
-    chosen = gpu_check.largest_dead
-    monkeypatch.setattr(gpu_check, "largest_dead", lambda h, dead, aux_k: chosen(h, dead, aux_k - 1))
+    right = gpu_check.dense_loss
+    monkeypatch.setattr(gpu_check, "dense_loss", lambda *given: right(*given[:-1], given[-1][::-1]))
     assert not gpu_check.step_check(case, 0.3)["passed"]
+
+
+def test_phases_are_timed_beside_what_is_modelled(tmp_path, capsys):
+    status, record = check(tmp_path, "--only", "phases A autocast", "phases C")
+    rows = {row["name"]: row for row in record["pieces"]["phases A autocast"]["rows"]}
+    assert status == 0 and len(rows) == len(record["pieces"]["phases A autocast"]["rows"])
+    case = gpu_check.make_case(gpu_check.TINY, "autocast", torch.device("cpu"))
+    for name, counts in gpu_times.modelled_counts(case).items():
+        row = rows[name]
+        assert row["bytes"] == counts.get("memory", 0) + counts.get("cache", 0) and row["launches"] > 0
+        assert row["flops"] == counts.get("product", 0) and row["share"] == row["modelled_ms"] / row["ms"]
+    listed = rows["gradients of decoders, one hot"]["bytes"]
+    assert listed > rows["gradients of decoders"]["bytes"]
+    assert {"rounding", "square sums", "selection, above one per feature"} < rows.keys()
+    assert "rounding" not in {row["name"] for row in record["pieces"]["phases C bfloat16"]["rows"]}
+
+
+def test_constants_are_tried_and_put_back(tmp_path):
+    before = vars(gpu_times.triton_layers).copy(), vars(gpu_times.triton_adam).copy()
+    _, record = check(tmp_path, "--only", "constants A autocast", "constants C")
+    assert (vars(gpu_times.triton_layers), vars(gpu_times.triton_adam)) == before
+    tried = [row for row in record["pieces"]["constants A autocast"]["rows"] if "constants" in row]
+    for phase, settings in gpu_times.TRIED.items():
+        for _module, names, choices in settings:
+            found = [row for row in tried if row["phase"] == phase and tuple(row["constants"]) == names]
+            assert len(found) == (0 if "ADAM_COLUMNS" in names else len(choices))
+            assert sum(row["now"] for row in found) == (
+                bool(found) and not {"ROUND_ABOVE", "POSTING_SPLIT"} & {*names}
+            )
+    of_c = [row["constants"] for row in record["pieces"]["constants C bfloat16"]["rows"]]
+    assert any("ADAM_COLUMNS" in one for one in of_c) and not any("WIDE_BLOCK" in one for one in of_c)
+
+
+def test_how_many_reads_pay_for_rounding():
+    """Of 8 reads in 4 ms 2 are saved by rounding, for which 3 ms are spent."""
+    case = gpu_check.make_case((2, 16, 100, 50, 16), "autocast", torch.device("cpu"))
+    times = {"decode: ROUND_ABOVE 0": 6, f"decode: ROUND_ABOVE {gpu_times.NEVER} (now)": 4, "rounding": 3}
+    rows = [{"name": name, "ms": ms} for name, ms in times.items()]
+    assert gpu_times.break_even(rows, case) == 50 * 16 / 100 * 3 / (4 - (6 - 3))
+    rows[0]["ms"] = 8
+    assert gpu_times.break_even(rows, case) == float("inf")
 
 
 def test_what_raises_is_recorded_and_stops_nothing(tmp_path, monkeypatch, capsys):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(gpu_check, "measure_rates", out_of_memory)
-    monkeypatch.setattr(gpu_check, "positions_topk", out_of_memory)
-    status, record = check(tmp_path, "--only", "rates", "parts B", "optimizers")
+    monkeypatch.setattr(gpu_times, "measure_rates", out_of_memory)
+    monkeypatch.setattr(gpu_times, "positions_topk", out_of_memory)
+    status, record = check(tmp_path, "--only", "rates", "phases B autocast", "phases A200")
     pieces = record["pieces"]
-    assert status == 1 and [piece["status"] for piece in pieces.values()] == ["failed", "failed", "done"]
+    assert status == 1 and [piece["status"] for piece in pieces.values()] == ["failed", "failed", "failed"]
     assert "no room" in pieces["rates"]["error"] and pieces["rates"]["rows"][0]["name"] == "copy"
-    failed = [row["name"] for row in pieces["parts B"]["rows"] if row.get("passed") is False]
-    assert failed and all(name.startswith("positions_") for name in failed) and len(pieces["parts B"]["rows"]) == 15
-    assert "failed: 2 (rates, parts B)" in capsys.readouterr().out
+    rows = pieces["phases B autocast"]["rows"]
+    assert [row["name"] for row in rows if row.get("passed") is False] == ["selection, k of each row"]
+    assert sum("ms" in row for row in rows) == len(rows) - 1 > 15
+    assert "failed: 3 (rates, phases B autocast, phases A200 autocast)" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_skipped_and_said(tmp_path, capsys):
@@ -142,17 +233,17 @@ def test_what_does_not_fit_is_skipped_and_said(tmp_path, capsys):
 
 
 def test_a_shape_that_memory_has_no_room_for_is_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "bytes_needed", lambda case, side: 1e9 if side == "ours" else float("inf"))
-    monkeypatch.setattr(gpu_check, "free_bytes", lambda device: 80e9)
+    monkeypatch.setattr(gpu_times, "bytes_needed", lambda case, side: 1e9 if side == "ours" else float("inf"))
+    monkeypatch.setattr(gpu_times, "free_bytes", lambda device: 80e9)
     found = []
-    gpu_check.time_updates(found, gpu_check.make_case(gpu_check.TINY, "bfloat16", torch.device("cpu")), 1)
+    gpu_times.time_updates(found, gpu_check.make_case(gpu_check.TINY, "bfloat16", torch.device("cpu")), 1)
     assert "update_ms" in found[0]["ours"] and "skipped" in found[0]["dense"] and "ratio" not in found[0]
     assert "dense: skipped, it needs about" in capsys.readouterr().out
 
 
 def test_bytes_needed():
     at_c = gpu_check.make_case(gpu_check.SHAPES["C"], "bfloat16", torch.device("cpu"))
-    assert 86e9 < gpu_check.bytes_needed(at_c, "ours") < 141e9 < 1.1 * gpu_check.bytes_needed(at_c, "dense")
+    assert 86e9 < gpu_times.bytes_needed(at_c, "ours") < 141e9 < 1.1 * gpu_times.bytes_needed(at_c, "dense")
 
 
 def test_the_curve_of_usage():

@@ -332,3 +332,103 @@ def test_rounding_compiles_for_an_h100(compile_for_h100):
 @pytest.mark.parametrize("numbers, found", [([0, 32], 16), ([0, 8], 1), ([], 16), ([-160], 16)])
 def test_alignment(numbers, found):
     assert triton_layers.alignment(numbers) == found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@DTYPES
+def test_on_a_gpu_at_a_real_size(dtype):
+    """
+    GPT-2's CLT: 12 layers of 768, 24,576 features each; 1,024 tokens with about 32 features of a layer, three of them
+    hot. Without waiting for the GPU, and twice the same bits.
+    """
+    num_layers, num_tokens, num_features, width = 12, 1024, 24_576, 768
+    device = torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    layers, acts = [], []
+    for _ in range(num_layers):
+        support = torch.rand(num_tokens, num_features, generator=generator, device=device) < 29 / num_features
+        support[:, [5, 77, num_features - 1]], support[:, 6], support[3] = True, False, False
+        values = normal(num_tokens, num_features) * support
+        values[::7] = 0  # listed all the same
+        layers.append(features_at(values, support))
+        acts.append(values.double())
+    block = join(layers)
+    weights = [normal(num_features, num_layers - s, width, dtype=dtype) for s in range(num_layers)]
+    start, slopes = normal(1, num_layers, width).expand(num_tokens, -1, -1), normal(num_layers * num_features)
+    rows = normal(num_tokens, num_layers * width, dtype=dtype)
+    places, _ = output_rows(block), block.by_feature  # computed here, since they may wait for the GPU
+
+    def run():
+        gradients = [torch.empty_like(weight) for weight in weights]
+        columns = [(s * width, weight[0].numel()) for s, weight in enumerate(weights)]
+        given = {"columns": columns, "gradients": gradients, "weights": weights, "slopes": slopes}
+        decoded = triton_layers.decode(start, block, block.values, weights, num_layers, False)
+        dots = triton_layers.posting_sums(rows, places, block, values=block.values, **given)
+        return decoded, dots, triton_layers.square_sums(weights), *gradients
+
+    assert triton_layers.takes(weights, start)
+    first = run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+    # Some columns of everything in float64: the first, the last, and some around the borders between tiles.
+    decoded, dots, squares, *gradients = first
+    some = torch.tensor([0, 1, 127, 128, 255, 256, width - 1], device=device)
+    for target in range(num_layers):
+        exact = start[:, target, some].double()
+        size = exact.abs()
+        for s in range(target + 1):
+            w = weights[s][:, target - s, some].double()
+            exact, size = exact + acts[s] @ w, size + acts[s].abs() @ w.abs()
+        longest = int(block.offsets.diff().max()) * num_layers
+        assert_within_rounding(decoded[:, target, some], exact, size, longest, torch.float32)
+    for s, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        weight, gradient, own = weight.flatten(1), gradient.flatten(1), slice(s * width, None)
+        square = weight.double().square().sum(dim=1)
+        of_layer = slice(s * num_features, (s + 1) * num_features)
+        assert_within_rounding(squares[of_layer], square, square, weight.shape[1], torch.float32)
+        few = [c for tile in (0, 256, 512, weight.shape[1]) for c in range(tile - 4, tile + 4)]
+        few = torch.tensor([c for c in few if 0 <= c < weight.shape[1]], device=device)
+        w, g = slopes[of_layer, None].double() * weight[:, few].double(), rows[:, own][:, few].double()
+        exact, size = acts[s].T @ g + w, acts[s].abs().T @ g.abs() + w.abs()
+        assert_within_rounding(gradient[:, few], exact, size, num_tokens, dtype)
+        entries = (block.indices // num_features == s).nonzero()[-300:, 0]
+        products = rows[places[entries], own].double() * weight[block.indices[entries] % num_features].double()
+        exact, size = products.sum(dim=1), products.abs().sum(dim=1)
+        assert_within_rounding(dots[entries], exact, size, weight.shape[1], torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_with_offsets_beyond_32_bits():
+    """2^31 elements and more of a decoder, read and written, and the next one beyond it: 4 and 2 GiB."""
+    num_features, width = 2**21 + 2, 512
+    device = torch.device("cuda")
+    weights = [torch.zeros(num_features, 2 - s, width, dtype=torch.bfloat16, device=device) for s in range(2)]
+    weights[0][-1], weights[1][-1] = 3, 2
+    indices = torch.tensor([num_features - 1, 2 * num_features - 1], device=device)
+    offsets = torch.tensor([0, 1, 1, 1, 2], device=device)  # token 0 in layer 0, token 1 in layer 1
+    block = LayerFeatures(torch.ones(2, device=device), indices, offsets, 2 * num_features, 2)
+    out = triton_layers.decode(torch.zeros(2, 2, width, device=device), block, block.values, weights, 2, False)
+    assert out.amin(dim=2).tolist() == out.amax(dim=2).tolist() == [[3, 3], [0, 2]]
+    gradients = [torch.empty_like(weight) for weight in weights]
+    rows = torch.ones(2, 2 * width, dtype=torch.bfloat16, device=device)
+    given = {"columns": [(0, 2 * width), (width, width)], "gradients": gradients, "weights": weights}
+    dots = triton_layers.posting_sums(rows, output_rows(block), block, values=block.values, **given)
+    assert dots.tolist() == [3 * 2 * width, 2 * width]
+    for gradient in gradients:
+        assert (gradient[-1] == 1).all() and not gradient[:-1].any()
+    squares = triton_layers.square_sums(weights).view(2, -1)
+    assert squares[:, -1].tolist() == [9 * 2 * width, 4 * width] and not squares[:, :-1].any()
+    del gradients
+    rounded = triton_layers.rounded(weights, torch.float16)
+    assert [copy[-1].amin().item() for copy in rounded] == [3, 2] and not rounded[0][:-1].any()

@@ -64,11 +64,19 @@ def compile_kernel(folder, kernel, types, constants, num_warps, atomics=False):
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    ptx, (registers, spilled) = compiled.asm["ptx"], resources(folder, compiled)
+    assert re.search(r"ld\.global\S*\.v4\.b32", ptx), "rows are not loaded 16 bytes at a time"
+    assert atomics or not re.search(r"\b(atom|red)\.", ptx), "atomics make results differ from run to run"
+    assert spilled == 0, f"registers are spilled, {spilled} bytes of a thread"
+    return ptx, registers
+
+
+def resources(folder, compiled):
+    """Registers of a thread of a compiled kernel, and its bytes that are spilled."""
+    import triton
+
     (folder / "cubin").write_bytes(compiled.asm["cubin"])
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run([cuobjdump, "-res-usage", folder / "cubin"], check=True, capture_output=True, text=True)
-    ptx, usage = compiled.asm["ptx"], usage.stdout + usage.stderr
-    assert re.search(r"ld\.global\S*\.v4\.b32", ptx), "rows are not loaded 16 bytes at a time"
-    assert atomics or not re.search(r"\b(atom|red)\.", ptx), "atomics make results differ from run to run"
-    assert "STACK:0" in usage and "LOCAL:0" in usage, f"registers are spilled: {usage}"
-    return ptx, int(re.search(r"REG:(\d+)", usage)[1])
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
