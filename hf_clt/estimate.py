@@ -230,7 +230,7 @@ def tiles_bytes(plan: Plan, entry_count: float) -> float:
     """On a GPU, bytes of the gradients of activations: one per entry and tile of columns of its decoder row."""
     if not plan.layers_together:
         return 0
-    number = 2 if plan.product_dtype == "bfloat16" else BYTES[plan.clt_dtype]
+    number = BYTES[plan.clt_dtype]
     targets = 1 if plan.config.decoder_tying == "per_source" else plan.config.num_targets(0)
     return min(DOTS_BYTES, 4 * entry_count * math.ceil(targets * plan.config.d_model * number / POSTING_BYTES))
 

@@ -31,8 +31,8 @@ if triton is not None:
 # A program of decoding is one warp: this many columns, and in each round this many entries, loaded together. The rows
 # of all sources of a target are F · columns · b bytes for each source.
 DECODE_COLUMNS, DECODE_ENTRIES = 128, 8
-# A program of the posting lists: one warp, these bytes of a row, and in each round so many entries, whose rows are all
-# under way at a time, in 93 to 128 registers. Its sum is one of sums over SPLIT entries each.
+# A program of the posting lists: one warp, these bytes of a row (of the wider format), and each round so many entries,
+# whose rows are all under way at a time, in 72 to 128 registers. Its sum is one of sums over SPLIT entries each.
 POSTING_BYTES, POSTING_ENTRIES, POSTING_SPLIT = 1024, 4, 128
 # Entries of a program that adds up dot products over tiles; columns of one that adds up squares.
 DOTS_ENTRIES, SQUARE_COLUMNS = 128, 1024
@@ -283,7 +283,8 @@ def posting_sums(
     num_layers = len(columns)
     num_features, num_entries = features.num_features // num_layers, features.indices.numel()
     widest = max(width for _, width in columns)
-    block = min(POSTING_BYTES // rows.element_size(), triton.next_power_of_2(widest))
+    number = max(tensor.element_size() for tensor in (rows, *(weights or ())))
+    block = min(POSTING_BYTES // number, triton.next_power_of_2(widest))
     apart = [distances(tensors) if tensors else [0] * num_layers for tensors in (weights, gradients)]
     counts = [triton.cdiv(width, block) for _, width in columns]
     # So many tiles of each row at once that their dot products take at most DOTS_BYTES.
