@@ -127,7 +127,7 @@ def check_rows(rows: list, device: torch.device, tiny: bool) -> None:
                     dense @ wide,
                     dense.abs() @ wide.abs(),
                 ),
-                "row_dots": (partial(kernels.row_dots, grad, tokens, decoder, indices), *dots),
+                "row_dots": (partial(rows_module.row_dots_by_feature, grad, decoder, entries, tokens), *dots),
             }
             for name, given in checks.items():
                 shape = {"tokens": num_tokens, "features": num_features, "columns": columns}

@@ -1,8 +1,8 @@
 """
 The two primitives of everything that is computed on active features alone: sums of rows, and dot products of rows.
 
-`row_sums_reference` and `row_dots_reference` are the formulas. On a GPU they run as Triton kernels (`triton_rows`), on
-a CPU, and where Triton is missing, as the operators behind `torch.nn.EmbeddingBag`.
+`row_sums_reference` and `row_dots_reference` are the formulas. On a GPU they run as Triton kernels (`triton_rows`,
+`triton_layers`), on a CPU, and where Triton is missing, as the operators behind `torch.nn.EmbeddingBag`.
 """
 
 import warnings
@@ -90,7 +90,7 @@ def num_tiles(rows: Tensor) -> int:
 
 def row_dots(left: Tensor, left_indices: Tensor, right: Tensor, right_indices: Tensor) -> Tensor:
     """
-    out[e] = <left[left_indices[e]], right[right_indices[e]]>.
+    out[e] = <left[left_indices[e]], right[right_indices[e]]>, by torch's operators.
 
     Entries in the order of `right_indices` read every row of `right` once.
 
@@ -103,8 +103,6 @@ def row_dots(left: Tensor, left_indices: Tensor, right: Tensor, right_indices: T
     Returns:
         (nnz,).
     """
-    if use_triton(left):
-        return triton_rows.row_dots(left, left_indices, right, right_indices)
     # The gradient of an embedding bag to its per-sample weights; its offsets are not read when the bags are given.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         left, right, right_indices, right_indices, left_indices, 0

@@ -1,12 +1,11 @@
 """
-Sums and dot products of gathered rows on a GPU, in Triton: the two primitives of everything a CLT does with its active
-features only. The plain reference and the choice between it and these kernels stand in `rows.py`.
+Sums of gathered rows on a GPU, in Triton. The plain reference and the choice between it and this kernel stand in
+`rows.py`.
 
 Repeatable bit for bit: no atomics, and each sum is taken in one fixed order. A `row_sums` even does not depend on the
 block sizes: a column's entries are added one after the other. Accumulation is in float32, rows are bfloat16, float16
 or float32. Nothing waits for the GPU, so wrong *values* (an index out of range) are not noticed here; wrong shapes and
-dtypes are. The functions are not differentiable; they are what backward passes are made of. Sums by feature, along the
-posting lists, stand in `triton_layers.py`.
+dtypes are. It is not differentiable. Sums and dot products along posting lists stand in `triton_layers.py`.
 """
 
 import torch
@@ -27,8 +26,6 @@ SUM_COLUMNS, SUM_ENTRIES = 256, 4
 # What one column tile of all rows may take of the L2 cache (50 MB on an H100), so that a row which several bags use
 # comes from memory once.
 L2_BYTES = 16 * 2**20
-# A program of row_dots: this many entries times this many columns at a time.
-DOT_ENTRIES, DOT_COLUMNS, DOT_WARPS = 4, 512, 4
 
 
 if triton is not None:
@@ -67,35 +64,6 @@ if triton is not None:
     @triton.jit
     def add(a, b):
         return a + b
-
-    @triton.jit
-    def row_dots_kernel(
-        left,
-        left_indices,
-        right,
-        right_indices,
-        out,
-        num_entries,
-        num_columns,
-        left_stride,
-        right_stride,
-        BLOCK_E: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        entries = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-        listed = entries < num_entries
-        left_rows = left + tl.load(left_indices + entries, mask=listed, other=0)[:, None] * left_stride
-        right_rows = right + tl.load(right_indices + entries, mask=listed, other=0)[:, None] * right_stride
-        # Products are added up per column of the tile, and over the tile only once at the end.
-        products = tl.full((BLOCK_E, BLOCK_C), 0.0, tl.float32)
-        for first in range(0, num_columns, BLOCK_C):
-            columns = first + tl.arange(0, BLOCK_C)
-            inside = listed[:, None] & (columns < num_columns)[None, :]
-            a = tl.load(left_rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(right_rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            products += a * b
-        # Not tl.sum: triton.language's own functions are interpreted only if all of Triton was imported so.
-        tl.store(out + entries, tl.reduce(products, 1, add), mask=listed)
 
 
 def available(tensor: Tensor) -> bool:
@@ -157,54 +125,6 @@ def row_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) ->
     return out
 
 
-def row_dots(left: Tensor, left_indices: Tensor, right: Tensor, right_indices: Tensor) -> Tensor:
-    """
-    out[e] = <left[left_indices[e]], right[right_indices[e]]>, summed in float32.
-
-    Entries that share a row should stand together: the cache then gives it to all of them. With many more features
-    than tokens, feature order (`LayerFeatures.by_feature`) reads less than token order.
-
-    Args:
-        left: (A, C) bfloat16, float16 or float32, contiguous in the last dimension.
-        left_indices: (nnz,) int64.
-        right: (R, C), likewise; its dtype may be another.
-        right_indices: (nnz,) int64.
-
-    Returns:
-        (nnz,) float32.
-
-    Raises:
-        ValueError: A dtype, shape or stride that the kernel does not take.
-    """
-    check_rows("left", left)
-    check_rows("right", right)
-    if left.shape[1] != right.shape[1]:
-        raise ValueError(f"left has {left.shape[1]} columns and right {right.shape[1]}: pass rows of one length")
-    check_entries(left_indices=left_indices, right_indices=right_indices)
-    check_index("left_indices", left_indices)
-    check_index("right_indices", right_indices)
-    num_entries, num_columns = left_indices.numel(), left.shape[1]
-    out = left.new_empty(num_entries, dtype=torch.float32)
-    if num_entries == 0:
-        return out
-    with torch.cuda.device_of(left):
-        row_dots_kernel[(triton.cdiv(num_entries, DOT_ENTRIES),)](
-            left,
-            left_indices.contiguous(),
-            right,
-            right_indices.contiguous(),
-            out,
-            num_entries,
-            num_columns,
-            left.stride(0),
-            right.stride(0),
-            BLOCK_E=DOT_ENTRIES,
-            BLOCK_C=min(DOT_COLUMNS, triton.next_power_of_2(num_columns)),
-            num_warps=DOT_WARPS,
-        )
-    return out
-
-
 def column_block(rows: Tensor) -> int:
     """Columns of one program of `row_sums`: twice as many where L2 holds that of all rows, to start fewer programs."""
     num_rows, num_columns = rows.shape
@@ -232,4 +152,4 @@ def check_entries(**tensors: Tensor) -> None:
         raise ValueError(f"{shapes}: pass one element per entry, (nnz,)")
 
 
-__all__ = ["available", "row_dots", "row_sums", "table_on"]
+__all__ = ["available", "row_sums", "table_on"]

@@ -121,12 +121,6 @@ def test_nothing_is_written_past_the_end(interpreted):
     assert (buffer[-1] == 7).all() and (buffer[:, 300:] == 7).all()
     assert torch.equal(buffer[:-1, :300], interpreted.row_sums(rows, *bags))
 
-    indices, dots = torch.arange(6), torch.full((8,), 7.0)
-    interpreted.row_dots_kernel[(2,)](
-        rows, indices, rows, indices, dots, 6, 300, rows.stride(0), rows.stride(0), BLOCK_E=4, BLOCK_C=128
-    )
-    torch.testing.assert_close(dots, torch.tensor([*rows[:6].square().sum(1), 7, 7]))
-
 
 @DTYPES
 @COLUMNS
@@ -141,33 +135,12 @@ def test_row_sums(interpreted, dtype, num_columns):
     assert_within_rounding(found, acts @ rows.double(), acts.abs() @ rows.double().abs(), max(LENGTHS), dtype)
 
 
-@DTYPES
-@COLUMNS
-def test_row_dots(interpreted, dtype, num_columns):
-    left, right = random_rows(9, num_columns, dtype, seed=1), random_rows(5, num_columns, dtype, seed=2)
-    left_indices = torch.tensor([8, 0, 3, 3, 3, 5])  # one program and a rest
-    right_indices = torch.tensor([4, 0, 1, 1, 2, 3])
-    found = interpreted.row_dots(left, left_indices, right, right_indices)
-    products = left.double()[left_indices] * right.double()[right_indices]
-    assert_within_rounding(found, products.sum(1), products.abs().sum(1), num_columns, torch.float32)
-    assert found[2] == found[3]
-
-
-def test_row_dots_of_two_dtypes(interpreted):
-    left, right = random_rows(3, 7, torch.float32, seed=1), random_rows(3, 7, torch.bfloat16, seed=2)
-    indices = torch.arange(3)
-    products = left.double() * right.double()
-    found = interpreted.row_dots(left, indices, right, indices)
-    assert_within_rounding(found, products.sum(1), products.abs().sum(1), 7, torch.float32)
-
-
 def test_no_entries_and_no_bags(interpreted):
     rows = random_rows(3, 7, torch.float32, seed=1)
     nothing, empty = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     found = interpreted.row_sums(rows, nothing, torch.zeros(5, dtype=torch.int64), empty)
     assert torch.equal(found, torch.zeros(4, 7))
     assert interpreted.row_sums(rows, nothing, torch.zeros(1, dtype=torch.int64), empty).shape == (0, 7)
-    assert interpreted.row_dots(rows, nothing, rows, nothing).shape == (0,)
 
 
 def test_sums_do_not_depend_on_the_block_sizes(interpreted, monkeypatch):
@@ -220,14 +193,6 @@ def test_what_the_kernels_do_not_take_is_refused(interpreted):
     ]:
         with pytest.raises(ValueError, match=message):
             interpreted.row_sums(*arguments)
-    for message, arguments in [
-        ("right is torch.float64: the Triton kernels take", (rows, indices, rows.double(), indices)),
-        ("left has 7 columns and right 6", (rows, indices, rows[:, :6], indices)),
-        ("'right_indices': \\(3,\\)}: pass one element per entry", (rows, indices, rows, offsets)),
-        ("left_indices is torch.int32: pass int64", (rows, indices.int(), rows, indices)),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            interpreted.row_dots(*arguments)
 
 
 def test_available(interpreted, monkeypatch):
@@ -257,14 +222,6 @@ def test_row_sums_compile_for_an_h100(compile_for_h100, dtype, block):
     compile_for_h100(triton_rows.row_sums_kernel, types, constants, 1)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_row_dots_compile_for_an_h100(compile_for_h100, dtype):
-    types = dict.fromkeys(["left", "right"], f"*{dtype}") | {"out": "*fp32"}
-    types |= dict.fromkeys(["left_indices", "right_indices"], "*i64")
-    constants = {"BLOCK_E": triton_rows.DOT_ENTRIES, "BLOCK_C": triton_rows.DOT_COLUMNS}
-    compile_for_h100(triton_rows.row_dots_kernel, types, constants, triton_rows.DOT_WARPS)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @DTYPES
 def test_on_a_gpu_at_a_real_size(dtype):
@@ -282,7 +239,6 @@ def test_on_a_gpu_at_a_real_size(dtype):
     def run():
         return (
             triton_rows.row_sums(weight, features.indices, features.offsets, features.values),
-            triton_rows.row_dots(grad, features.rows, weight, features.indices),
             triton_layers.posting_sums(grad, features.rows, features, values=features.values, **given),
             given["gradients"][0].clone(),
         )
@@ -298,7 +254,7 @@ def test_on_a_gpu_at_a_real_size(dtype):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 
-    sums, dots, posted, transposed = first
+    sums, posted, transposed = first
     # Some columns of everything in float64: the first, the last, and some around the border between two tiles.
     columns = torch.tensor([*range(4), *range(508, 516), *range(num_columns - 4, num_columns)], device=device)
     rows = weight[:, columns].double()
@@ -306,7 +262,6 @@ def test_on_a_gpu_at_a_real_size(dtype):
     assert_within_rounding(sums[:, columns], acts @ rows, acts.abs() @ rows.abs(), longest, dtype)
     tokens, indices = features.rows[-500:], features.indices[-500:]
     products = grad[tokens].double() * weight[indices].double()
-    assert_within_rounding(dots[-500:], products.sum(1), products.abs().sum(1), num_columns, torch.float32)
     assert_within_rounding(posted[-500:], products.sum(1), products.abs().sum(1), num_columns, torch.float32)
     rows = grad[:, columns].double()
     exact, magnitude = acts.T @ rows, acts.abs().T @ rows.abs()
@@ -324,7 +279,6 @@ def test_on_a_gpu_with_offsets_beyond_32_bits():
     offsets[-2:] = torch.tensor([1, 2])
     out = triton_rows.row_sums(rows, indices, offsets, torch.ones(2, device="cuda"))
     assert (out[-2] == 3).all() and (out[-1] == 2).all() and (out[:-2] == 0).all()
-    assert triton_rows.row_dots(rows, indices, rows, indices).tolist() == [9 * 512, 4 * 512]
 
 
 @pytest.mark.parametrize("activation, tying", [("jumprelu", "per_target"), ("batchtopk", "none")])
