@@ -292,7 +292,7 @@ def make_optimizer(clt: CrossLayerTranscoder, args: CLTTrainingArguments) -> Wid
 def clip_grad_norm(clt: CrossLayerTranscoder, optimizer: WideAdam | CompactAdam, max_norm: float) -> None:
     """
     Scales the gradients of the optimizer's next step to a norm of at most `max_norm`, as
-    `torch.nn.utils.clip_grad_norm_` does, without rewriting them, and on a GPU without waiting for the norm.
+    `torch.nn.utils.clip_grad_norm_` does, without a pass of its own over them, and on a GPU without waiting.
     """
     norm = total_grad_norm(clt)
     is_small = norm.device.type == "cpu" and bool(norm <= max_norm)  # NaN is not, to stop the run
