@@ -266,8 +266,7 @@ def cache_identity(manifest: dict) -> str:
 
 class InPlaceOfFirstLayers:
     """
-    A CLT in the place of the MLPs of a language model's first layers, as a function for [`ReplacementModel`]; the
-    layers after them keep their own.
+    A CLT in the place of the MLPs of a language model's first layers, as a function for [`mean_cross_entropy`].
 
     Args:
         clt ([`CrossLayerTranscoder`]): A CLT of the first layers, in eval mode.
@@ -279,7 +278,7 @@ class InPlaceOfFirstLayers:
     def __call__(self, layer: int, inputs: Tensor, outputs: Tensor) -> Tensor:
         if layer == 0:
             self.reconstruction = LayerwiseReconstruction(self.clt, len(inputs))
-        return self.reconstruction(layer, inputs) if layer < self.clt.config.num_layers else outputs
+        return self.reconstruction(layer, inputs)
 
 
 def mean_cross_entropy(
@@ -294,7 +293,11 @@ def mean_cross_entropy(
         layers: Those that it stands in for.
         batches: Of a [`TokenStream`].
     """
-    replaced, total, count = ReplacementModel(model, replace, layers), 0.0, 0
+
+    def of_all_layers(layer: int, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return replace(layer, inputs, outputs) if layer in layers else outputs
+
+    replaced, total, count = ReplacementModel(model, of_all_layers, layers), 0.0, 0
     for batch in batches:
         logits = replaced(batch["input_ids"], batch["attention_mask"], batch["counted"]).logits[:, :-1]
         predicts = batch["counted"][:, :-1] & batch["attention_mask"][:, 1:].bool()
