@@ -225,7 +225,7 @@ def make_cache(
         if not cut.exists():
             prepare_first_layers(model, settings["layers"], cut)
         model = cut
-    language_model, tokenizer = load_language_model(str(model), dtype="float32")
+    language_model, tokenizer = load_language_model(str(model), dtype="float32", device=usual_device())
     args = CLTTrainingArguments(
         model=str(model),
         model_dtype="float32",
@@ -253,6 +253,10 @@ def make_cache(
         progress=sys.stderr.isatty(),
     )
     return cache
+
+
+def usual_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cache_identity(manifest: dict) -> str:
@@ -321,9 +325,7 @@ class CrossEntropy:
     """
 
     def __init__(self, model: Path, cache: Path, num_tokens: int):
-        self.model, _ = load_language_model(
-            str(model), dtype="float32", device="cuda" if torch.cuda.is_available() else "cpu"
-        )
+        self.model, _ = load_language_model(str(model), dtype="float32", device=usual_device())
         activations = ActivationCache(cache)
         self.layers, self.batches, seen = range(activations.num_layers), [], 0
         total = torch.zeros(activations.num_layers, activations.d_model, dtype=torch.float64)
@@ -459,7 +461,8 @@ def main(argv: list[str] | None = None) -> None:
     check_folders(options.table, options.plot, options.records)
     plan = read_plan(options.plan)
     plan["runs"] = choose(plan["runs"], options.plan, options.families, options.candidates, options.seeds)
-    if not (options.work / ACTIVATIONS).exists() and options.model is not None and options.train_text is not None:
+    is_cached = (options.work / ACTIVATIONS / MANIFEST).is_file()
+    if not is_cached and None not in (options.model, options.train_text):  # before the cache is made
         check_runs(plan, source={"model": str(options.model), "dataset": str(options.train_text)})
     cache = make_cache(options.work, plan["cache"], options.model, options.train_text, options.heldout_text)
     checked = check_runs(plan, cache)

@@ -136,7 +136,8 @@ def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plot
     batches = list(CachedTokens(cache, "heldout"))[: len(entropy.batches)]
     expected = replacement_metrics(model, clt, batches)
     for name, value in record["cross_entropy"].items():
-        assert value == pytest.approx(expected[name], abs=1e-4)  # the means of the ablation are of bfloat16 outputs
+        # Not exact, since the means of the ablation are of outputs in bfloat16.
+        assert value == pytest.approx(expected[name], abs=1e-3 if name == "ce_recovered" else 1e-4)
     # Of the first layers alone, the others stay as they are.
     one = mean_cross_entropy(model, InPlaceOfFirstLayers(clt), range(1), batches)
     assert one == pytest.approx(replacement_metrics(model, clt, batches, layers=[0])["ce_replaced"], rel=1e-6)
