@@ -195,27 +195,34 @@ def format_verdicts(rows: list[dict]) -> str:
     notes = []
     for row in rows:
         seeds = list(row["seeds"].values())
-        nmse = [seed["nmse"] for seed in seeds]
         cells = [row["family"], row["candidate"], f"{row['l0']:g}"]
         cells += [format_number(known_mean(seed["groups"][n] for seed in seeds), ".4f") for n in range(len(groups))]
-        spread = f" ± {math.sqrt(variance(nmse)):.4f}" if len(nmse) > 1 else ""
-        cells.append(format_number(known_mean(nmse), ".4f") + spread)
+        cells.append(with_spread((seed["nmse"] for seed in seeds), ".4f"))
         cells.append("" if row["change"] is None else f"{row['change']:+.1%}")
         cells.append("" if row["units"] is None else f"{row['units']:+.1f}")
         verdict = row["verdict"] or ""
         if verdict == "too few seeds":
             verdict += f" ({len(seeds)})"
         cells.append(f"**{verdict}**" if verdict in ("better", "worse") else verdict)
-        cells += [format_number(known_mean(seed[name] for seed in seeds), ".1%") for name in ("ce", "dead")]
+        cells.append(with_spread((seed["ce"] for seed in seeds), ".1%"))
+        cells.append(format_number(known_mean(seed["dead"] for seed in seeds), ".1%"))
         cells.append(format_number(row["seconds"], ".0f"))
         lines.append("| " + " | ".join(cells) + " |")
         place = f"{row['family']}, {row['candidate']}, L0 {row['l0']:g}"
         notes += [f"- {place}, {note}" for note in row["notes"]]
     explained = (
-        "NMSE of groups of layers and mean over layers ± standard deviation over seeds, at the same L0 per layer; the "
-        f"difference from the family's baseline counts beyond {SPREADS} such spreads, with {SEEDS} seeds each."
+        "NMSE of groups of layers and mean over layers, CE recovered and dead features, at the same L0 per layer; ± is "
+        "the standard deviation over seeds. The mean's difference from that of the family's baseline counts beyond "
+        f"{SPREADS} such spreads, with {SEEDS} seeds each."
     )
     return "\n".join([*lines, "", explained, *([""] if notes else []), *notes]) + "\n"
+
+
+def with_spread(values: Iterable[float | None], spec: str) -> str:
+    """The mean of what is known ± its standard deviation."""
+    known = [value for value in values if value is not None]
+    spread = f" ± {math.sqrt(variance(known)):{spec}}" if len(known) > 1 else ""
+    return format_number(known_mean(known), spec) + spread
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:

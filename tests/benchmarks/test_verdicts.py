@@ -83,6 +83,8 @@ def test_a_comparison_in_table_and_plot(tmp_path):
     for seed, shift in enumerate((-0.01, 0, 0.01)):
         for name, nmse, l0 in (("baseline", 0.3, 16), ("good", 0.2, 16), ("same", 0.3, 16), ("dense", 0.2, 30)):
             records.append(run(candidate=name, seed=seed, l0=l0, nmse=[nmse + shift] * 3, ce=None))
+    records[0]["cross_entropy"] = {"ce_recovered": 0.9}
+    records[4]["cross_entropy"] = {"ce_recovered": 0.8}
     records.append(run(candidate="begun"))
     records.append({**run(candidate="broken"), "error": "loss is not finite"})
     del records[-1]["metrics"], records[-1]["cross_entropy"], records[-1]["train_seconds"]
@@ -105,7 +107,19 @@ def test_a_comparison_in_table_and_plot(tmp_path):
 
     table = format_verdicts(list(rows.values()))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert cells[2] == ["topk", "baseline", "16", *["0.3000"] * 3, "0.3000 ± 0.0100", "", "", "", "-", "10.0%", "160"]
+    last = ["10.0%", "160"]
+    assert cells[2] == [
+        "topk",
+        "baseline",
+        "16",
+        *["0.3000"] * 3,
+        "0.3000 ± 0.0100",
+        "",
+        "",
+        "",
+        "85.0% ± 7.1%",
+        *last,
+    ]
     assert all(len(line) == 13 for line in cells[: 2 + len(rows)])
     assert "| 0.2000 ± 0.0100 | -33.3% | -10.0 | **better** | - |" in table
     assert "| too few seeds (1) |" in table
