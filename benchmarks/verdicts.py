@@ -211,9 +211,9 @@ def format_verdicts(rows: list[dict]) -> str:
         place = f"{row['family']}, {row['candidate']}, L0 {row['l0']:g}"
         notes += [f"- {place}, {note}" for note in row["notes"]]
     explained = (
-        "NMSE of groups of layers and mean over layers, CE recovered and dead features, at the same L0 per layer; ± is "
-        "the standard deviation over seeds. The mean's difference from that of the family's baseline counts beyond "
-        f"{SPREADS} such spreads, with {SEEDS} seeds each."
+        "NMSE of groups of layers and mean over layers, CE recovered and dead features, at the same L0 per layer;\n"
+        "± is the standard deviation over seeds. The mean's difference from that of the family's baseline counts\n"
+        f"beyond {SPREADS} such spreads, with {SEEDS} seeds each."
     )
     return "\n".join([*lines, "", explained, *([""] if notes else []), *notes]) + "\n"
 
