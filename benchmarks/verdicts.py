@@ -64,25 +64,22 @@ def seed_at_l0(records: list[dict], wanted: float) -> dict | None:
     The runs of one seed at a wanted L0 per layer, which is the mean over layers.
 
     Returns:
-        `groups` (NMSE of each of [`layer_groups`]), `nmse`, `ce` (None where it was not measured) and `dead`; None if
-        the runs do not reach this L0.
+        `layers` (NMSE of each), `groups` (NMSE of each of [`layer_groups`]), `nmse`, `ce` (None where it was not
+        measured) and `dead`; None if the runs do not reach this L0.
     """
     measured = [record for record in records if "metrics" in record]
 
     def interpolated(metric):
         return at_l0([(l0_of(record), metric(record)) for record in measured], wanted)
 
-    def group_mean(record, layers):
-        values = [record["metrics"]["nmse_per_layer"][layer] for layer in layers]
-        values = [value for value in values if value is not None]
-        return mean(values) if values else None
-
     nmse = interpolated(lambda record: record["metrics"]["nmse"])
     if nmse is None:
         return None
-    groups = layer_groups(len(measured[0]["metrics"]["l0_per_layer"]))
+    num_layers = len(measured[0]["metrics"]["l0_per_layer"])
+    layers = [interpolated(lambda record, n=n: record["metrics"]["nmse_per_layer"][n]) for n in range(num_layers)]
     return {
-        "groups": [interpolated(lambda record, layers=layers: group_mean(record, layers)) for layers in groups],
+        "layers": layers,
+        "groups": [known_mean(layers[n] for n in group) for group in layer_groups(num_layers)],
         "nmse": nmse,
         "ce": interpolated(lambda record: (record["cross_entropy"] or {}).get("ce_recovered")),
         "dead": interpolated(lambda record: record["metrics"]["dead_fraction"]),
@@ -131,7 +128,8 @@ def compare(records: list[dict], planned: list[dict], wanted: list[float]) -> li
     Returns:
         Per family, candidate and L0, in the order of the plan: `family`, `candidate`, `l0`; `seeds`, by seed what
         [`seed_at_l0`] gives; `seconds`, mean of the runs; `units` and `verdict` of [`judge`], None for a baseline;
-        `change`, of the mean NMSE against the baseline's, relative; `group_names`; `notes` on what is missing.
+        `layers`, how many of them are better and worse by [`judge`], None without a verdict; `change`, of the mean
+        NMSE against the baseline's, relative; `group_names`; `notes` on what is missing.
     """
     rows, by_place = [], {}
     names = list(dict.fromkeys((run["family"], run["candidate"]) for run in planned))
@@ -156,11 +154,17 @@ def compare(records: list[dict], planned: list[dict], wanted: list[float]) -> li
             by_place[family, candidate, l0] = row
     for row in rows:
         baseline = by_place.get((row["family"], BASELINE, row["l0"]))
-        row |= {"units": None, "verdict": None, "change": None}
+        row |= {"units": None, "verdict": None, "change": None, "layers": None}
         if row["candidate"] == BASELINE or baseline is None:
             continue
-        values, others = ([seed["nmse"] for seed in of["seeds"].values()] for of in (row, baseline))
+        sides = row["seeds"].values(), baseline["seeds"].values()
+        values, others = ([seed["nmse"] for seed in side] for side in sides)
         row["units"], row["verdict"] = judge(values, others)
+        if row["units"] is not None:
+            by_layer = [zip(*(seed["layers"] for seed in side), strict=True) for side in sides]
+            pairs = [pair for pair in zip(*by_layer, strict=True) if None not in (*pair[0], *pair[1])]
+            words = [judge(*pair)[1] for pair in pairs]
+            row["layers"] = words.count("better"), words.count("worse")
         if values and others:
             row["change"] = mean(values) / mean(others) - 1
     return rows
@@ -190,7 +194,7 @@ def format_verdicts(rows: list[dict]) -> str:
     """
     groups = next((row["group_names"] for row in rows), [])
     titles = ["family", "candidate", "L0", *[f"NMSE {name}" for name in groups], "mean", "change", "in spreads", ""]
-    titles += ["CE recovered", "dead", "seconds"]
+    titles += ["layers better, worse", "CE recovered", "dead", "seconds"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     notes = []
     for row in rows:
@@ -204,6 +208,7 @@ def format_verdicts(rows: list[dict]) -> str:
         if verdict == "too few seeds":
             verdict += f" ({len(seeds)})"
         cells.append(f"**{verdict}**" if verdict in ("better", "worse") else verdict)
+        cells.append("" if row["layers"] is None else "{}, {}".format(*row["layers"]))
         cells.append(with_spread((seed["ce"] for seed in seeds), ".1%"))
         cells.append(format_number(known_mean(seed["dead"] for seed in seeds), ".1%"))
         cells.append(format_number(row["seconds"], ".0f"))

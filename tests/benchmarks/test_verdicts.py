@@ -52,6 +52,7 @@ def test_groups_cover_all_layers(num_layers, expected):
 def test_a_seed_at_a_wanted_l0():
     records = [run(l0=10, nmse=(0.2, 0.4, 0.6), ce=0.8, dead=0.2), run(l0=40, nmse=(0.1, 0.2, 0.3), ce=0.9, dead=0)]
     found = seed_at_l0([*records, {"error": "not finite"}], 20)
+    assert found["layers"] == pytest.approx([0.15, 0.3, 0.45])
     assert found["groups"] == pytest.approx([0.15, 0.3, 0.45])
     assert found["nmse"] == pytest.approx(0.3)
     assert found["ce"] == pytest.approx(0.85) and found["dead"] == pytest.approx(0.1)
@@ -83,8 +84,10 @@ def test_a_comparison_in_table_and_plot(tmp_path):
     for seed, shift in enumerate((-0.01, 0, 0.01)):
         for name, nmse, l0 in (("baseline", 0.3, 16), ("good", 0.2, 16), ("same", 0.3, 16), ("dense", 0.2, 30)):
             records.append(run(candidate=name, seed=seed, l0=l0, nmse=[nmse + shift] * 3, ce=None))
+        # Worse in the last layer, better in the first.
+        records.append(run(candidate="mixed", seed=seed, nmse=[0.2 + shift, 0.3 + shift, 0.4 + shift]))
     records[0]["cross_entropy"] = {"ce_recovered": 0.9}
-    records[4]["cross_entropy"] = {"ce_recovered": 0.8}
+    records[5]["cross_entropy"] = {"ce_recovered": 0.8}
     records.append(run(candidate="begun"))
     records.append({**run(candidate="broken"), "error": "loss is not finite"})
     del records[-1]["metrics"], records[-1]["cross_entropy"], records[-1]["train_seconds"]
@@ -95,7 +98,8 @@ def test_a_comparison_in_table_and_plot(tmp_path):
     assert rows["topk", "good"]["units"] == pytest.approx(-10)
     assert rows["topk", "good"]["change"] == pytest.approx(-1 / 3)
     assert rows["topk", "same"]["verdict"] == "not told apart"
-    assert rows["topk", "baseline"]["verdict"] is None
+    assert rows["topk", "mixed"]["layers"] == (1, 1) and rows["topk", "mixed"]["verdict"] == "not told apart"
+    assert rows["topk", "baseline"]["verdict"] is None and rows["topk", "baseline"]["layers"] is None
     assert (
         rows["topk", "dense"]["notes"][0] == "seed 0: its runs reach L0 30.0 to 30.0, not 16; give other values of k"
     )
@@ -107,21 +111,10 @@ def test_a_comparison_in_table_and_plot(tmp_path):
 
     table = format_verdicts(list(rows.values()))
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    last = ["10.0%", "160"]
-    assert cells[2] == [
-        "topk",
-        "baseline",
-        "16",
-        *["0.3000"] * 3,
-        "0.3000 ± 0.0100",
-        "",
-        "",
-        "",
-        "85.0% ± 7.1%",
-        *last,
-    ]
-    assert all(len(line) == 13 for line in cells[: 2 + len(rows)])
-    assert "| 0.2000 ± 0.0100 | -33.3% | -10.0 | **better** | - |" in table
+    nmse, nothing = [*["0.3000"] * 3, "0.3000 ± 0.0100"], [""] * 4
+    assert cells[2] == ["topk", "baseline", "16", *nmse, *nothing, "85.0% ± 7.1%", "10.0%", "160"]
+    assert all(len(line) == 14 for line in cells[: 2 + len(rows)])
+    assert "| 0.2000 ± 0.0100 | -33.3% | -10.0 | **better** | 3, 0 | - |" in table
     assert "| too few seeds (1) |" in table
     assert "- topk, dense, L0 16, seed 2: its runs reach" in table
     plot_verdicts(list(rows.values()), tmp_path / "plot.png")
