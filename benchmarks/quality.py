@@ -64,7 +64,8 @@ def read_plan(path: str | Path) -> dict:
 
             - `cache`: `train_tokens`, and perhaps `layers` (the first ones of the language model; all),
               `heldout_tokens`, `context_size`, and `ce_tokens`, held-out tokens that CE recovered is measured on;
-            - `base`: options of `hf-clt train`, the same for all runs, with `tokens` in place of `training_steps`;
+            - `base`: options of `hf-clt train`, the same for all runs, with `tokens` in place of `training_steps`
+              (more than are cached are several epochs);
             - `l0`: the wanted numbers of active features per layer and token;
             - `seeds`;
             - `families`: per name further options, of which one is a list, such as `k` or `sparsity_lambda`: the
@@ -107,7 +108,7 @@ def read_plan(path: str | Path) -> dict:
         raise ValueError(f"{path}: candidates names one {BASELINE!r}, which is made of base alone; give another name")
     for name, value in (("train_tokens", plan["cache"]["train_tokens"]), ("tokens", plan["base"].get("tokens"))):
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {name}={value!r} must be the number of tokens to {name.partition('_')[0]} on")
+            raise ValueError(f"{path}: {name}={value!r} must be a number of tokens")
     runs = [
         {"family": family, "candidate": candidate, "seed": seed, "place": place, **run}
         for seed in plan["seeds"]
@@ -179,8 +180,8 @@ def check_runs(plan: dict, cache: Path | None = None, source: dict | None = None
         except (ValueError, TypeError) as error:
             raise ValueError(f"family {run['family']}, candidate {run['candidate']}: {error}") from None
         resolved = {name: value for name, value in resolve(args, config).items() if name not in NOT_RECORDED}
-        kept = {name: run[name] for name in OF_PLAN}
-        checked.append(({**kept, "cache": identity, "resolved": resolved}, args, config))
+        kept = {name: run[name] for name in OF_PLAN} | {"cache": identity, "device": usual_device()}
+        checked.append(({**kept, "resolved": resolved}, args, config))
     return checked
 
 
@@ -390,7 +391,7 @@ def run_plan(
     defaults = {name: value for name, value in defaults.items() if name not in NOT_RECORDED}
 
     def key(record):
-        return as_key({**defaults, **record["resolved"], "cache": record["cache"]})
+        return as_key({**defaults, **record["resolved"], "cache": record["cache"], "device": record["device"]})
 
     done = {key(record): record for record in read_records(records)}
     missing = {key(run[0]): run for run in checked if key(run[0]) not in done}  # two candidates may share a run
