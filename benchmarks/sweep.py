@@ -17,12 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from hf_clt.command import OneLineParser, one_line_errors
-from hf_clt.configuration_clt import CLT_CONFIG_HELP
+from hf_clt.configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from hf_clt.files import as_json, format_number, one_line, write_text
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.hub.plots import BLUE, GREEN, ORANGE, PLOT_STYLE, VIOLET
@@ -103,10 +104,8 @@ def run_sweep(
     done = {as_key({**defaults, **record["resolved"]}): record for record in read_records(records)}
     runs = []
     for trial in trials:  # all of them before the first one starts
-        args, config_kwargs = parse_train_args(arguments_of(trial["settings"]))
-        config = build_config(args, config_kwargs)
-        resolved = {**args.to_dict(), **{name: getattr(config, name) for name in CLT_CONFIG_HELP}}
-        runs.append(({**trial, "resolved": resolved}, args, config))
+        args, config = as_run(trial["settings"])
+        runs.append(({**trial, "resolved": resolve(args, config)}, args, config))
     harvester = tokenizer = None
     for number, (trial, args, config) in enumerate(runs, start=1):
         if as_key(trial["resolved"]) in done:
@@ -118,28 +117,57 @@ def run_sweep(
             )
             harvester = Harvester(model, config.feature_input_hook, config.feature_output_hook)
             remember(harvester)
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            args.output_dir = folder
-            trainer = CLTTrainer(args, config, harvester=harvester, tokenizer=tokenizer)
-            try:
-                trainer.train()
-                metrics = trainer.evaluate()
-                outcome = {"metrics": {name: metrics[name] for name in MEASURED}}
-                outcome |= measure(trainer) if measure is not None else {}
-            except FloatingPointError as error:
-                outcome = {"error": str(error)}
-            record = {**trial, **outcome, "train_dead_fraction": trained_dead_fraction(folder)}
-        record |= {"steps": trainer.step, "tokens": trainer.tokens_seen}
-        record |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
+        record = {**trial, **run_trial(args, config, measure, harvester=harvester, tokenizer=tokenizer)}
         append_record(records, record)
-        # Model, optimizer and Accelerator refer to each other: without a collection, trials pile up in memory.
-        trainer.accelerator.free_memory()
-        del trainer
-        gc.collect()
         done[as_key(trial["resolved"])] = record
-        print(f"    {outcome.get('error') or summary(record)}", flush=True)
+        print(f"    {record.get('error') or summary(record)}", flush=True)
     return [{**done[as_key(trial["resolved"])], **trial} for trial, _, _ in runs]  # two groups may share a trial
+
+
+def as_run(settings: dict) -> tuple[CLTTrainingArguments, CLTConfig]:
+    """The run that these options of `scripts/train_clt.py` describe; raises ValueError if one is wrong."""
+    args, config_kwargs = parse_train_args(arguments_of(settings))
+    return args, build_config(args, config_kwargs)
+
+
+def resolve(args: CLTTrainingArguments, config: CLTConfig) -> dict:
+    """All settings of a run by name, those with their default values too."""
+    return {**args.to_dict(), **{name: getattr(config, name) for name in CLT_CONFIG_HELP}}
+
+
+def run_trial(
+    args: CLTTrainingArguments, config: CLTConfig, measure: Callable[[CLTTrainer], dict] | None = None, **read_by: Any
+) -> dict:
+    """
+    Trains a CLT in a folder that is removed again.
+
+    Args:
+        args, config: The run; `output_dir` is replaced.
+        measure: What else to record of the trained CLT.
+        read_by: `harvester` and `tokenizer` of a language model that is there, as of [`CLTTrainer`].
+
+    Returns:
+        What [`run_sweep`] records of a trial, from `metrics` (or `error`) on.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir = folder
+        trainer = CLTTrainer(args, config, **read_by)
+        try:
+            trainer.train()
+            metrics = trainer.evaluate()
+            outcome = {"metrics": {name: metrics[name] for name in MEASURED}}
+            outcome |= measure(trainer) if measure is not None else {}
+        except FloatingPointError as error:
+            outcome = {"error": str(error)}
+        outcome["train_dead_fraction"] = trained_dead_fraction(folder)
+    outcome |= {"steps": trainer.step, "tokens": trainer.tokens_seen}
+    outcome |= {"seconds": round(time.perf_counter() - start, 1), "versions": versions()}
+    # Model, optimizer and Accelerator refer to each other: without a collection, trials pile up in memory.
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    return outcome
 
 
 def remember(harvester: Harvester) -> None:
