@@ -40,7 +40,7 @@ class Driver:
 
 @pytest.mark.parametrize("activation_fn, dead", [
     ("batchtopk", 0.1),
-    ("topk", 0.0),
+    pytest.param("topk", 0.0, marks=pytest.mark.slow),
     pytest.param("jumprelu", 0.1, marks=pytest.mark.slow),
 ])  # fmt: skip
 @pytest.mark.parametrize("form", FORMATS)

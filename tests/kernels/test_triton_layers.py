@@ -198,7 +198,7 @@ def test_rounded(interpreted, dtype):
         torch.testing.assert_close(found, weight.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
-@pytest.mark.parametrize("above", [0, 1000], ids=["weights rounded", "not"])
+@pytest.mark.parametrize("above", [0, pytest.param(1000, marks=pytest.mark.slow)], ids=["weights rounded", "not"])
 def test_autocast_rounds_the_gradient_and_the_weights(interpreted, monkeypatch, above):
     """Numbers of few bits come through unchanged, others do not."""
     monkeypatch.setattr(decode_module, "triton_layers", interpreted)
@@ -237,9 +237,9 @@ def test_only_weights_of_another_format_are_rounded(interpreted, monkeypatch, dt
 
 
 @pytest.mark.parametrize("activation, reach, tying", [
-    ("relu", 2, "none"),
+    pytest.param("relu", 2, "none", marks=pytest.mark.slow),
     ("jumprelu", None, "none"),
-    ("jumprelu", 2, "per_source"),
+    pytest.param("jumprelu", 2, "per_source", marks=pytest.mark.slow),
     ("topk", None, "per_source"),
     ("batchtopk", None, "none"),
 ])  # fmt: skip
