@@ -126,10 +126,10 @@ def compare(records: list[dict], planned: list[dict], wanted: list[float]) -> li
         wanted: L0 per layer.
 
     Returns:
-        Per family, candidate and L0, in the order of the plan: `family`, `candidate`, `l0`; `seeds`, by seed what
-        [`seed_at_l0`] gives; `seconds`, mean of the runs; `units` and `verdict` of [`judge`], None for a baseline;
-        `layers`, how many of them are better and worse by [`judge`], None without a verdict; `change`, of the mean
-        NMSE against the baseline's, relative; `group_names`; `notes` on what is missing.
+        Per family, candidate and L0, in the order of the plan: `family`, `candidate`, `l0`; `begun`, whether it has a
+        record; `seeds`, by seed what [`seed_at_l0`] gives; `seconds`, mean of the runs; `units` and `verdict` of
+        [`judge`], None for a baseline; `layers`, how many of them are better and worse by [`judge`], None without a
+        verdict; `change`, of the mean NMSE against the baseline's, relative; `group_names`; `notes`: what is missing.
     """
     rows, by_place = [], {}
     names = list(dict.fromkeys((run["family"], run["candidate"]) for run in planned))
@@ -140,7 +140,7 @@ def compare(records: list[dict], planned: list[dict], wanted: list[float]) -> li
         for l0 in wanted:
             row = {"family": family, "candidate": candidate, "l0": l0, "seeds": {}, "notes": []}
             row["group_names"] = [f"{group[0]}-{group[-1]}" for group in layer_groups(layers)]
-            row["seconds"] = mean(seconds) if seconds else None
+            row |= {"seconds": mean(seconds) if seconds else None, "begun": bool(own)}
             place = {"family": family, "candidate": candidate}
             seeds = [run["seed"] for run in planned if {**place, "seed": run["seed"]} == run]
             for seed in dict.fromkeys(seeds):
@@ -196,8 +196,11 @@ def format_verdicts(rows: list[dict]) -> str:
     titles = ["family", "candidate", "L0", *[f"NMSE {name}" for name in groups], "mean", "change", "in spreads", ""]
     titles += ["layers better, worse", "CE recovered", "dead", "seconds"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    notes = []
+    notes, waiting = [], []
     for row in rows:
+        if not row["begun"]:
+            waiting.append(f"{row['family']}, {row['candidate']}")
+            continue
         seeds = list(row["seeds"].values())
         cells = [row["family"], row["candidate"], f"{row['l0']:g}"]
         cells += [format_number(known_mean(seed["groups"][n] for seed in seeds), ".4f") for n in range(len(groups))]
@@ -220,6 +223,8 @@ def format_verdicts(rows: list[dict]) -> str:
         "± is the standard deviation over seeds. The mean's difference from that of the family's baseline counts\n"
         f"beyond {SPREADS} such spreads, with {SEEDS} seeds each."
     )
+    if waiting:
+        notes.append("- no run is made of " + "; ".join(dict.fromkeys(waiting)))
     return "\n".join([*lines, "", explained, *([""] if notes else []), *notes]) + "\n"
 
 
@@ -238,7 +243,8 @@ def known_mean(values: Iterable[float | None]) -> float | None:
 
 def plot_verdicts(rows: list[dict], path: str | Path) -> None:
     """
-    Draws the NMSE of every seed against the mean of the family's baseline, a panel per wanted L0, as PNG.
+    Draws the NMSE of every seed against the mean of the family's baseline, a panel per wanted L0, as PNG; what has no
+    seed that reached it is left out.
 
     Args:
         rows: What [`compare`] gives.
@@ -247,6 +253,7 @@ def plot_verdicts(rows: list[dict], path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    rows = [row for row in rows if row["seeds"]]
     wanted = list(dict.fromkeys(row["l0"] for row in rows))
     names = list(dict.fromkeys((row["family"], row["candidate"]) for row in rows))
     families = list(dict.fromkeys(family for family, _ in names))
