@@ -79,11 +79,11 @@ def phases(case: Case, weight: int, state: int, layer_by_layer: bool) -> dict[st
         },
         "losses": {"memory": 40 * batch},
         # The reconstruction's gradient, which autocast rounds, is gathered once for both results, whose dot products
-        # are written and read for each tile of 512 columns. Before, twice, from a slice for each source.
+        # are written and read for each tile of 1,024 bytes of weights. Before, twice, from a slice for each source.
         "gradients of decoders": {
             "cache": rows * (2 * weight if layer_by_layer else 2),
             "memory": 2 * weight * decoders
-            + ((8 if weight == 4 else 14) * each_target if layer_by_layer else 6 * batch + 8 * rows / 512),
+            + ((8 if weight == 4 else 14) * each_target if layer_by_layer else 6 * batch + 8 * rows * weight / 1024),
         },
         "gradients of encoders": {"cache": 4 * entries * D, "memory": 4 * encoders},
         # The norm reads all gradients; before they were multiplied in place as well.

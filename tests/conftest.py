@@ -24,6 +24,12 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 TEXT_CHARACTERS = 120_000
 
 
+@pytest.fixture(autouse=True)
+def with_denormal_numbers() -> None:
+    """Whatever trained before in this process: a training on a CPU flushes them to 0, in its process for good."""
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def text() -> str:
     """English text: the topics of Python's own help, about 1,000 paragraphs."""

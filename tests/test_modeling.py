@@ -144,14 +144,16 @@ def test_without_asking_how_many_are_dead_the_same_are_revived(monkeypatch, acti
         torch.testing.assert_close(other_grads[name], grad, **exact, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["", "together"])
 @pytest.mark.parametrize("dense_above", [0.0, 1.0], ids=["matrix product", "gathered rows"])
 @pytest.mark.parametrize("tying", TYINGS)
 @pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
-def test_both_ways_to_decode_give_the_same_gradients(monkeypatch, activation, tying, dense_above):
+def test_both_ways_to_decode_give_the_same_gradients(monkeypatch, activation, tying, dense_above, together):
     monkeypatch.setattr("hf_clt.kernels.rows.DENSE_ABOVE", dense_above)
     clt = random_clt(decoder_tying=tying, **ACTIVATIONS[activation], **LOSSES)
+    clt.layers_together = together
     inputs, labels = random_batch(clt)
-    parameters, dead = parameters_of(clt), dead_mask(clt)
+    parameters, dead = parameters_of(clt), dead_mask(clt).T.contiguous().T  # whatever its strides are
     expected = reference(clt, parameters, inputs, labels, 1.0, dead)
     found = gradients(clt, clt.train()(inputs, labels=labels, dead=dead).loss)
     leaves = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}

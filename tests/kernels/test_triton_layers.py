@@ -11,7 +11,7 @@ import torch
 from hf_clt.kernels import decode as decode_module
 from hf_clt.kernels import rows as rows_module
 from hf_clt.kernels import triton_layers
-from hf_clt.kernels.decode import decode_layers, output_rows
+from hf_clt.kernels.decode import decode_layers, output_rows, takes_layers
 from hf_clt.sparsity import LayerFeatures, features_at, join
 from tests.kernels.test_triton_rows import DTYPES, assert_within_rounding
 from tests.kernels.triton_modules import compile_kernel, load_copy
@@ -234,6 +234,23 @@ def test_only_weights_of_another_format_are_rounded(interpreted, monkeypatch, dt
     with torch.autocast("cpu", torch.bfloat16):
         decode_layers(torch.zeros(N, L, D), block, random_weights(dtype, 3), 3, False)
     assert rounded == [torch.bfloat16] * (dtype == torch.float32)
+
+
+def test_where_gradients_are_there_layers_are_decoded_one_by_one(interpreted, monkeypatch):
+    """All new ones at once would stand beside the old ones, of an earlier batch or in the buckets of processes."""
+    monkeypatch.setattr(decode_module, "triton_layers", interpreted)
+    monkeypatch.setattr(rows_module, "DENSE_ABOVE", 1.0)
+    block, _ = random_block(torch.float32)
+    weights, start = [w.requires_grad_() for w in random_weights(torch.float32, 3)], torch.zeros(N, L, D)
+    assert takes_layers(block, weights, start)
+    monkeypatch.setattr(decode_module.dist, "is_initialized", lambda: True)
+    assert not takes_layers(block, weights, start)
+    with torch.no_grad():
+        assert takes_layers(block, weights, start)
+    monkeypatch.undo()
+    monkeypatch.setattr(decode_module, "triton_layers", interpreted)
+    weights[0].grad = torch.zeros_like(weights[0])
+    assert not takes_layers(block, weights, start)
 
 
 @pytest.mark.parametrize("activation, reach, tying", [

@@ -237,7 +237,7 @@ def test_what_is_above_is_that_of_a_mask(interpreted, dtype, num_columns, lower)
 
 
 def test_what_is_above_at_the_edges(interpreted):
-    values = torch.tensor([[0.0, -0.0, 1e-37, torch.nan, torch.inf, -1.0]])
+    values = torch.tensor([[0.0, -0.0, 1e-45, torch.nan, torch.inf, -1.0]])
     assert marked_positions(interpreted, values, 0.0)[0].tolist() == [2, 4]
     assert marked_positions(interpreted, values, -torch.inf)[0].tolist() == [0, 1, 2, 4, 5]
     assert marked_positions(interpreted, values, torch.inf)[0].tolist() == []
