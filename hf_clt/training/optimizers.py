@@ -23,10 +23,9 @@ from ..sharding import sum_over
 from .arguments import CLTTrainingArguments
 
 
-# Elements worked on at a time. On CPU the block of gradients and the float32 copy of its moments stay in each core's
-# second-level cache; on a GPU a block is large enough to fill it, and its float32 copy (64 MB) small beside the rest.
-CPU_BLOCK = 2**16  # per thread
-GPU_BLOCK = 2**24
+# Elements that each thread works on at a time: on a CPU the block of gradients and the float32 copy of its moments stay
+# in a core's second-level cache.
+CPU_BLOCK = 2**16
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -121,7 +120,8 @@ class WideAdam(_Stepping, torch.optim.AdamW):
             return
         start = 0
         tensors = parameter, parameter.grad, *moments
-        blocks = zip(*(tensor.reshape(-1).split(_block(parameter)) for tensor in tensors), strict=True)
+        size = CPU_BLOCK * torch.get_num_threads()
+        blocks = zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
         for weights, gradient, *some in blocks:
             wide, gradient = weights.to(some[0].dtype), gradient.to(some[0].dtype)
             adamw([wide], [gradient], *([moment] for moment in some), [], [before.clone()], **settings)
@@ -216,7 +216,7 @@ class CompactAdam(_Stepping):
         state["denominator"].mul_(share)  # of the step before: update · denominator = beta1 · m, over the factor
 
         rows, columns = len(parameter), parameter.numel() // len(parameter)
-        size = max(1, _block(parameter) // columns)
+        size = max(1, CPU_BLOCK * torch.get_num_threads() // columns)
         tensors = [parameter.view(rows, columns), parameter.grad.reshape(rows, columns)]
         tensors += [state["second_moment"].view(rows, 1), state["denominator"].view(rows, 1)]
         tensors += [state["update"].view(rows, columns)] if beta1 else []
@@ -249,11 +249,6 @@ def state_entries(optimizer: torch.optim.Optimizer) -> set[str]:
         return {"step", "exp_avg", "exp_avg_sq"}
     moments = {"update"} if any(group["betas"][0] for group in optimizer.param_groups) else set()
     return {"step", "second_moment", "denominator"} | moments
-
-
-def _block(parameter: Tensor) -> int:
-    """Elements that are worked on at a time."""
-    return GPU_BLOCK if parameter.is_cuda else CPU_BLOCK * torch.get_num_threads()
 
 
 def _check_range(parameter: Tensor, beta1: float, beta2: float) -> None:

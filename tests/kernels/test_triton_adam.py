@@ -10,7 +10,7 @@ from hf_clt.kernels import triton_adam, triton_rows
 from hf_clt.kernels.triton_adam import round_stochastically_, rounding_key
 from hf_clt.training import optimizers
 from hf_clt.training.optimizers import CompactAdam, WideAdam
-from tests.kernels.triton_modules import compile_kernel, load_copy
+from tests.kernels.triton_modules import compile_kernel, load_interpreted
 
 
 triton = pytest.importorskip("triton")
@@ -23,9 +23,7 @@ SETTINGS = {"lr": 0.01, "eps": 1e-5, "weight_decay": 0.1}
 
 @pytest.fixture(scope="module")
 def interpreted():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        copy = load_copy(triton_adam, "interpreted_adam")
+    copy = load_interpreted(triton_adam)
     copy.ADAM_COLUMNS = 256  # several blocks to a row: interpreted, sums are slow
     copy.WIDE_ELEMENTS, copy.WIDE_BLOCK = 256, 128
     copy.SQUARES_ELEMENTS, copy.SQUARES_BLOCK = 256, 64

@@ -14,7 +14,7 @@ from hf_clt.kernels import triton_layers
 from hf_clt.kernels.decode import decode_layers, output_rows, takes_layers
 from hf_clt.sparsity import LayerFeatures, features_at, join
 from tests.kernels.test_triton_rows import DTYPES, assert_within_rounding
-from tests.kernels.triton_modules import compile_kernel, load_copy
+from tests.kernels.triton_modules import compile_kernel, load_interpreted, run_twice_without_waiting
 from tests.reference import random_batch, random_clt
 
 
@@ -30,9 +30,7 @@ def on_a_cpu_too(weight):
 
 @pytest.fixture(scope="module")
 def interpreted():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        copy = load_copy(triton_layers, "interpreted_layers")
+    copy = load_interpreted(triton_layers)
     copy.DECODE_COLUMNS, copy.POSTING_BYTES, copy.POSTING_SPLIT, copy.SQUARE_COLUMNS = 16, 64, 5, 16
     copy.available = lambda tensor: tensor.dtype != torch.float64
     return copy
@@ -388,15 +386,7 @@ def test_on_a_gpu_at_a_real_size(dtype):
         return decoded, dots, triton_layers.square_sums(weights), *gradients
 
     assert triton_layers.takes(weights, start)
-    first = run()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        second = run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    first = run_twice_without_waiting(run)
 
     # Some columns of everything in float64: the first, the last, and some around the borders between tiles.
     decoded, dots, squares, *gradients = first

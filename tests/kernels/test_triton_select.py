@@ -10,7 +10,7 @@ import torch
 
 from hf_clt import selection
 from hf_clt.kernels import triton_select
-from tests.kernels.triton_modules import compile_kernel, fold_in_halves, load_copy
+from tests.kernels.triton_modules import compile_kernel, fold_in_halves, load_interpreted
 
 
 triton = pytest.importorskip("triton")
@@ -24,9 +24,7 @@ DTYPES = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def interpreted():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        copy = load_copy(triton_select, "interpreted_select")
+    copy = load_interpreted(triton_select)
     # Several blocks in a small row, and rows that are no multiple of them.
     copy.TOPK_COLUMNS, copy.MAXIMA_GROUPS, copy.HISTOGRAM_GROUPS, copy.MARK_GROUPS = 16, 16, 16, 8
     copy.ABOVE_ROWS, copy.ABOVE_WORDS, copy.WRITE_WORDS = 2, 2, 2

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 
 def load_copy(module, name):
@@ -14,6 +16,30 @@ def load_copy(module, name):
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     return copy
+
+
+def load_interpreted(module):
+    """
+    A copy of a module with the interpreter on: Triton looks at the variable when a kernel is defined. Setting it for
+    the whole process would send every CPU tensor of every test through the kernels.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return load_copy(module, f"interpreted_{module.__name__.rsplit('.', 1)[1]}")
+
+
+def run_twice_without_waiting(run):
+    """What `run` gives on a GPU, after a second time, in which nothing may wait for it, gave the same bits."""
+    first = run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    return first
 
 
 def fold_in_halves(patch):
