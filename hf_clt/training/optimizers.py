@@ -23,8 +23,8 @@ from ..sharding import sum_over
 from .arguments import CLTTrainingArguments
 
 
-# Elements that each thread works on at a time: on a CPU the block of gradients and the float32 copy of its moments stay
-# in a core's second-level cache.
+# Elements that each thread works on at a time: the block of gradients and the float32 copy of its moments stay in a
+# core's second-level cache.
 CPU_BLOCK = 2**16
 
 HALF_MAX = torch.finfo(torch.float16).max
