@@ -20,26 +20,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.metrics import ce_recovered
 from hf_clt.evaluation.replacement import LayerwiseReconstruction, ReplacementModel, cross_entropy
-from hf_clt.files import one_line, read_json, write_json, write_text
+from hf_clt.files import read_json, write_json, write_text
 from hf_clt.harvest.cache import MANIFEST, ActivationCache, CachedTokens, read_manifest, sha256, write_cache
 from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.sites import default_hooks
 from hf_clt.harvest.tokens import open_text
 from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CACHED, WITHOUT_EFFECT, CLTTrainingArguments
-from hf_clt.training.parser import SettingsLoader
 from hf_clt.training.trainer import CLTTrainer
 from scripts.prepare_quickstart import prepare_first_layers
 
 from .output import check_folders
-from .sweep import append_record, as_key, as_run, read_records, resolve, run_trial, summary
+from .sweep import append_record, as_key, as_run, read_records, read_yaml, resolve, run_trial, summary
 from .verdicts import BASELINE, compare, format_verdicts, plot_verdicts
 
 
@@ -79,14 +77,9 @@ def read_plan(path: str | Path) -> dict:
         `seed` and `settings` (all options but those of the cache).
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is not of this form; options are checked by [`check_runs`].
+        ValueError: If it is no file or not of this form; options are checked by [`check_runs`].
     """
-    path = Path(path)
-    try:
-        plan = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
+    plan = read_yaml(path, "benchmarks/quality_smollm2.yaml")
     if not isinstance(plan, dict) or set(plan) != PARTS:
         raise ValueError(f"{path} must hold the keys {', '.join(sorted(PARTS))}; see benchmarks/quality_smollm2.yaml")
     for name in ("cache", "base", "families", "candidates"):

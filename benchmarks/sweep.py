@@ -39,6 +39,22 @@ MEASURED = ("nmse", "l0", "dead_fraction", "num_tokens", "nmse_per_layer", "l0_p
 COLORS = {"relu": GREEN, "jumprelu": BLUE, "topk": ORANGE, "batchtopk": VIOLET}
 
 
+def read_yaml(path: str | Path, example: str) -> Any:
+    """
+    What a file of settings holds.
+
+    Raises:
+        ValueError: If there is no such file, or it is not YAML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give a YAML file such as {example}")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
+
+
 def read_sweep(path: str | Path) -> list[dict]:
     """
     The trials of a sweep.
@@ -51,14 +67,9 @@ def read_sweep(path: str | Path) -> list[dict]:
         One dict per trial: `group`, `settings` (all its options) and `varied` (those of its group).
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is not of this form, or an option of a trial is wrong; the message names the group.
+        ValueError: If it is no file, not of this form, or an option is wrong; the message names the group.
     """
-    path = Path(path)
-    try:
-        sweep = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
+    sweep = read_yaml(path, "benchmarks/sweep_smollm2.yaml")
     if not isinstance(sweep, dict) or set(sweep) != {"base", "groups"} or not isinstance(sweep["groups"], dict):
         raise ValueError(f"{path} must hold the keys base and groups; see benchmarks/sweep_smollm2.yaml")
     base = {name.replace("-", "_"): value for name, value in (sweep["base"] or {}).items()}

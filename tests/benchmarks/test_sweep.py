@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import sweep
+from benchmarks.quality import read_plan
 from benchmarks.sweep import (
     arguments_of,
     format_sweep,
@@ -169,3 +170,9 @@ def test_groups_that_are_not_there_are_refused(sweep_file, tmp_path, capsys):
     assert "groups='q'" in capsys.readouterr().err
     assert sweep.main([str(sweep_file)]) == 2
     assert "--records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("read", [read_sweep, read_plan])
+def test_a_file_that_is_not_there_is_named(read, tmp_path):
+    with pytest.raises(ValueError, match="none.yaml is no file; give a YAML file such as benchmarks/"):
+        read(tmp_path / "none.yaml")
