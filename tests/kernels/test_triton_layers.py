@@ -81,11 +81,11 @@ def dense_decode(start, acts, weights, reach, tied):
 CASES = pytest.mark.parametrize("dtype, reach, tied, dead, slopes", [
     (torch.float32, 3, False, True, True),
     (torch.bfloat16, 3, False, False, False),
-    (torch.float16, 3, False, False, True),
+    pytest.param(torch.float16, 3, False, False, True, marks=pytest.mark.slow),
     (torch.float32, 2, False, True, False),
     (torch.float32, 1, False, False, True),
     (torch.float32, 3, True, True, True),
-    (torch.float32, 2, True, False, False),
+    pytest.param(torch.float32, 2, True, False, False, marks=pytest.mark.slow),
 ])  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_where_gradients_are_there_layers_are_decoded_one_by_one(interpreted, mo
     ("jumprelu", None, "none"),
     pytest.param("jumprelu", 2, "per_source", marks=pytest.mark.slow),
     ("topk", None, "per_source"),
-    ("batchtopk", None, "none"),
+    pytest.param("batchtopk", None, "none", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_training_step_of_the_model_through_the_kernels(interpreted, monkeypatch, activation, reach, tying):
     """
