@@ -290,7 +290,7 @@ def test_random_numbers_differ_by_seed_step_parameter_and_element():
 
 
 @pytest.mark.parametrize("make", [CompactAdam, WideAdam])
-@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_tiny_updates_are_not_lost(interpreted, monkeypatch, make, kernel):
     """Steps of 1e-4 of the weights' spacing, of which rounding to the nearest leaves nothing."""
     if kernel:

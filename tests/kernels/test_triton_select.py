@@ -126,7 +126,7 @@ def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
         pytest.param(2048, 64, marks=SLOW),  # all groups
         (1000, 9),  # a last group that is not whole
         pytest.param(777, 777, marks=SLOW),
-        (64, 1),
+        pytest.param(64, 1, marks=SLOW),
         (33, 1),  # two groups, one entry in the second
         (1, 1),
         (50, 0),
