@@ -395,6 +395,7 @@ def test_initial_values_from_data_are_those_of_both(two, folder):
     assert 0 < row["l0"] < 0.1 * 2 * 48
 
 
+@pytest.mark.slow
 def test_two_groups_of_two(four, sharded, folder):
     """Features over 2 processes, twice: as one process on the tokens of both groups."""
     reports, given, config = four

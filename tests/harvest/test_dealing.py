@@ -91,6 +91,7 @@ def drain(buffers):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after, steps", [(2, 1, 1), (1, 2, 19), (2, 3, 12), (4, 2, 7), (1, 4, 1)])
 def test_nothing_is_left_out_and_little_is_read_twice(source, before, after, steps, overlap):
     expected = drain(make_buffers(source, 1))
