@@ -91,6 +91,7 @@ def run(folder: Path, name: str, config: dict, processes: int, options: dict, ki
         "normalization_method": "mean_std",
         "normalization_file": str(folder / "statistics.safetensors"),
         "initial_feature_rate": 0.0,
+        "initial_weights": "random",
         "batch_size": TOKENS // processes // options.get("gradient_accumulation_steps", 1),
         "n_batches_in_buffer": 4,
         "learning_rate": 2e-3,

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..folding import STATISTICS
 from ..modeling_clt import CrossLayerTranscoder
+from ..sharding import rows_of
 from .harvester import Harvester
 from .statistics import Moments, gather
 from .tokens import TokenStream
@@ -100,6 +101,29 @@ def load_statistics(path: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def set_encoder_directions(clt: CrossLayerTranscoder, inputs: Tensor) -> None:
+    """
+    Gives each row of W_enc, whose length it keeps, the direction of a token's normalised input, less their mean, and a
+    tenth of the random direction that it had, so that no two are the same. Such a feature fires on what is like that
+    token; one that begins anywhere first has to be turned to where inputs are.
+
+    Args:
+        clt: A new CLT, its statistics set.
+        inputs: (N, L, D) raw inputs of tokens in random order, the same on all processes that share the features; with
+            N below F some are taken again.
+    """
+    x = clt.normalize_inputs(inputs)
+    x = x - x.mean(dim=0)
+    features = torch.arange(clt.config.num_features, device=x.device)[rows_of(clt.shard, clt.config.num_features)]
+    for s, encoder in enumerate(clt.encoders):
+        tokens = features + s * len(x) // len(clt.encoders)  # other tokens in each layer
+        directions = torch.nn.functional.normalize(x[tokens % len(x), s], dim=1)
+        lengths = encoder.weight.norm(dim=1, keepdim=True)
+        rows = directions * lengths + encoder.weight / 10
+        encoder.weight.copy_(torch.nn.functional.normalize(rows, dim=1) * lengths)
+
+
+@torch.no_grad()
 def set_firing_rate(clt: CrossLayerTranscoder, inputs: Tensor, rate: float) -> None:
     """
     Sets b_enc so that each feature fires on a share `rate` of the given tokens: b = θ - (1 - rate) quantile of W x̃.
@@ -121,6 +145,43 @@ def set_firing_rate(clt: CrossLayerTranscoder, inputs: Tensor, rate: float) -> N
         top = h.topk(min(above + 1, len(h)), dim=0).values
         quantile = (top[above - 1] + top[-1]) / 2
         encoder.bias.copy_(clt.theta(s) - quantile)
+
+
+@torch.no_grad()
+def set_decoder_directions(clt: CrossLayerTranscoder, inputs: Tensor, labels: Tensor) -> None:
+    """
+    Makes each decoder row what its feature alone should write,
+
+        W_dec[s][f, t] = c_t Σ_n a_nf ỹ_nt / (1 + Σ_n a_nf²),
+
+    the slope of a regression (ridge 1); c_t scales what all source layers write to a target layer, by least squares.
+    The sums over tokens are the gradient of Σ ỹ · ŷ. Tied decoders stay as they are; of a feature that fires nowhere
+    the direction does.
+
+    Args:
+        clt: A new CLT whose encoders are set.
+        inputs, labels: (N, L, D), raw.
+    """
+    if clt.config.decoder_tying != "none":
+        return
+    targets, training = clt.normalize_targets(labels), clt.training
+    weights = [decoder.weight for decoder in clt.decoders]
+    clt.train()
+    with torch.enable_grad():
+        output = clt(inputs)
+        written = (clt.normalize_targets(output.reconstruction) * targets).sum()
+    gradients = torch.autograd.grad(written, weights)
+    for weight, sums, layer in zip(weights, gradients, output.features.layers, strict=True):
+        values = layer.values.detach()
+        squares = values.new_zeros(len(weight)).index_add_(0, layer.indices, values.square())[:, None, None]
+        weight.copy_(torch.where(squares > 0, sums / (1 + squares), weight))
+    written = clt.normalize_targets(clt(inputs).reconstruction)
+    scale = (written * targets).sum(dim=(0, 2)) / written.square().sum(dim=(0, 2)).clamp_min(1e-30)
+    for s, weight in enumerate(weights):
+        weight.mul_(scale[s : s + weight.shape[1], None])
+    clt.train(training)
+    if clt.config.activation_fn == "batchtopk":
+        clt.restart_running_thresholds()
 
 
 @torch.no_grad()

@@ -157,6 +157,12 @@ class CLTTrainingArguments:
         "A safetensors file with mean_in, std_in, mean_out, std_out, each (layers, width), used with "
         "--normalization-method mean_std instead of the pass over the text.",
     )
+    initial_weights: Literal["data", "random"] = _arg(
+        "normalisation",
+        "data",
+        "data: at the start encoder rows point to inputs of tokens, decoder rows to what is to be written where their "
+        "feature fires; random: anywhere.",
+    )
     initial_feature_rate: float | None = _arg(
         "normalisation",
         None,

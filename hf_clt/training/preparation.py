@@ -12,6 +12,8 @@ from ..harvest.harvester import Harvester, check_context_size, load_language_mod
 from ..harvest.normalization import (
     estimate_statistics,
     load_statistics,
+    set_decoder_directions,
+    set_encoder_directions,
     set_firing_rate,
     set_output_bias,
     warn_if_lost,
@@ -81,7 +83,7 @@ def batches_ahead(args: CLTTrainingArguments, device: torch.device) -> int:
 
 
 def initialize_from_data(trainer: "CLTTrainer") -> None:
-    """Sets the statistics of the normalisation, and in a new CLT the biases that follow from activations."""
+    """Sets the statistics of the normalisation, and in a new CLT what follows from activations."""
     args, clt, accelerator = trainer.args, trainer.model, trainer.accelerator
     statistics = read_statistics(trainer)
     if statistics is not None:
@@ -94,16 +96,24 @@ def initialize_from_data(trainer: "CLTTrainer") -> None:
         return
     together(accelerator, trainer.buffer.fill)
     size = 1 if trainer.shard is None else trainer.shard.size
+
+    def sample(name: str, tokens: torch.Tensor) -> torch.Tensor:
+        rows = getattr(trainer.buffer, name)[tokens].to(accelerator.device)
+        return gather_tokens(trainer.shard, {name: rows})[name]
+
+    if args.initial_weights == "data":
+        in_random_order = trainer.buffer.order_here[: -(-clt.config.num_features // size)]
+        set_encoder_directions(clt, sample("inputs", in_random_order))
     first = slice(0, min(RATE_SAMPLE // size, trainer.buffer.num_unread))  # the slots fill from the first on
-    sample = {"inputs": trainer.buffer.inputs[first], "labels": trainer.buffer.labels[first]}
-    sample = gather_tokens(trainer.shard, {name: rows.to(accelerator.device) for name, rows in sample.items()})
     if statistics is None:
-        set_output_bias(clt, sample["labels"])
+        set_output_bias(clt, sample("labels", first))
     rate = args.initial_feature_rate
     if rate is None:
         rate = 0.0 if clt.config.activation_fn in TOPK_FAMILY else min(0.02, 64 / clt.config.num_features)
     if rate > 0:
-        set_firing_rate(clt, sample["inputs"], rate)
+        set_firing_rate(clt, sample("inputs", first), rate)
+    if args.initial_weights == "data":
+        set_decoder_directions(clt, sample("inputs", first), sample("labels", first))
 
 
 def read_statistics(trainer: "CLTTrainer") -> dict | None:

@@ -45,13 +45,19 @@ SHARDED = {
     "checkpoint_interval": 5,
     "normalization_method": "mean_std",
     "initial_feature_rate": 0.0,
+    "initial_weights": "random",
 }
 SHARDED_RUNS = {
     "jumprelu": ({"gradient_accumulation_steps": 2}, {"jumprelu_threshold": 1.5, "sparsity_lambda": 0.1}),
     "topk": ({"optimizer": "adam_compact", "max_grad_norm": 0}, {"activation_fn": "topk", "skip_connection": True}),
     "batchtopk": ({"initial_k": 12, "k_anneal_steps": 4}, {"activation_fn": "batchtopk", "k_scope": "token"}),
 }
-FROM_DATA = {"normalization_method": "estimated_mean_std", "normalization_file": None, "initial_feature_rate": None}
+FROM_DATA = {
+    "normalization_method": "estimated_mean_std",
+    "normalization_file": None,
+    "initial_feature_rate": None,
+    "initial_weights": "data",
+}
 
 # Runs that are stopped, that fail, and that go on with another number of processes.
 STOPPED = {

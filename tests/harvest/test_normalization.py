@@ -9,6 +9,8 @@ from hf_clt.harvest.harvester import Harvester, load_language_model
 from hf_clt.harvest.normalization import (
     estimate_statistics,
     load_statistics,
+    set_decoder_directions,
+    set_encoder_directions,
     set_firing_rate,
     set_output_bias,
 )
@@ -216,6 +218,71 @@ def test_a_bias_that_was_there_does_not_matter():
     set_firing_rate(other, inputs, 0.1)
     for one, two in zip(clt.encoders, other.encoders, strict=True):
         torch.testing.assert_close(one.bias, two.bias)
+
+
+@pytest.mark.parametrize("number", [200, 10])  # more tokens than features, and fewer
+@pytest.mark.parametrize("with_statistics", [True, False])
+def test_encoder_rows_point_where_inputs_are(with_statistics, number):
+    clt = make_clt("relu", with_statistics)
+    before = {name: value.clone() for name, value in clt.state_dict().items()}
+    inputs = rows_with_offset(number, 100.0)
+    set_encoder_directions(clt, inputs)
+    x = clt.normalize_inputs(inputs).double()
+    x = torch.nn.functional.normalize(x - x.mean(dim=0), dim=-1)
+    taken = []
+    for s, encoder in enumerate(clt.encoders):
+        old, row = before[f"encoders.{s}.weight"].double(), encoder.weight.double()
+        torch.testing.assert_close(row.norm(dim=1), old.norm(dim=1))
+        cosines = torch.nn.functional.normalize(row, dim=1) @ x[:, s].T
+        assert (cosines.max(dim=1).values > 0.98).all()
+        assert len(torch.unique(row, dim=0)) == len(row)
+        taken.append(cosines.argmax(dim=1))
+    assert all(len(some.unique()) == min(number, len(some)) for some in taken)
+    assert (taken[0] != taken[1]).all() and (taken[1] != taken[2]).all()
+    for name, value in clt.state_dict().items():
+        assert torch.equal(value, before[name]) is not (name.startswith("encoders.") and name.endswith(".weight"))
+
+
+@pytest.mark.parametrize("reach", [None, 2])
+@pytest.mark.parametrize("activation_fn", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_decoder_rows_are_regressions(activation_fn, reach):
+    clt = make_clt(activation_fn, k=4, decoder_reach=reach).double()
+    inputs, labels = rows_with_offset(200, 4.0).double(), rows_with_offset(200, 1.0, seed=1).double()
+    with torch.no_grad():
+        clt.encoders[1].bias[3] = -1e3  # fires nowhere
+        clt.train()
+        acts = clt.encode(inputs)
+    before = {name: value.clone() for name, value in clt.state_dict().items()}
+    clt.eval()
+    set_decoder_directions(clt, inputs, labels)
+    assert not clt.training
+    y = clt.normalize_targets(labels)
+    slopes = torch.einsum("nsf,ntd->sftd", acts, y) / (1 + acts.square().sum(dim=0)[..., None, None])
+    for s, decoder in enumerate(clt.decoders):
+        targets = slice(s, s + decoder.weight.shape[1])
+        silent = acts[:, s].sum(dim=0) == 0
+        slopes[s][silent, targets] = before[f"decoders.{s}.weight"][silent]
+        slopes[s, :, : targets.start] = slopes[s, :, targets.stop :] = 0
+    written = torch.einsum("nsf,sftd->ntd", acts, slopes)
+    scale = (written * y).sum(dim=(0, 2)) / written.square().sum(dim=(0, 2))
+    for s, decoder in enumerate(clt.decoders):
+        targets = slice(s, s + decoder.weight.shape[1])
+        torch.testing.assert_close(decoder.weight, slopes[s, :, targets] * scale[targets, None])
+    for name, value in clt.state_dict().items():
+        is_set = name.startswith("decoders.") and name.endswith(".weight")
+        assert torch.equal(value, before[name]) is not is_set or name.startswith("thresholds.")
+    if activation_fn == "batchtopk":
+        assert all(threshold().isinf() for threshold in clt.thresholds)
+    error = (clt.train().normalize_targets(clt(inputs).reconstruction) - y).square().sum(dim=(0, 2))
+    assert (error < y.square().sum(dim=(0, 2))).all()  # better than nothing, in each layer
+
+
+@pytest.mark.parametrize("tying", ["per_source", "per_target"])
+def test_tied_decoders_stay_as_they_are(tying):
+    clt = make_clt(decoder_tying=tying)
+    before = [decoder.weight.clone() for decoder in clt.decoders]
+    set_decoder_directions(clt, rows_with_offset(20, 1.0), rows_with_offset(20, 1.0))
+    assert all(map(torch.equal, before, [decoder.weight for decoder in clt.decoders]))
 
 
 def test_output_bias_is_the_mean_of_the_targets():

@@ -160,9 +160,8 @@ def test_a_dense_clt_gets_advice_that_it_can_follow(caplog, name, unit):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_last_threshold_is_the_mean_since_the_restart(make, accumulation):
-    trainer = make(
-        config={"activation_fn": "batchtopk"}, training_steps=7, gradient_accumulation_steps=accumulation, seed=1
-    )
+    run = {"training_steps": 7, "gradient_accumulation_steps": accumulation, "seed": 1, "initial_weights": "random"}
+    trainer = make(config={"activation_fn": "batchtopk"}, **run)
     seen, forward = [], CrossLayerTranscoder._update_running_thresholds
 
     def recording(clt, features):
