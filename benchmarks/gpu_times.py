@@ -65,7 +65,8 @@ TRIED = {
         (triton_select, ("ABOVE_ROWS", "ABOVE_WORDS"), [(4, 64), (1, 64), (2, 64), (4, 32), (8, 32), (1, 128)]),
     ],
     "selection, k of each row": [
-        (triton_select, ("TOPK_COLUMNS", "TOPK_WARPS"), [(1024, 4), (512, 2), (2048, 4), (2048, 8), (4096, 8)])
+        (triton_select, ("TOPK_COLUMNS", "TOPK_WORDS", "TOPK_WARPS"),
+         [(1024, 128, 4), (1024, 64, 4), (1024, 256, 4), (2048, 128, 4), (2048, 128, 8), (512, 64, 2), (512, 128, 4)])
     ],
     "clipping": [
         (triton_adam, ("SQUARES_ELEMENTS", "SQUARES_BLOCK", "SQUARES_WARPS"),
