@@ -66,7 +66,7 @@ TRIED = {
     ],
     "selection, k of each row": [
         (triton_select, ("TOPK_COLUMNS", "TOPK_WORDS", "TOPK_WARPS"),
-         [(1024, 128, 4), (1024, 64, 4), (1024, 256, 4), (2048, 128, 4), (2048, 128, 8), (512, 64, 2), (512, 128, 4)])
+         [(1024, 64, 4), (1024, 32, 4), (1024, 128, 4), (2048, 128, 4), (2048, 128, 8), (512, 64, 2), (512, 128, 4)])
     ],
     "clipping": [
         (triton_adam, ("SQUARES_ELEMENTS", "SQUARES_BLOCK", "SQUARES_WARPS"),

@@ -28,7 +28,7 @@ if triton is not None:
     from .triton_rows import add
 
 # Lanes into which a row is folded, words of it at a time (fewer than 2^16 columns), and warps of a program.
-TOPK_COLUMNS, TOPK_WORDS, TOPK_WARPS = 1024, 128, 4
+TOPK_COLUMNS, TOPK_WORDS, TOPK_WARPS = 1024, 64, 4
 # Columns that share a maximum: a bit each in a word.
 GROUP = 32
 # Groups of a program that finds their maxima, that counts entries (more take 200 registers), that makes their words.
