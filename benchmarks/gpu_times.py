@@ -39,7 +39,7 @@ NEVER = 10**9
 # Other constants that are tried: of each phase the module, the names, and what they are set to.
 TRIED = {
     "decode": [
-        (triton_layers, ("DECODE_COLUMNS", "DECODE_ENTRIES"), [(64, 8), (128, 4), (128, 8), (256, 4), (256, 8)]),
+        (triton_layers, ("DECODE_BYTES", "DECODE_ENTRIES"), [(512, 4), (512, 2), (512, 8), (256, 4), (1024, 4)]),
         (decode_module, ("ROUND_ABOVE",), [(0,), (NEVER,)]),
     ],
     "gradients of decoders": [
