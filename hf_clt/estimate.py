@@ -55,7 +55,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # As `kernels/decode.py`, `kernels/triton_layers.py` and `modeling_clt.py` have them, which --help answers without:
 # readings of a feature's decoder row above which it is rounded first, bytes of a tile of columns, bytes of
 # pre-activations that are there at once.
-ROUND_ABOVE, POSTING_BYTES, DOTS_BYTES, ENCODED_BYTES = 6, 1024, 2**31, 4 * 2**30
+ROUND_ABOVE, POSTING_BYTES, DOTS_BYTES, ENCODED_BYTES = 8, 1024, 2**31, 4 * 2**30
 WINDOW = 2.0  # listed entries for each active one, where a jumprelu CLT has most features outside its window
 
 
