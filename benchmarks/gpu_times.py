@@ -227,9 +227,9 @@ def phase_works(case: Case, entries: LayerFeatures, parts: tuple[str, ...] = (""
             _ = input_rows(some), output_rows(some), some.by_feature
         return [activate(some, 0.0, clt.config, True) for some in found]
 
-    def losses() -> tuple[Tensor, ...]:
+    def losses() -> Callable:
         leaf = y.float().requires_grad_()
-        return torch.autograd.grad(reconstruction_loss(y.float(), leaf), [leaf])
+        return lambda: torch.autograd.grad(reconstruction_loss(clt.normalize_targets(y), leaf), [leaf])
 
     def squares() -> list[Tensor]:
         if device.type == "cuda":
@@ -267,7 +267,7 @@ def phase_works(case: Case, entries: LayerFeatures, parts: tuple[str, ...] = (""
     if case.dtype == "float32":
         add("rounding", None, lambda: rounding)
     add("square sums", None, lambda: quiet(squares))
-    add("losses", "losses", lambda: losses)
+    add("losses", "losses", losses)
     outputs = [leaf.values for leaf in leaves]
     add("gradients of decoders", "gradients of decoders",
         lambda: gradients(lambda: [clt._decode(leaves, None)[0]], [*outputs, *decoders]))  # fmt: skip
