@@ -372,11 +372,23 @@ if triton is not None:
         return tl.reduce((first >= cut).to(tl.int32) + (second >= cut).to(tl.int32), 0, add)
 
     @triton.jit
+    def load_wanted(values, wanted, columns, num_columns, HAS_WANTED: tl.constexpr):
+        """Numbers of a row, and -inf in the place of what is not wanted or not inside."""
+        entries = tl.load(values + columns, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
+        if HAS_WANTED:
+            is_wanted = tl.load(wanted + columns, mask=columns < num_columns, other=0) != 0
+            entries = tl.where(is_wanted, entries, float("-inf"))
+        return entries
+
+    @triton.jit
     def topk_kernel(
         values,
+        wanted,
         positions,
+        num_rows,
         num_columns,
         k,
+        HAS_WANTED: tl.constexpr,
         INFINITY: tl.constexpr,
         GROUP: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -385,12 +397,12 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         dtype: tl.constexpr = values.dtype.element_ty
         values += row * num_columns
+        wanted += row // num_rows * num_columns
         lanes = tl.arange(0, BLOCK_C)
         first = tl.full((BLOCK_C,), float("-inf"), tl.float32)
         second = first
         for begin in tl.range(0, num_columns, BLOCK_C, loop_unroll_factor=4):
-            entries = tl.load(values + begin + lanes, mask=begin + lanes < num_columns, other=float("-inf"))
-            entries = entries.to(tl.float32)
+            entries = load_wanted(values, wanted, begin + lanes, num_columns, HAS_WANTED)
             second = larger_or_nan(second, tl.minimum(first, entries))  # of NaN and a number the number
             first = larger_or_nan(first, entries)
         first, second = keys_of_numbers(first, dtype, INFINITY), keys_of_numbers(second, dtype, INFINITY)
@@ -416,7 +428,7 @@ if triton is not None:
             num_above, num_equal = 0, 0
             for begin in range(0, num_columns, BLOCK_W * GROUP):
                 columns = begin + lines[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-                entries = tl.load(values + columns, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
+                entries = load_wanted(values, wanted, columns, num_columns, HAS_WANTED)
                 above = tl.reduce(tl.where(entries <= number, 0, bits), 1, either)
                 above = tl.where(cut > INFINITY, 0, above)
                 equal = tl.reduce(tl.where(entries <= below, 0, bits), 1, either) ^ above
@@ -452,7 +464,7 @@ def as_integers(values: Tensor) -> Tensor:
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
-def positions_topk(values: Tensor, k: int) -> Tensor:
+def positions_topk(values: Tensor, k: int, wanted: Tensor | None = None) -> Tensor:
     """
     Flat positions of the k largest entries of each row, ascending; NaN is above all, and of equal entries at the cut
     the first are taken. One launch.
@@ -460,6 +472,7 @@ def positions_topk(values: Tensor, k: int) -> Tensor:
     Args:
         values: (N, F) bfloat16, float16 or float32, contiguous.
         k: At most F.
+        wanted: (B, F) bool, for each N / B rows in turn: other entries count as -inf.
 
     Returns:
         (N · k,) int64.
@@ -471,9 +484,12 @@ def positions_topk(values: Tensor, k: int) -> Tensor:
     with torch.cuda.device_of(values):
         topk_kernel[(num_rows,)](
             values,
+            values if wanted is None else wanted.contiguous().view(torch.uint8),
             positions,
+            num_rows if wanted is None else num_rows // len(wanted),
             num_columns,
             k,
+            HAS_WANTED=wanted is not None,
             INFINITY=INFINITY[values.dtype],
             GROUP=GROUP,
             BLOCK_C=TOPK_COLUMNS,
