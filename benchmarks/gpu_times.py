@@ -39,7 +39,7 @@ NEVER = 10**9
 # Other constants that are tried: of each phase the module, the names, and what they are set to.
 TRIED = {
     "decode": [
-        (triton_layers, ("DECODE_COLUMNS", "DECODE_ENTRIES"), [(64, 8), (128, 4), (128, 8), (256, 4), (256, 8)]),
+        (triton_layers, ("DECODE_BYTES", "DECODE_ENTRIES"), [(512, 4), (512, 2), (512, 8), (256, 4), (1024, 4)]),
         (decode_module, ("ROUND_ABOVE",), [(0,), (NEVER,)]),
     ],
     "gradients of decoders": [
@@ -65,7 +65,8 @@ TRIED = {
         (triton_select, ("ABOVE_ROWS", "ABOVE_WORDS"), [(4, 64), (1, 64), (2, 64), (4, 32), (8, 32), (1, 128)]),
     ],
     "selection, k of each row": [
-        (triton_select, ("TOPK_COLUMNS", "TOPK_WARPS"), [(1024, 4), (512, 2), (2048, 4), (2048, 8), (4096, 8)])
+        (triton_select, ("TOPK_COLUMNS", "TOPK_WORDS", "TOPK_WARPS"),
+         [(1024, 64, 4), (1024, 32, 4), (1024, 128, 4), (2048, 128, 4), (2048, 128, 8), (512, 64, 2), (512, 128, 4)])
     ],
     "clipping": [
         (triton_adam, ("SQUARES_ELEMENTS", "SQUARES_BLOCK", "SQUARES_WARPS"),
@@ -226,9 +227,9 @@ def phase_works(case: Case, entries: LayerFeatures, parts: tuple[str, ...] = (""
             _ = input_rows(some), output_rows(some), some.by_feature
         return [activate(some, 0.0, clt.config, True) for some in found]
 
-    def losses() -> tuple[Tensor, ...]:
+    def losses() -> Callable:
         leaf = y.float().requires_grad_()
-        return torch.autograd.grad(reconstruction_loss(y.float(), leaf), [leaf])
+        return lambda: torch.autograd.grad(reconstruction_loss(clt.normalize_targets(y), leaf), [leaf])
 
     def squares() -> list[Tensor]:
         if device.type == "cuda":
@@ -266,7 +267,7 @@ def phase_works(case: Case, entries: LayerFeatures, parts: tuple[str, ...] = (""
     if case.dtype == "float32":
         add("rounding", None, lambda: rounding)
     add("square sums", None, lambda: quiet(squares))
-    add("losses", "losses", lambda: losses)
+    add("losses", "losses", losses)
     outputs = [leaf.values for leaf in leaves]
     add("gradients of decoders", "gradients of decoders",
         lambda: gradients(lambda: [clt._decode(leaves, None)[0]], [*outputs, *decoders]))  # fmt: skip

@@ -77,7 +77,8 @@ def phases(case: Case, weight: int, state: int, layer_by_layer: bool) -> dict[st
             # Before, what a source writes is written, read, and added to the reconstruction.
             "memory": (8 + 2 * weight) * each_target if layer_by_layer else 4 * batch + 6 * decoders * is_rounded,
         },
-        "losses": {"memory": 40 * batch},
+        # Squares of differences and their sum, and the gradient; labels in bfloat16 are made float32 first.
+        "losses": {"memory": (28 + 6 * (weight == 2)) * batch},
         # The reconstruction's gradient, which autocast rounds, is gathered once for both results, whose dot products
         # are written and read for each tile of 1,024 bytes of weights. Before, twice, from a slice for each source.
         "gradients of decoders": {

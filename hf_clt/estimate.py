@@ -55,7 +55,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # As `kernels/decode.py`, `kernels/triton_layers.py` and `modeling_clt.py` have them, which --help answers without:
 # readings of a feature's decoder row above which it is rounded first, bytes of a tile of columns, bytes of
 # pre-activations that are there at once.
-ROUND_ABOVE, POSTING_BYTES, DOTS_BYTES, ENCODED_BYTES = 6, 1024, 2**31, 4 * 2**30
+ROUND_ABOVE, POSTING_BYTES, DOTS_BYTES, ENCODED_BYTES = 8, 1024, 2**31, 4 * 2**30
 WINDOW = 2.0  # listed entries for each active one, where a jumprelu CLT has most features outside its window
 
 
@@ -220,10 +220,10 @@ def encoding_bytes(plan: Plan, batch: int, encoders: int, revives: bool) -> floa
         copies = encoders // 2 if plan.product_dtype == "bfloat16" else 0
         return (4 + 3 * revives) * batch + (3 + revives) * 4 * pre_activations + copies
     # Inputs, labels, normalised inputs, all encoders in one; of as many layers as are encoded at a time the
-    # pre-activations and their encoders, in the format of the product, or the pre-activations of dead features.
+    # pre-activations and their encoders, in the format of the product.
     at_a_time = layers / max(1, min(layers, -(-layers * number * pre_activations // ENCODED_BYTES)))
     encoded = at_a_time * number * pre_activations
-    return 3 * batch + encoders + encoded + max(encoders * number / 4 * at_a_time / layers, encoded * revives)
+    return 3 * batch + encoders + encoded + encoders * number / 4 * at_a_time / layers
 
 
 def tiles_bytes(plan: Plan, entry_count: float) -> float:

@@ -5,6 +5,7 @@ batch changes nothing; over no tokens it is 0. Sources: Ameisen et al. 2025, "Ci
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from .configuration_clt import CLTConfig
 from .sparsity import AtEntries, LayerFeatures
@@ -18,7 +19,8 @@ def safe_sqrt(squares: Tensor) -> Tensor:
 
 def reconstruction_loss(targets: Tensor, reconstruction: Tensor) -> Tensor:
     """Σ_t mean_N ‖ỹ_t - ỹ̂_t‖², from normalised (N, L, D) tensors; the norm sums over D."""
-    return (targets - reconstruction).square().sum() / max(1, targets.shape[0])
+    # One pass for the gradient, where squares of a difference take three.
+    return mse_loss(reconstruction, targets, reduction="sum") / max(1, targets.shape[0])
 
 
 def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c: float) -> Tensor:

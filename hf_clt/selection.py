@@ -146,8 +146,13 @@ def largest_dead(h: Tensor, dead: Tensor, aux_k: int, shard: FeatureShard | None
     num_layers, num_features = dead.shape
     if num_layers > 1 or not is_on_cpu(h):
         per_token = min(aux_k, num_features)
-        columns = h.view(num_layers, -1, num_features).masked_fill(~dead[:, None], -torch.inf).view_as(h)
-        found = replace(entries_at(columns, positions_topk(columns, per_token), num_layers), is_even=True)
+        if triton_select.takes(h):
+            found = entries_at(h, triton_select.positions_topk(h, per_token, dead), num_layers)
+            found = found.with_values(torch.where(dead.flatten()[found.indices], found.values, -torch.inf))
+        else:
+            columns = h.view(num_layers, -1, num_features).masked_fill(~dead[:, None], -torch.inf).view_as(h)
+            found = entries_at(columns, positions_topk(columns, per_token), num_layers)
+        found = replace(found, is_even=True)
     else:
         found, per_token = _largest_of_few(h, true_positions(dead), aux_k)
     if shard is None:

@@ -28,9 +28,9 @@ if triton is not None:
 
     from .triton_rows import add
 
-# A program of decoding is one warp: this many columns, and in each round this many entries, loaded together. The rows
-# of all sources of a target are F · columns · b bytes for each source.
-DECODE_COLUMNS, DECODE_ENTRIES = 128, 8
+# A program of decoding is one warp: these bytes of a row, 16 for each thread, and in each round this many entries,
+# loaded together. The rows of all sources of a target are F times these bytes for each source.
+DECODE_BYTES, DECODE_ENTRIES = 512, 4
 # A program of the posting lists: one warp, these bytes of a row (of the wider format), and each round so many entries,
 # whose rows are all under way at a time, in 72 to 128 registers. Its sum is one of sums over SPLIT entries each.
 POSTING_BYTES, POSTING_ENTRIES, POSTING_SPLIT = 1024, 4, 128
@@ -221,7 +221,7 @@ def decode(
     num_rows, num_layers, width = start.shape
     if out.numel() == 0:
         return out
-    block = min(DECODE_COLUMNS, triton.next_power_of_2(width))
+    block = min(DECODE_BYTES // weights[0].element_size(), triton.next_power_of_2(width))
     apart = distances(weights)
     with torch.cuda.device_of(start):
         decode_kernel[(num_rows, num_layers, triton.cdiv(width, block))](

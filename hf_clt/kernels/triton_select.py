@@ -3,10 +3,11 @@ Selections on a GPU, in Triton: exact, in ascending order, for any number of lay
 without waiting for the GPU. Entries are compared as integers in the same order, with -0.0 equal to 0.0 and NaN above
 all; of equal entries at a cut those that come first are taken. Atomics add integers only: results are repeatable.
 
-- [`positions_topk`]: the k largest of each row, many short rows. One program per row looks for the cut, the k-th
-  largest entry, by bisection. It starts close: the row is folded into `TOPK_COLUMNS` maxima, and the k-th largest of
-  these is hardly below the cut. Then it mostly takes a pass or two over the row, which is in a cache by then, and one
-  that writes what is above.
+- [`positions_topk`]: the k largest of each row, many short rows. One program per row folds it into `TOPK_COLUMNS`
+  lanes and keeps the two largest of each lane: a list that mostly has all of the k largest, and with them the cut, the
+  k-th largest entry, and how many are above. A second pass, mostly out of a cache, writes what is above and counts it.
+  Where the list lacked some, the counts say how many, and the next cut is that of the list for as many fewer; after
+  three such passes the cut is found by bisection.
 - [`positions_largest`]: the largest of each row, a few long rows. In two rounds: of the groups of `GROUP` columns
   those with the largest maxima, then of the entries of these groups the largest. In a round a histogram of the upper
   16 bits gives the cut, with float32 one of the lower 16 bits as well.
@@ -26,8 +27,8 @@ if triton is not None:
 
     from .triton_rows import add
 
-# Columns of a row at a time, as many as there are maxima; and warps of a program.
-TOPK_COLUMNS, TOPK_WARPS = 1024, 4
+# Lanes into which a row is folded, words of it at a time (fewer than 2^16 columns), and warps of a program.
+TOPK_COLUMNS, TOPK_WORDS, TOPK_WARPS = 1024, 64, 4
 # Columns that share a maximum: a bit each in a word.
 GROUP = 32
 # Groups of a program that finds their maxima, that counts entries (more take 200 registers), that makes their words.
@@ -49,6 +50,10 @@ if triton is not None:
         return tl.maximum(a, b)
 
     @triton.jit
+    def smaller(a, b):
+        return tl.minimum(a, b)
+
+    @triton.jit
     def either(a, b):
         return a | b
 
@@ -68,70 +73,6 @@ if triton is not None:
         """Keys of entries, and below all of them what is not inside."""
         bits = tl.load(values + positions, mask=inside, other=0).to(tl.int32)
         return tl.where(inside, keys_of(bits, INFINITY), -INFINITY - 1)
-
-    @triton.jit
-    def middle(low, high):
-        return ((low.to(tl.int64) + high.to(tl.int64)) >> 1).to(tl.int32)
-
-    @triton.jit
-    def topk_kernel(
-        values,
-        positions,
-        num_columns,
-        row_stride,
-        k,
-        INFINITY: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        values += row * row_stride
-        lanes = tl.arange(0, BLOCK_C)
-        maxima = tl.full((BLOCK_C,), -0x7FFFFFFF, tl.int32)
-        for first in range(0, num_columns, BLOCK_C):
-            keys = load_keys(values, first + lanes, first + lanes < num_columns, INFINITY)
-            maxima = tl.maximum(maxima, keys)
-
-        # At least k entries are `low` or above; fewer are `high` or above.
-        high = tl.reduce(maxima, 0, larger) + 1
-        low = high - high - 0x7FFFFFFF  # below all entries
-        if k <= BLOCK_C:
-            upper = high
-            while low + 1 < upper:
-                cut = middle(low, upper)
-                reached = tl.reduce((maxima >= cut).to(tl.int32), 0, add) >= k
-                low = tl.where(reached, cut, low)
-                upper = tl.where(reached, upper, cut)
-
-        num_above, cut, found = 0, low, False
-        while (low + 1 < high) & (found == 0):
-            counts = tl.full((BLOCK_C,), 0, tl.int32)
-            for first in range(0, num_columns, BLOCK_C):
-                keys = load_keys(values, first + lanes, first + lanes < num_columns, INFINITY)
-                counts += (keys >= cut).to(tl.int32)
-            count = tl.reduce(counts, 0, add)
-            found = count == k
-            num_above = tl.where(count < k, count, num_above)
-            low = tl.where(count >= k, cut, low)
-            high = tl.where(count < k, cut, high)
-            cut = middle(low, high)
-
-        # Of those at the cut as many as are lacking, or all of them.
-        wanted = tl.where(found, num_columns, k - num_above)
-        above_before, equal_before = 0, 0
-        for first in range(0, num_columns, BLOCK_C):
-            inside = first + lanes < num_columns
-            keys = load_keys(values, first + lanes, inside, INFINITY)
-            above, equal = keys > low, (keys == low) & inside
-            both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-            up_to = tl.associative_scan(both, 0, add)
-            equals = equal_before + (up_to >> 16)
-            place = above_before + (up_to & 0xFFFF) + tl.minimum(equals, wanted) - 1
-            chosen = above | (equal & (equals <= wanted))
-            position = row * num_columns + first + lanes
-            tl.store(positions + row * k + place, position, mask=chosen & (place < k))
-            total = tl.reduce(both, 0, add)
-            above_before += total & 0xFFFF
-            equal_before += total >> 16
 
     # -- the largest of long rows: histograms -------------------------------------------------------------------------
 
@@ -264,9 +205,21 @@ if triton is not None:
         return (words * 0x01010101) >> 24
 
     @triton.jit
-    def write_bits(out, places, words, bits_before):
+    def lowest_bits(words, counts, wanted):
+        """The lowest set bits of each word, as many as are wanted."""
+        chosen = tl.where(counts <= wanted, words, 0)
+        rest = words ^ chosen  # of one word at most some are wanted and not all
+        while tl.reduce(tl.where(rest != 0, wanted, 0), 0, larger) > 0:
+            lowest = tl.where(wanted > 0, rest & -rest, 0)
+            chosen |= lowest
+            rest ^= lowest
+            wanted -= 1
+        return chosen
+
+    @triton.jit
+    def write_bits(out, places, words, counts, bits_before):
         """The numbers of the set bits of each word, from `places` on; `bits_before` is the number of its bit 0."""
-        rounds = tl.reduce(popcount(words), 0, larger)
+        rounds = tl.reduce(counts, 0, larger)
         for _round in range(rounds):
             lowest = words & -words
             tl.store(out + places, bits_before + popcount(lowest - 1), mask=words != 0)
@@ -334,20 +287,12 @@ if triton is not None:
         lacking = tl.load(cuts + 2 * row + 1)
         num_equals = popcount(equals)
         missing = tl.maximum(lacking - equal_before - tl.associative_scan(num_equals, 0, add) + num_equals, 0)
-        words |= tl.where(num_equals <= missing, equals, 0)
-        # Of one word at most some bits are wanted and not all.
-        rest = tl.where(num_equals > missing, equals, 0)
-        while tl.reduce(tl.where(rest != 0, missing, 0), 0, larger) > 0:
-            lowest = tl.where(missing > 0, rest & -rest, 0)
-            words |= lowest
-            rest ^= lowest
-            missing -= 1
-
+        words |= lowest_bits(equals, num_equals, missing)
         num_words = popcount(words)
         places = above_before + tl.minimum(equal_before, lacking) + tl.associative_scan(num_words, 0, add) - num_words
         if LISTED:
             indices = tl.load(groups + row * num_groups + indices, mask=listed, other=0)
-        write_bits(out + row * count, places, words, indices * GROUP)
+        write_bits(out + row * count, places, words, num_words, indices * GROUP)
 
     @triton.jit
     def mark_above_kernel(
@@ -399,8 +344,115 @@ if triton is not None:
             bits = tl.load(words + indices, mask=indices < num_words, other=0)
             counts = popcount(bits)
             places = before + tl.associative_scan(counts, 0, add) - counts
-            write_bits(out, places, bits, row * num_columns + indices * GROUP)
+            write_bits(out, places, bits, counts, row * num_columns + indices * GROUP)
             before += tl.reduce(counts, 0, add)
+
+    # -- the largest of short rows ------------------------------------------------------------------------------------
+
+    @triton.jit
+    def number_of(key, dtype: tl.constexpr, INFINITY: tl.constexpr):
+        """The number that has this key, in float32. Beyond both infinities it is NaN."""
+        LOWEST: tl.constexpr = -0x80000000 if INFINITY > 0x7FFF else -0x8000
+        bits = tl.where(key < 0, LOWEST - key, key)
+        return bits.to(tl.int32 if INFINITY > 0x7FFF else tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+    @triton.jit
+    def keys_of_numbers(numbers, dtype: tl.constexpr, INFINITY: tl.constexpr):
+        bits = numbers.to(dtype).to(tl.int32 if INFINITY > 0x7FFF else tl.int16, bitcast=True)
+        return keys_of(bits.to(tl.int32), INFINITY)
+
+    @triton.jit
+    def middle_of(low, high):
+        """Rounded up, without overflow."""
+        return ((low.to(tl.int64) + high.to(tl.int64) + 1) >> 1).to(tl.int32)
+
+    @triton.jit
+    def listed_from(first, second, cut):
+        """How many keys of both lists are the cut or above."""
+        return tl.reduce((first >= cut).to(tl.int32) + (second >= cut).to(tl.int32), 0, add)
+
+    @triton.jit
+    def load_wanted(values, wanted, columns, num_columns, HAS_WANTED: tl.constexpr):
+        """Numbers of a row, and -inf in the place of what is not wanted or not inside."""
+        entries = tl.load(values + columns, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
+        if HAS_WANTED:
+            is_wanted = tl.load(wanted + columns, mask=columns < num_columns, other=0) != 0
+            entries = tl.where(is_wanted, entries, float("-inf"))
+        return entries
+
+    @triton.jit
+    def topk_kernel(
+        values,
+        wanted,
+        positions,
+        num_rows,
+        num_columns,
+        k,
+        HAS_WANTED: tl.constexpr,
+        INFINITY: tl.constexpr,
+        GROUP: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+        BLOCK_W: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        dtype: tl.constexpr = values.dtype.element_ty
+        values += row * num_columns
+        wanted += row // num_rows * num_columns
+        lanes = tl.arange(0, BLOCK_C)
+        first = tl.full((BLOCK_C,), float("-inf"), tl.float32)
+        second = first
+        for begin in tl.range(0, num_columns, BLOCK_C, loop_unroll_factor=4):
+            entries = load_wanted(values, wanted, begin + lanes, num_columns, HAS_WANTED)
+            second = larger_or_nan(second, tl.minimum(first, entries))  # of NaN and a number the number
+            first = larger_or_nan(first, entries)
+        first, second = keys_of_numbers(first, dtype, INFINITY), keys_of_numbers(second, dtype, INFINITY)
+
+        # The k-th largest is between both.
+        low, high = tl.reduce(first, 0, smaller), tl.reduce(first, 0, larger)
+        low = tl.where(k <= BLOCK_C, low, -INFINITY)
+        lines, bits = tl.arange(0, BLOCK_W), 1 << tl.arange(0, GROUP)[None, :]
+        unlisted, tries, done = 0, 0, False
+        while done == 0:
+            cut, top = low, high
+            while cut < top:
+                middle = middle_of(cut, top)
+                enough = listed_from(first, second, middle) >= k - unlisted
+                cut, top = tl.where(enough, middle, cut), tl.where(enough, top, middle - 1)
+            if tries > 2:
+                cut = middle_of(low, high)
+            listed = listed_from(first, second, cut + 1)
+            lacking = k - listed - unlisted
+
+            # What equals the cut is above the number below it. Nothing is above NaN.
+            number, below = number_of(cut, dtype, INFINITY), number_of(cut - 1, dtype, INFINITY)
+            num_above, num_equal = 0, 0
+            for begin in range(0, num_columns, BLOCK_W * GROUP):
+                columns = begin + lines[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+                entries = load_wanted(values, wanted, columns, num_columns, HAS_WANTED)
+                above = tl.reduce(tl.where(entries <= number, 0, bits), 1, either)
+                above = tl.where(cut > INFINITY, 0, above)
+                equal = tl.reduce(tl.where(entries <= below, 0, bits), 1, either) ^ above
+                aboves, equals = popcount(above), popcount(equal)
+                counts = aboves + (equals << 16)
+                before = tl.associative_scan(counts, 0, add) - counts
+                above_before, equal_before = num_above + (before & 0xFFFF), num_equal + (before >> 16)
+                missing = tl.maximum(lacking - equal_before, 0)
+                places = above_before + tl.minimum(equal_before, tl.maximum(lacking, 0))
+                chosen = aboves + tl.minimum(equals, missing)
+                # A cut that is too low would write more than k.
+                words = tl.where(places + chosen <= k, above | lowest_bits(equal, equals, missing), 0)
+                bits_before = row * num_columns + begin + lines * GROUP
+                write_bits(positions + row * k, places, words, chosen, bits_before)
+                total = tl.reduce(counts, 0, add)
+                num_above += total & 0xFFFF
+                num_equal += total >> 16
+
+            reached = num_above + num_equal
+            done = (num_above == k - lacking) & (num_above <= k) & (reached >= k)
+            low = tl.where(reached >= k, cut + (num_above > k).to(tl.int32), low)
+            high = tl.where(num_above <= k, cut - (reached < k).to(tl.int32), high)
+            unlisted = num_above - listed
+            tries += 1
 
 
 def takes(values: Tensor) -> bool:
@@ -412,7 +464,7 @@ def as_integers(values: Tensor) -> Tensor:
     return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
 
 
-def positions_topk(values: Tensor, k: int) -> Tensor:
+def positions_topk(values: Tensor, k: int, wanted: Tensor | None = None) -> Tensor:
     """
     Flat positions of the k largest entries of each row, ascending; NaN is above all, and of equal entries at the cut
     the first are taken. One launch.
@@ -420,6 +472,7 @@ def positions_topk(values: Tensor, k: int) -> Tensor:
     Args:
         values: (N, F) bfloat16, float16 or float32, contiguous.
         k: At most F.
+        wanted: (B, F) bool, for each N / B rows in turn: other entries count as -inf.
 
     Returns:
         (N · k,) int64.
@@ -430,13 +483,17 @@ def positions_topk(values: Tensor, k: int) -> Tensor:
         return positions
     with torch.cuda.device_of(values):
         topk_kernel[(num_rows,)](
-            as_integers(values),
+            values,
+            values if wanted is None else wanted.contiguous().view(torch.uint8),
             positions,
+            num_rows if wanted is None else num_rows // len(wanted),
             num_columns,
-            values.stride(0),
             k,
+            HAS_WANTED=wanted is not None,
             INFINITY=INFINITY[values.dtype],
+            GROUP=GROUP,
             BLOCK_C=TOPK_COLUMNS,
+            BLOCK_W=TOPK_WORDS,
             num_warps=TOPK_WARPS,
         )
     return positions

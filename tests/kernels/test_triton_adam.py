@@ -3,6 +3,8 @@ The Triton kernels of the optimizers against their plain code: under Triton's in
 run) for an H100, and on a GPU where there is one.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -336,8 +338,14 @@ def test_it_compiles_for_an_h100(tmp_path, monkeypatch, dtype, moment, num_colum
     constants = {"HAS_MOMENT": moment, "BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_P": 128, "ALIGNED": True}
     constants |= dict.fromkeys(["WEIGHT", "GRADIENT"], formats[dtype]) | {"MOMENT": formats[torch.float16]}
     constants["HAS_FACTOR"] = True
-    _, registers = compile_kernel(tmp_path, triton_adam.adam_kernel, TABLE, constants, num_warps)
+    ptx, registers = compile_kernel(tmp_path, triton_adam.adam_kernel, TABLE, constants, num_warps)
     assert registers <= 64  # 32 warps at a time on a multiprocessor
+    assert is_rounded_correctly(ptx)
+
+
+def is_rounded_correctly(ptx):
+    """Whether quotients and roots are the nearest numbers, as on a CPU."""
+    return {"div.rn.f32", "sqrt.rn.f32"} == set(re.findall(r"\b(?:div|sqrt|rcp)\.[a-z.]+f32", ptx))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -346,8 +354,9 @@ def test_adam_and_the_norm_compile_for_an_h100(tmp_path, monkeypatch, dtype):
     shared = {"ALIGNED": True, "BLOCK_P": 128}
     constants = dict.fromkeys(["WEIGHT", "GRADIENT"], triton_adam.FORMATS[dtype]) | {"HAS_FACTOR": True} | shared
     constants |= {"ELEMENTS": triton_adam.WIDE_ELEMENTS, "BLOCK": triton_adam.WIDE_BLOCK}
-    _, registers = compile_kernel(tmp_path, triton_adam.wide_kernel, TABLE, constants, triton_adam.WIDE_WARPS)
+    ptx, registers = compile_kernel(tmp_path, triton_adam.wide_kernel, TABLE, constants, triton_adam.WIDE_WARPS)
     assert registers <= 64  # 32 warps
+    assert is_rounded_correctly(ptx)
     constants = {"FORMAT": triton_adam.FORMATS[dtype]} | shared
     constants |= {"ELEMENTS": triton_adam.SQUARES_ELEMENTS, "BLOCK": triton_adam.SQUARES_BLOCK}
     _, registers = compile_kernel(tmp_path, triton_adam.squares_kernel, TABLE, constants, triton_adam.SQUARES_WARPS)

@@ -31,7 +31,7 @@ def on_a_cpu_too(weight):
 @pytest.fixture(scope="module")
 def interpreted():
     copy = load_interpreted(triton_layers)
-    copy.DECODE_COLUMNS, copy.POSTING_BYTES, copy.POSTING_SPLIT, copy.SQUARE_COLUMNS = 16, 64, 5, 16
+    copy.DECODE_BYTES, copy.POSTING_BYTES, copy.POSTING_SPLIT, copy.SQUARE_COLUMNS = 64, 64, 5, 16
     copy.available = lambda tensor: tensor.dtype != torch.float64
     return copy
 
@@ -315,7 +315,7 @@ def test_decode_compiles_for_an_h100(compile_for_h100, dtype, tied):
     types = {"weights": f"*{dtype}", "values": "*fp32", "start": "*fp32", "out": "*fp32"}
     types |= dict.fromkeys(["indices", "offsets", "table"], "*i64")
     constants = {"TIED": tied, "ALIGN": 16, "BLOCK_E": triton_layers.DECODE_ENTRIES}
-    constants["BLOCK_C"] = triton_layers.DECODE_COLUMNS
+    constants["BLOCK_C"] = triton_layers.DECODE_BYTES // (4 if dtype == "fp32" else 2)
     compile_for_h100(triton_layers.decode_kernel, types, constants, 1)
 
 

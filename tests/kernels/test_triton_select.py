@@ -26,7 +26,8 @@ DTYPES = pytest.mark.parametrize(
 def interpreted():
     copy = load_interpreted(triton_select)
     # Several blocks in a small row, and rows that are no multiple of them.
-    copy.TOPK_COLUMNS, copy.MAXIMA_GROUPS, copy.HISTOGRAM_GROUPS, copy.MARK_GROUPS = 16, 16, 16, 8
+    copy.TOPK_COLUMNS, copy.TOPK_WORDS = 16, 2
+    copy.MAXIMA_GROUPS, copy.HISTOGRAM_GROUPS, copy.MARK_GROUPS = 16, 16, 8
     copy.ABOVE_ROWS, copy.ABOVE_WORDS, copy.WRITE_WORDS = 2, 2, 2
     with pytest.MonkeyPatch.context() as patch:
         fold_in_halves(patch)
@@ -91,6 +92,26 @@ def test_nan_of_either_sign_is_above_all(interpreted):
     assert interpreted.positions_topk(values, 2).tolist() == [2, 3]
     assert interpreted.positions_topk(values, 3).tolist() == [1, 2, 3]
     assert interpreted.positions_topk(torch.tensor([[-1.0, -0.0, 0.0]]), 1).tolist() == [1]
+
+
+@DTYPES
+@pytest.mark.parametrize("k", [3, 9, pytest.param(60, marks=SLOW)])
+def test_the_largest_share_few_lanes(interpreted, dtype, k):
+    """So the list of the two largest of each lane lacks some: all in one lane, in two, and k beyond the list."""
+    values = torch.randn(3, 200, generator=torch.Generator().manual_seed(8))
+    values[0, 5::16] += 20
+    values[1, 3::8] += 20
+    values[2, 7::16] = 9.0  # and equal
+    values = values.to(dtype)
+    assert torch.equal(interpreted.positions_topk(values, k), sorted_topk(values, k))
+
+
+def test_the_largest_of_what_is_wanted(interpreted):
+    """Of three layers, of one of which fewer are wanted than are taken."""
+    values = random_values(9, 75, torch.bfloat16)
+    wanted = torch.rand(3, 75, generator=torch.Generator().manual_seed(9)) < torch.tensor([[0.5], [0.04], [1.0]])
+    masked = torch.where(wanted.repeat_interleave(3, dim=0), values, -torch.inf)
+    assert torch.equal(interpreted.positions_topk(values, 6, wanted), sorted_topk(masked, 6))
 
 
 def test_the_selection_uses_it_and_finds_the_same(interpreted, monkeypatch):
@@ -254,11 +275,16 @@ def test_takes():
 
 
 @DTYPES
-def test_it_compiles_for_an_h100(tmp_path, monkeypatch, dtype):
+@pytest.mark.parametrize("wanted", [False, True], ids=["all", "some"])
+def test_it_compiles_for_an_h100(tmp_path, monkeypatch, dtype, wanted):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"values": f"*{integers_of(dtype)}", "positions": "*i64"}
-    constants = {"INFINITY": triton_select.INFINITY[dtype], "BLOCK_C": triton_select.TOPK_COLUMNS}
-    compile_kernel(tmp_path, triton_select.topk_kernel, types, constants, triton_select.TOPK_WARPS)
+    types = {"values": {torch.float32: "*fp32", torch.bfloat16: "*bf16"}.get(dtype, "*fp16"), "positions": "*i64"}
+    types["wanted"] = "*u8" if wanted else types["values"]
+    constants = {"INFINITY": triton_select.INFINITY[dtype], "GROUP": triton_select.GROUP, "HAS_WANTED": wanted}
+    constants |= {"BLOCK_C": triton_select.TOPK_COLUMNS, "BLOCK_W": triton_select.TOPK_WORDS}
+    ptx, registers = compile_kernel(tmp_path, triton_select.topk_kernel, types, constants, triton_select.TOPK_WARPS)
+    assert "max.NaN" in ptx and not re.search(r"\.ftz\b", ptx)  # subnormal numbers stay what they are
+    assert registers <= (102 if dtype == torch.float32 else 80)  # 5 and 6 programs of 4 warps fit
 
 
 def integers_of(dtype):
