@@ -26,7 +26,7 @@ from .gpu_report import Report, add_options, device_of, make_profiler, print_ker
 from .machine import peak_memory, reset_peak_memory, synchronize
 
 
-PROBES = [(8, False), (256, False), (256, True)]  # prompts per extraction batch, overlap_harvest
+PROBES = [(256, False), (8, False), (256, True)]  # prompts per extraction batch, overlap_harvest; the usual first
 PROBE_SECONDS = 30
 AFTERWARDS = 45  # seconds for filling the buffer, evaluation and release
 SHOWN = ("nmse", "explained_variance", "l0", "dead_fraction", "ce_recovered", "kl", "top1_agreement")
