@@ -161,7 +161,7 @@ class CLTTrainingArguments:
         "normalisation",
         None,
         "Share of tokens on which each feature fires at the start, reached by setting the encoder's biases from data. "
-        "None: min(0.02, 64 / num_features) for relu and jumprelu, or 1.5 x --target-l0 features where that is "
+        "None: min(0.02, 64 / num_features) for relu and jumprelu, or --target-l0 features where that is "
         "more; off for the top-k family. 0: off.",
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-STEERING_GAIN = 3.0
+STEERING_GAIN = 4.0
 
 
 def learning_rate_scale(
@@ -43,8 +43,8 @@ def initial_steering(scale: float = 1.0) -> Tensor:
 
 def steer_sparsity(state: Tensor, l0: Tensor, step: int, training_steps: int, target_l0: float) -> Tensor:
     """
-    One update of the feedback that brings L0 to `target_l0`, whatever λ is: log scale = 3 · (e + Σ e / n), where
-    e = log(L0 / wanted L0), within ±1, the sum is over all updates so far, and n is 5 % of training, 10 updates or
+    One update of the feedback that brings L0 to `target_l0`, whatever λ is: log scale = 4 · (e + Σ e / n), where
+    e = log(L0 / wanted L0), within ±1, the sum is over all updates so far, and n is 5 % of training, 15 updates or
     more. The wanted L0 goes geometrically from that of the first update to `target_l0` over 70 % of training.
 
     Args:
@@ -59,7 +59,7 @@ def steer_sparsity(state: Tensor, l0: Tensor, step: int, training_steps: int, ta
     first = torch.where(first.isnan(), log_l0, first)
     ahead = max(0.0, 1 - step / (0.7 * training_steps)) * (first - math.log(target_l0))
     error = (log_l0 - math.log(target_l0) - ahead).clamp(-1, 1)
-    total = total + error / max(10, 0.05 * training_steps)
+    total = total + error / max(15, 0.05 * training_steps)
     return torch.stack([STEERING_GAIN * (error + total), total, first])
 
 
