@@ -261,13 +261,6 @@ def test_l0_is_steered_to_the_target(make, tmp_path, activation_fn, given, targe
     trainer = make(config, training_steps=200, target_l0=target, batch_size=240, eval_tokens=0, learning_rate=5e-3)
     trainer.train()
     rows = rows_of(tmp_path / "run", "train")
-    print(
-        activation_fn,
-        given,
-        target,
-        [round(r["l0"] / 2, 1) for r in rows[::8]],
-        [round(r["sparsity_scale"], 2) for r in rows[::8]],
-    )
     assert rows[0]["sparsity_scale"] == 1
     assert sum(row["l0"] / 2 for row in rows[-10:]) / 10 == pytest.approx(target, rel=0.05)
     # The factor is the feedback on what was measured, in every update.
