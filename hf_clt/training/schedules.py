@@ -41,8 +41,9 @@ def initial_steering() -> Tensor:
 def steer_sparsity(state: Tensor, l0: Tensor, step: int, training_steps: int, target_l0: float) -> Tensor:
     """
     One update of the feedback that brings L0 to `target_l0`, whatever λ is: log scale = 4 · (e + Σ e / n), where
-    e = log(L0 / wanted L0), within ±1, the sum is over the updates since the first eighth of training, and n
-    is 5 % of training, 15 updates or more. The wanted L0 goes geometrically from that of the first update to `target_l0` over 70 % of training.
+    e = log(L0 / wanted L0), within ±1, the sum is over the updates since the first eighth of training, and n is 5 % of
+    training, 15 updates or more. The wanted L0 goes geometrically from that of the first update to `target_l0` over
+    70 % of training.
 
     Args:
         state: (3,) float64: log of the factor on λ in this update, Σ e / n, log of the first update's L0 (NaN before).
