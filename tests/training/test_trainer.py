@@ -254,7 +254,10 @@ def test_the_lines_of_metrics(run):
         assert heldout[-1]["l0"] == pytest.approx(12, rel=0.5)
 
 
-@pytest.mark.parametrize("activation_fn, given, target", [("jumprelu", None, 12.0), ("relu", 0.02, 5.0)])
+@pytest.mark.parametrize(
+    "activation_fn, given, target",
+    [("jumprelu", None, 12.0), pytest.param("relu", 0.02, 5.0, marks=pytest.mark.slow)],
+)
 def test_l0_is_steered_to_the_target(make, tmp_path, activation_fn, given, target):
     """From below and from above, with λ's default and with one that is far from what is needed."""
     config = {"activation_fn": activation_fn, "sparsity_lambda": given}
