@@ -238,14 +238,14 @@ class CrossLayerTranscoder(PreTrainedModel):
         self,
         inputs: Tensor,
         labels: Tensor | None = None,
-        sparsity_scale: float = 1.0,
+        sparsity_scale: float | Tensor = 1.0,
         dead: Tensor | None = None,
     ) -> CLTOutput:
         """
         Args:
             inputs (`Tensor` of shape `(..., L, D)`): What features read at each layer, raw.
             labels (`Tensor` of shape `(..., L, D)`, *optional*): The MLP outputs to reconstruct, raw.
-            sparsity_scale (`float`, defaults to 1): Multiplies λ; the trainer raises it from 0 to 1.
+            sparsity_scale (`float` or scalar `Tensor`, defaults to 1): Multiplies λ; the trainer's schedule.
             dead (`Tensor` of shape `(L, F)`, bool, *optional*): Features that the pre-activation and the auxiliary
                 loss revive; None: none.
 

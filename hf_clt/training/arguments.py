@@ -167,7 +167,8 @@ class CLTTrainingArguments:
         "normalisation",
         None,
         "Share of tokens on which each feature fires at the start, reached by setting the encoder's biases from data. "
-        "None: min(0.02, 64 / num_features) for relu and jumprelu, off for the top-k family. 0: off.",
+        "None: min(0.02, 64 / num_features) for relu and jumprelu, or --target-l0 features where that is "
+        "more; off for the top-k family. 0: off.",
     )
 
     # Optimisation
@@ -229,6 +230,12 @@ class CLTTrainingArguments:
     )
     sparsity_delay_steps: int = _arg(
         "optimisation", 0, "Updates at the beginning without the sparsity loss; --sparsity-schedule begins after them."
+    )
+    target_l0: float | None = _arg(
+        "optimisation",
+        None,
+        "For relu and jumprelu: active features per layer and token at the end of training, to which a factor on "
+        "--sparsity-lambda steers them, in place of --sparsity-schedule. None: lambda as given.",
     )
     initial_k: int | None = _arg(
         "optimisation",
@@ -413,6 +420,8 @@ class CLTTrainingArguments:
             ("decay_steps", self.lr_scheduler not in ("constant", "none"), "lr_scheduler", "constant"),
             ("warmup_steps", self.lr_scheduler == "none", "lr_scheduler", "constant"),
             ("k_anneal_steps", self.initial_k is None, "initial_k", 64),
+            ("sparsity_schedule", self.target_l0 and self.sparsity_schedule != "linear", "target_l0", None),
+            ("sparsity_delay_steps", self.target_l0 is not None, "target_l0", None),
             ("weight_decay", self.optimizer == "adam", "optimizer", "adamw"),
             ("normalization_file", self.normalization_method != "mean_std", "normalization_method", "mean_std"),
             ("eval_replacement", self.eval_tokens == 0, "eval_tokens", 8192),
@@ -505,7 +514,7 @@ CPU_DEFAULTS = {"store_batch_size_prompts": 8, "n_batches_in_buffer": 32, "mixed
 POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "batch_size", "normalization_estimation_batches",
     "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
-    "save_total_limit", "dead_feature_window", "initial_k", "feature_parallel_size",
+    "save_total_limit", "dead_feature_window", "initial_k", "target_l0", "feature_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",

@@ -110,6 +110,8 @@ def initialize_from_data(trainer: "CLTTrainer") -> None:
     rate = args.initial_feature_rate
     if rate is None:
         rate = 0.0 if clt.config.activation_fn in TOPK_FAMILY else min(0.02, 64 / clt.config.num_features)
+        if args.target_l0 is not None:  # few updates could not make more fire
+            rate = max(rate, min(0.5, args.target_l0 / clt.config.num_features))
     if rate > 0:
         set_firing_rate(clt, sample("inputs", first), rate)
     if args.initial_weights == "data":

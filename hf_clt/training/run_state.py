@@ -116,6 +116,7 @@ def save_run(
             "args": args.to_dict(),
             "activations": trainer.fingerprint,
             "revives": trainer.revives,
+            "steering": trainer.steering.tolist() if args.target_l0 is not None else None,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         },
     }
@@ -162,6 +163,8 @@ def restore_run(trainer: "CLTTrainer") -> torch.optim.Optimizer:
         trainer.saved_step = trainer.step
         trainer.run_id = state.get("run_id", trainer.run_id)
     trainer.revives = state.get("revives", True)
+    if state.get("steering") is not None:
+        trainer.steering.copy_(torch.tensor(state["steering"], dtype=torch.float64))
     if state["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.tokens_since_log = own["values"]["tokens_since_log"]

@@ -2,6 +2,9 @@
 
 import math
 
+import torch
+from torch import Tensor
+
 
 def learning_rate_scale(
     step: int, training_steps: int, warmup_steps: int, scheduler: str, decay_steps: int = 0
@@ -28,6 +31,35 @@ def sparsity_scale(step: int, training_steps: int, schedule: str, delay_steps: i
     if step < delay_steps:
         return 0.0
     return 1.0 if schedule == "constant" else min(1.0, (step + 1 - delay_steps) / (training_steps - delay_steps))
+
+
+def initial_steering() -> Tensor:
+    """The state of [`steer_sparsity`] before training: λ as given for the first update."""
+    return torch.tensor([0.0, 0.0, math.nan], dtype=torch.float64)
+
+
+def steer_sparsity(state: Tensor, l0: Tensor, step: int, training_steps: int, target_l0: float) -> Tensor:
+    """
+    One update of the feedback that brings L0 to `target_l0`, whatever λ is: log scale = 4 · (e + Σ e / n), where
+    e = log(L0 / wanted L0), within ±1, the sum is over the updates since the first eighth of training, and n is 5 % of
+    training, 15 updates or more. The wanted L0 goes geometrically from that of the first update to `target_l0` over
+    70 % of training.
+
+    Args:
+        state: (3,) float64: log of the factor on λ in this update, Σ e / n, log of the first update's L0 (NaN before).
+        l0: () active features per layer and token that this update (number `step`, from 0) had.
+
+    Returns:
+        The state for the next update, on the same device, which is not waited for.
+    """
+    _, total, first = state
+    log_l0 = l0.double().clamp(min=1e-3).log()
+    first = torch.where(first.isnan(), log_l0, first)
+    ahead = max(0.0, 1 - step / (0.7 * training_steps)) * (first - math.log(target_l0))
+    error = (log_l0 - math.log(target_l0) - ahead).clamp(-1, 1)
+    if step >= training_steps / 8:
+        total = total + error / max(15, 0.05 * training_steps)
+    return torch.stack([4 * (error + total), total, first])
 
 
 def annealed_k(step: int, k: int, initial_k: int, anneal_steps: int) -> int:

@@ -273,6 +273,21 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
+def check_target_l0(config: CLTConfig, target_l0: float | None) -> None:
+    """Refuses an L0 that λ cannot be steered to."""
+    if target_l0 is None:
+        return
+    given = f"target_l0={target_l0:g}"
+    if config.activation_fn in TOPK_FAMILY:
+        raise ValueError(
+            f"{given} does not go with activation_fn={config.activation_fn!r}, whose L0 is k; give k={target_l0:.0f}"
+        )
+    if target_l0 > config.num_features:
+        raise ValueError(f"{given} is above num_features={config.num_features}; give fewer, for example 32")
+    if config.sparsity_lambda == 0:
+        raise ValueError(f"{given} is reached by a factor on sparsity_lambda=0; leave sparsity_lambda out")
+
+
 def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
     """Refuses a k to anneal from that is below k or above the number of features, or that nothing would use."""
     if initial_k is None:

@@ -37,10 +37,19 @@ from .preparation import initialize_from_data, open_activations
 from .processes import AgreedBatches, StopSignals, any_process, together, wait_for_all
 from .reporting import last_evaluated_step, progress_figures, warn_if_dense, warn_if_wide, write_row
 from .run_state import checkpoint_on_failure, moving_state, restore_run, save_run
-from .schedules import annealed_k, last_restart, learning_rate_scale, restarts_threshold, sparsity_scale
+from .schedules import (
+    annealed_k,
+    initial_steering,
+    last_restart,
+    learning_rate_scale,
+    restarts_threshold,
+    sparsity_scale,
+    steer_sparsity,
+)
 from .setup import (
     check_initial_k,
     check_shard,
+    check_target_l0,
     fill_device_defaults,
     keep_device_choices,
     make_accelerator,
@@ -97,6 +106,7 @@ class CLTTrainer:
         check_shard(self.config, args.feature_parallel_size, model)
         check_trackers(args)
         check_initial_k(self.config, args.initial_k)
+        check_target_l0(self.config, args.target_l0)
         self.resume_from = None
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
@@ -162,6 +172,7 @@ class CLTTrainer:
         self.steps_since_fired = torch.zeros(
             self.config.num_layers, self.model.num_held, dtype=torch.int64, device=self.accelerator.device
         )
+        self.steering = initial_steering().to(self.accelerator.device)
         self.revives = False  # whether there are dead features to revive
         # In the language model (harvester), in the CLT, and wall time in all; of earlier parts of a resumed run too. A
         # log line takes the events of a GPU, which is then waited for anyway.
@@ -245,7 +256,7 @@ class CLTTrainer:
                         bar.set_postfix(progress_figures(row))
                         if self.step == 1:
                             warn_if_wide(output.features, self.config)
-                        if not warned and self.step >= args.training_steps / 4:
+                        if not warned and args.target_l0 is None and self.step >= args.training_steps / 4:
                             warned = warn_if_dense(row, self.config)
                     bar.update()
                     if not is_last and is_due(self.step, args.eval_interval):
@@ -284,7 +295,7 @@ class CLTTrainer:
             )
         return model, self.accelerator.prepare_optimizer(optimizer)
 
-    def _update(self, model, optimizer) -> tuple[dict, CLTOutput, float]:
+    def _update(self, model, optimizer) -> tuple[dict, CLTOutput, float | torch.Tensor]:
         """One optimizer update, on `gradient_accumulation_steps` batches; the last batch, its output, λ's scale."""
         args, accelerator = self.args, self.accelerator
         for group in optimizer.param_groups:
@@ -295,13 +306,17 @@ class CLTTrainer:
             self.model.training_k = annealed_k(self.step, self.config.k, args.initial_k, args.num_k_anneal_steps)
         if self.config.activation_fn == "batchtopk" and restarts_threshold(self.step, args.training_steps):
             self.model.restart_running_thresholds()
-        scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule, args.sparsity_delay_steps)
+        if args.target_l0 is None:
+            scale = sparsity_scale(self.step, args.training_steps, args.sparsity_schedule, args.sparsity_delay_steps)
+        else:
+            scale = self.steering[0].exp().float()
         # Whether any feature is dead is asked now and then, since a GPU has to be waited for.
         if self.step % max(1, args.dead_feature_window // 100) == 0:
             dead = self._dead()
             self.revives = dead is not None and any_process(accelerator, bool(dead.any()))
         dead = self._dead() if self.revives else None
         fired = torch.zeros_like(self.steps_since_fired)
+        tokens_before = self.tokens_since_log
         # If reading fails within this update, here or in another process, the checkpoint has the state before it.
         before = moving_state(self) if self.batches.may_fail_within_update() else None
         # Until its memory is filled, the threshold is the mean over the batches since it was started anew.
@@ -327,6 +342,13 @@ class CLTTrainer:
             if args.max_grad_norm > 0:
                 accelerator.unscale_gradients()  # of float16
                 clip_grad_norm(self.model, optimizer.optimizer, args.max_grad_norm)
+            if args.target_l0 is not None:
+                num_tokens = self.tokens_since_log - tokens_before
+                counts = torch.stack([fired.sum(), torch.full_like(fired[0, 0], num_tokens * self.config.num_layers)])
+                active, tokens = accelerator.reduce(counts, "sum")
+                self.steering = steer_sparsity(
+                    self.steering, active / tokens, self.step, args.training_steps, args.target_l0
+                )
             if self.layout.replicas is not None:
                 dist.all_reduce(fired, group=self.layout.replicas)
             optimizer.step()
@@ -350,7 +372,7 @@ class CLTTrainer:
         return any(text is not None and text.is_reading for text in (self.buffer.tokens, self.heldout))
 
     @torch.no_grad()
-    def _log_row(self, batch: dict, output: CLTOutput, learning_rate: float, scale: float) -> dict:
+    def _log_row(self, batch: dict, output: CLTOutput, learning_rate: float, scale: float | torch.Tensor) -> dict:
         """The line of `metrics.jsonl` for this step: means since the last line; NMSE and L0 of the last batch."""
         accelerator = self.accelerator
         losses = accelerator.reduce(self.totals / self.updates_since_log, "mean").tolist()
@@ -381,7 +403,7 @@ class CLTTrainer:
         row["dead_fraction"] = None if dead is None else dead.mean().item()
         row["dead_fraction_per_layer"] = None if dead is None else dead.tolist()
         row["learning_rate"] = learning_rate
-        row["sparsity_scale"] = scale
+        row["sparsity_scale"] = float(scale)
         row["epoch"] = self.buffer.epoch
         row["tokens"] = self.tokens_seen
         if self.skip_bad:

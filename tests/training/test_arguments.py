@@ -388,6 +388,8 @@ class TestValidation:
             ("k_anneal_steps", 10000, "training_steps=10000"),
             ("k_anneal_steps", 5, "initial_k=64"),
             ("initial_k", 0, "a value above 0"),
+            ("target_l0", 0.0, "a value above 0"),
+            ("target_l0", -2.0, "a value above 0"),
         ],
     )
     def test_bad_value_is_named(self, name, value, remedy):
@@ -406,6 +408,12 @@ class TestValidation:
             CLTTrainingArguments(hub_push_interval=10, hub_model_id="user/clt")
         with pytest.raises(ValueError, match="hub_push_interval=-1 is negative"):
             CLTTrainingArguments(push_to_hub=True, hub_model_id="user/clt", hub_push_interval=-1)
+        CLTTrainingArguments(target_l0=16, sparsity_schedule="linear")
+        for given in ({"sparsity_schedule": "constant"}, {"sparsity_delay_steps": 5}):
+            with pytest.raises(
+                ValueError, match=rf"{next(iter(given))}=.* no effect with target_l0=16.0; leave it out"
+            ):
+                CLTTrainingArguments(target_l0=16, **given)
         with pytest.raises(ValueError, match=r"warmup_steps=3 .*lr_scheduler='none'"):
             CLTTrainingArguments(lr_scheduler="none", warmup_steps=3)
         with pytest.raises(ValueError, match=r"report_to='mlflow' .*tensorboard"):

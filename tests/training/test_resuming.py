@@ -36,7 +36,7 @@ def assert_same_metrics(one, two):
         }
 
 
-@pytest.mark.parametrize("activation_fn", ["jumprelu", "batchtopk"])
+@pytest.mark.parametrize("activation_fn", ["jumprelu", "relu", "batchtopk"])
 @pytest.mark.parametrize("stop_at", [2, 6])
 def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, monkeypatch, activation_fn, stop_at):
     """Twelve steps over a text of about five, and a buffer of two: many refills, and checkpoints in several epochs."""
@@ -51,6 +51,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, monkeypatch,
     }
     if activation_fn == "batchtopk":
         arguments |= {"initial_k": 12, "k_anneal_steps": 8}
+    if activation_fn == "relu":
+        arguments |= {"target_l0": 6}
     straight = make(config, **arguments)
     straight.train()
     assert straight.buffer.epoch == 2

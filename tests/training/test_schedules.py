@@ -1,15 +1,18 @@
-"""Learning rate, sparsity weight and threshold restarts, by hand."""
+"""Learning rate, sparsity weight, its feedback and threshold restarts, by hand."""
 
 import math
 
 import pytest
+import torch
 
 from hf_clt.training.schedules import (
     annealed_k,
+    initial_steering,
     last_restart,
     learning_rate_scale,
     restarts_threshold,
     sparsity_scale,
+    steer_sparsity,
 )
 
 
@@ -72,6 +75,36 @@ def test_sparsity_can_be_constant():
 def test_sparsity_can_be_delayed():
     assert [sparsity_scale(step, 6, "linear", 2) for step in range(6)] == pytest.approx([0, 0, 0.25, 0.5, 0.75, 1.0])
     assert [sparsity_scale(step, 6, "constant", 2) for step in range(6)] == [0, 0, 1, 1, 1, 1]
+
+
+def test_the_feedback_on_lambda_by_its_formula():
+    """log scale = 4 (e + Σ e / n), in Python's float64, over lengths on either side of n = 15."""
+    generator = torch.Generator().manual_seed(0)
+    for steps, target in ((50, 8.0), (400, 100.0)):
+        measured = (torch.rand(steps, generator=generator, dtype=torch.float64) * 60 + 5).tolist()
+        measured[3], total, state = 0.0, 0.0, initial_steering()
+        assert state.dtype == torch.float64 and state[0] == 0  # λ as given in the first update
+        for step, l0 in enumerate(measured):
+            state = steer_sparsity(state, torch.tensor(l0), step, steps, target)
+            part = min(1, step / (0.7 * steps))
+            wanted = measured[0] ** (1 - part) * target**part
+            error = min(1, max(-1, math.log(max(torch.tensor(l0).item(), 1e-3) / wanted)))
+            total += error / max(15, 0.05 * steps) if step >= steps / 8 else 0
+            assert state[0].item() == pytest.approx(4 * (error + total), abs=1e-6)  # L0 comes in float32
+
+
+@pytest.mark.parametrize("given", [1e-3, 1.0, 1e3])  # the λ that was given, as a share of the one that is needed
+@pytest.mark.parametrize("steps, lag", [(100, 5), (100, 10), (1000, 10), (1000, 100), (10_000, 10), (10_000, 1000)])
+def test_the_feedback_ends_at_the_target(steps, lag, given):
+    """Of an L0 that goes with λ^-0.8, late, less and less as the learning rate falls, and with noise of 5 %."""
+    generator = torch.Generator().manual_seed(0)
+    state, l0 = initial_steering(), 64.0
+    for step in range(steps):
+        noise = math.exp(0.05 * torch.randn((), generator=generator).item())
+        state = steer_sparsity(state, torch.tensor(l0 * noise), step, steps, 16.0)
+        reached = 16 * (given * math.exp(state[0].item())) ** -0.8
+        l0 *= (min(max(reached, 1e-9), 1024.0) / l0) ** ((1 - step / steps) / lag)
+    assert l0 == pytest.approx(16, rel=0.05)
 
 
 def test_k_comes_down_by_equal_steps_and_never_below_k():

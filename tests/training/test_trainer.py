@@ -28,7 +28,7 @@ from hf_clt.training.checkpoints import list_checkpoints
 from hf_clt.training.optimizers import make_optimizer
 from hf_clt.training.output_folder import lock_folder
 from hf_clt.training.reporting import command_line
-from hf_clt.training.schedules import learning_rate_scale
+from hf_clt.training.schedules import initial_steering, learning_rate_scale, steer_sparsity
 
 
 ACTIVATIONS = ("relu", "jumprelu", "topk", "batchtopk")
@@ -253,6 +253,37 @@ def test_the_lines_of_metrics(run):
     if clt.config.activation_fn == "batchtopk":
         assert train[-1]["l0"] == pytest.approx(12, abs=0.2)
         assert heldout[-1]["l0"] == pytest.approx(12, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "activation_fn, given, target",
+    [("jumprelu", None, 12.0), pytest.param("relu", 0.02, 5.0, marks=pytest.mark.slow)],
+)
+def test_l0_is_steered_to_the_target(make, tmp_path, activation_fn, given, target):
+    """From below and from above, with λ's default and with one that is far from what is needed."""
+    config = {"activation_fn": activation_fn, "sparsity_lambda": given}
+    trainer = make(config, training_steps=200, target_l0=target, batch_size=240, eval_tokens=0, learning_rate=5e-3)
+    trainer.train()
+    rows = rows_of(tmp_path / "run", "train")
+    assert rows[0]["sparsity_scale"] == 1
+    assert sum(row["l0"] / 2 for row in rows[-10:]) / 10 == pytest.approx(target, rel=0.05)
+    # The factor is the feedback on what was measured, in every update.
+    state = initial_steering()
+    for row in rows:
+        assert row["sparsity_scale"] == pytest.approx(state[0].exp().item(), rel=1e-4)
+        state = steer_sparsity(state, torch.tensor(row["l0"] / 2), row["step"] - 1, 200, target)
+    assert read_facts(tmp_path / "run")["training"]["settings"]["target_l0"] == target
+
+
+def test_a_target_l0_that_cannot_be_reached_is_refused(make):
+    for config, target, message in [
+        ({"activation_fn": "topk"}, 9, "target_l0=9 .*activation_fn='topk'.* k=9$"),
+        ({"activation_fn": "batchtopk"}, 9, "target_l0=9 .*activation_fn='batchtopk'.* k=9$"),
+        ({}, 97, "target_l0=97 .*num_features=96; give"),
+        ({"activation_fn": "relu", "sparsity_lambda": 0.0}, 9, "target_l0=9 .*sparsity_lambda=0; leave"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(config, target_l0=target)
 
 
 @pytest.mark.parametrize("k_scope", ["layer", "token"])
