@@ -29,7 +29,7 @@ from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.optimizers import make_optimizer
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
-from hf_clt.training.setup import fill_device_defaults, prepare_cpu
+from hf_clt.training.setup import fill_defaults, prepare_cpu
 
 from .dense_reference import dense_losses_of
 from .machine import device_name, versions
@@ -117,7 +117,7 @@ def compare(
     if args.eval_tokens == 0:
         raise ValueError("eval_tokens=0 leaves no tokens to compare on; give for example 4096")
     device = torch.device(args.device or "cpu")
-    args = fill_device_defaults(args, config, device)
+    args = fill_defaults(args, config, device)
     if device.type == "cpu":
         prepare_cpu()  # as the trainer does
     say("harvesting")

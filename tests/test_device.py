@@ -10,7 +10,7 @@ from benchmarks.cases import Case
 from hf_clt import CLTConfig, CLTTrainingArguments
 from hf_clt.commands import cache
 from hf_clt.device import Stopwatch, chosen_device, rounded_products
-from hf_clt.training.setup import fill_device_defaults, keep_device_choices, take_device
+from hf_clt.training.setup import fill_defaults, keep_device_choices, take_device
 
 
 @pytest.fixture
@@ -113,12 +113,12 @@ def test_what_is_left_to_the_device(gpus, memory, name):
     gpus(1)
     (layers, width), (prompts, batches) = SHAPES[name]
     config = CLTConfig(num_layers=layers, d_model=width, num_features=8)
-    on_gpu = fill_device_defaults(CLTTrainingArguments(), config, torch.device("cuda", 0))
+    on_gpu = fill_defaults(CLTTrainingArguments(), config, torch.device("cuda", 0))
     assert values(on_gpu) == ("auto", "bf16", prompts, batches)
     # Activations of a pass, and of the buffer, in bfloat16
     block = 2 * 2 * layers * width * 128
     assert prompts * block <= 80e9 / 16 and batches * prompts * block <= max(80e9 / 16, 2 * prompts * block)
-    assert values(fill_device_defaults(CLTTrainingArguments(), config, torch.device("cpu"))) == (None, "no", 8, 32)
+    assert values(fill_defaults(CLTTrainingArguments(), config, torch.device("cpu"))) == (None, "no", 8, 32)
 
 
 def test_what_was_said_is_not_left_to_the_device(gpus, memory):
@@ -126,18 +126,17 @@ def test_what_was_said_is_not_left_to_the_device(gpus, memory):
     config, gpu = CLTConfig(num_layers=12, d_model=768, num_features=8), torch.device("cuda", 0)
     said = ("float32", "no", 8, 32)
     args = CLTTrainingArguments(**dict(zip(SETTLED, said, strict=True)))
-    assert values(fill_device_defaults(args, config, gpu)) == said
-    assert fill_device_defaults(args, config, torch.device("cpu")).non_default() == {"model_dtype": "float32"}
-    wide = fill_device_defaults(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
+    assert values(fill_defaults(args, config, gpu)) == said
+    found = fill_defaults(args, config, torch.device("cpu")).non_default()
+    assert found == {"model_dtype": "float32", "learning_rate": 4e-3}
+    wide = fill_defaults(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
     assert wide.tokens_in_buffer >= 2 * wide.batch_size
     # A run that goes on has what it had, on another device too, unless something else is said.
     before = {
-        "args": fill_device_defaults(CLTTrainingArguments(), config, gpu).to_dict(),
+        "args": fill_defaults(CLTTrainingArguments(), config, gpu).to_dict(),
         "activations": {"dtype": "torch.bfloat16"},
     }
-    assert values(
-        fill_device_defaults(keep_device_choices(CLTTrainingArguments(), before), config, torch.device("cpu"))
-    ) == (
+    assert values(fill_defaults(keep_device_choices(CLTTrainingArguments(), before), config, torch.device("cpu"))) == (
         "bfloat16",
         "bf16",
         256,
@@ -189,3 +188,12 @@ def test_a_stopwatch_counts_the_work_of_a_gpu_and_not_its_launch(monkeypatch):
         time.sleep(0.02)
         raise KeyError
     assert 0.02 <= stopwatch.take() < 1
+
+
+def test_the_learning_rate_that_is_left_to_the_size():
+    def rate(num_features, **given):
+        config = CLTConfig(num_layers=2, d_model=8, num_features=num_features)
+        return fill_defaults(CLTTrainingArguments(**given), config, torch.device("cpu")).learning_rate
+
+    assert [rate(F) for F in (8, 4096, 16384)] == [4e-3, 4e-3, 2e-3]
+    assert rate(65536) == pytest.approx(1e-3) and rate(65536, learning_rate=3e-3) == 3e-3

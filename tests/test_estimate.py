@@ -42,7 +42,7 @@ def test_the_state_is_that_of_a_real_run(kwargs, optimizer, dtype):
     plan = Plan(make_config(**kwargs), l0=4, optimizer=optimizer, clt_dtype=dtype)
     clt = CrossLayerTranscoder(plan.config)
     clt.cast_decoders(getattr(torch, dtype))
-    made = make_optimizer(clt, CLTTrainingArguments(optimizer=optimizer))
+    made = make_optimizer(clt, CLTTrainingArguments(optimizer=optimizer, learning_rate=1e-3))
     clt(torch.randn(5, 3, 8), labels=torch.randn(5, 3, 8)).loss.backward()
     made.step()
     parts = memory(plan)

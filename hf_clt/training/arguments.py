@@ -177,7 +177,12 @@ class CLTTrainingArguments:
         None,
         "Number format of the CLT's decoders; encoders, biases and thresholds stay float32. None: float32.",
     )
-    learning_rate: float = _arg("optimisation", 2e-3, "Highest learning rate, reached at the end of the warm-up.")
+    learning_rate: float | None = _arg(
+        "optimisation",
+        None,
+        "Highest learning rate, reached at the end of the warm-up. None: 0.004 up to 4,096 features per layer, above "
+        "that 0.256 over the root of their number.",
+    )
     training_steps: int = _arg(
         "optimisation",
         10000,
@@ -191,7 +196,7 @@ class CLTTrainingArguments:
         "second moment per feature and the first moment in float16 (NMSE 1 to 3 % below adam's on a made dictionary); "
         "almost none with --adam-beta1 0 (4 % above with topk, a third with jumprelu).",
     )
-    adam_beta1: float = _arg("optimisation", 0.9, "Decay of the optimizer's mean of gradients, per update.")
+    adam_beta1: float = _arg("optimisation", 0.5, "Decay of the optimizer's mean of gradients, per update.")
     adam_beta2: float = _arg("optimisation", 0.999, "Decay of the optimizer's mean of squared gradients, per update.")
     adam_epsilon: float = _arg("optimisation", 1e-8, "Added to the root of the mean squared gradient.")
     weight_decay: float = _arg(

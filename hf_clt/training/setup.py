@@ -84,15 +84,21 @@ def keep_device_choices(args: CLTTrainingArguments, state: dict) -> CLTTrainingA
     return replace(args, **found)
 
 
-def fill_device_defaults(args: CLTTrainingArguments, config: CLTConfig, device: torch.device) -> CLTTrainingArguments:
-    """The arguments with a value for what was left to the device on which the language model and the CLT are."""
-    defaults = CPU_DEFAULTS
+def fill_defaults(args: CLTTrainingArguments, config: CLTConfig, device: torch.device) -> CLTTrainingArguments:
+    """The arguments with a value for what was left to the CLT's size and the device that it is on."""
+    defaults = {**CPU_DEFAULTS}
     if device.type == "cuda":
         defaults = gpu_defaults(args, config.num_layers, config.d_model, total_memory(device))
         defaults["mixed_precision"] = usual_precision(device)
         if args.activation_cache is not None:  # no language model runs
             del defaults["model_dtype"]
+    defaults["learning_rate"] = usual_learning_rate(config.num_features)
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def usual_learning_rate(num_features: int) -> float:
+    """What `learning_rate=None` means: many features are each active seldom, and take smaller steps."""
+    return 4e-3 * min(1.0, (4096 / num_features) ** 0.5)
 
 
 def prepare_device(args: CLTTrainingArguments, accelerator: Accelerator, progress: bool) -> None:

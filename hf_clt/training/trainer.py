@@ -50,7 +50,7 @@ from .setup import (
     check_initial_k,
     check_shard,
     check_target_l0,
-    fill_device_defaults,
+    fill_defaults,
     keep_device_choices,
     make_accelerator,
     make_layout,
@@ -112,7 +112,7 @@ class CLTTrainer:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
             args = keep_device_choices(args, read_state(self.resume_from))
         self.accelerator = make_accelerator(args)
-        self.args = args = fill_device_defaults(args, self.config, self.accelerator.device)
+        self.args = args = fill_defaults(args, self.config, self.accelerator.device)
         self.progress = self.accelerator.is_local_main_process and not args.disable_progress_bar
         self.layout = make_layout(self.accelerator, args.feature_parallel_size)
         self.shard = self.layout.shard

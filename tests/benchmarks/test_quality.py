@@ -123,7 +123,7 @@ def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plot
     metrics = trainer.evaluate()
     assert record["metrics"]["nmse_per_layer"] == metrics["nmse_per_layer"]
     assert record["metrics"]["num_tokens"] == cache.manifest["splits"]["heldout"]["tokens"]
-    assert record["resolved"]["learning_rate"] == 2e-3 and record["seed"] == 1
+    assert record["resolved"]["learning_rate"] == 4e-3 and record["seed"] == 1
 
     # Recorded, it is not made again.
     assert quality.main([*command, "--families", "batchtopk", "--seeds", "1", "--max-runs", "1"]) == 0

@@ -460,7 +460,7 @@ class TestHelpers:
         assert CLTTrainingArguments(training_steps=1003, initial_k=64, k_anneal_steps=0).num_k_anneal_steps == 0
 
     def test_to_dict_and_non_default(self):
-        args = CLTTrainingArguments(model="gpt2", seed=1, report_to=["trackio"], learning_rate=2e-3)
+        args = CLTTrainingArguments(model="gpt2", seed=1, report_to=["trackio"], adam_beta1=0.5)
         assert CLTTrainingArguments(**json.loads(json.dumps(args.to_dict()))) == args
         assert args.non_default() == {"model": "gpt2", "seed": 1, "report_to": ["trackio"]}
         assert CLTTrainingArguments().non_default() == {}
@@ -554,7 +554,7 @@ class TestScript:
         starts = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")}
         assert starts == {"--" + name.replace("_", "-") for name in names}
         assert "--no-streaming turns it off" in done.stdout
-        assert "(default: 0.002)" in done.stdout
+        assert "(default: 0.5)" in done.stdout
         assert "130 when Ctrl-C (SIGINT) or SIGTERM" in done.stdout
 
     def test_errors_are_one_line(self, capsys, monkeypatch):

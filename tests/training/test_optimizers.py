@@ -275,7 +275,8 @@ def test_the_state_of_another_optimizer_is_refused(other):
     make_steps(model, optimizer, [0])
     tensors = optimizer_tensors(model, optimizer)
     with pytest.raises(ValueError, match="resume with the same --optimizer and --adam-beta1"):
-        load_optimizer_tensors(model, make_optimizer(model, CLTTrainingArguments(**other)), tensors)
+        other = make_optimizer(model, CLTTrainingArguments(learning_rate=1e-3, **other))
+        load_optimizer_tensors(model, other, tensors)
 
 
 # In the trainer
@@ -390,7 +391,7 @@ def test_clipping_within_a_step_is_that_of_torch(name, dtype):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gradients_that_are_not_finite_go_to_the_weights(name, value):
     model = make_model()
-    optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name))
+    optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name, learning_rate=2e-3))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.encoders[0].weight.grad[3, 5] = value
@@ -405,7 +406,7 @@ def test_with_a_scaler_for_float16(name):
     weights = []
     for scaled in (True, False):
         model = make_model()
-        optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name, adam_epsilon=1.0))
+        optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name, learning_rate=2e-3, adam_epsilon=1.0))
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
         for number in range(3):
             if number == 1 and not scaled:
@@ -430,7 +431,7 @@ def test_with_a_scaler_for_float16(name):
 def test_adams_second_moment_falls_in_bfloat16(name):
     """Of torch's own it stays for ever: 0.999 v rounds back to v."""
     model = make_model(torch.bfloat16)
-    optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name))
+    optimizer = make_optimizer(model, CLTTrainingArguments(optimizer=name, learning_rate=2e-3))
     for step in range(1001):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, float(step == 0))
@@ -465,7 +466,7 @@ def test_in_bfloat16_it_is_a_step_of_float32_rounded(monkeypatch, weight_decay, 
 def test_adam_in_bfloat16_is_saved_and_restored_bit_for_bit(tmp_path, fresh_accelerate):
     def make():
         model = make_model(torch.bfloat16)
-        return model, make_optimizer(model, CLTTrainingArguments())
+        return model, make_optimizer(model, CLTTrainingArguments(learning_rate=2e-3))
 
     (model, optimizer), (other, resumed) = make(), make()
     make_steps(model, optimizer, range(3))
@@ -484,7 +485,7 @@ def test_moments_that_an_older_version_kept_in_bfloat16_are_widened():
     model = make_model(torch.bfloat16)
     old = torch.optim.Adam(model.parameters(), fused=True)
     make_steps(model, old, range(2))
-    optimizer = make_optimizer(model, CLTTrainingArguments())
+    optimizer = make_optimizer(model, CLTTrainingArguments(learning_rate=2e-3))
     load_optimizer_tensors(model, optimizer, optimizer_tensors(model, old))
     make_steps(model, optimizer, (2,))
     assert {state["exp_avg_sq"].dtype for state in optimizer.state.values()} == {torch.float32}
