@@ -1,6 +1,7 @@
 """
 What each phase of an update takes on a GPU, modelled from the bytes and operations of the kernels as they are written,
-before and after all layers were worked on at once. Modelled, not measured:
+before and after all layers were worked on at once. It is a model; an update on an H200 took 16 to 35 % more
+(docs/scale.md):
 
   python -m benchmarks.phases --device H100
 

@@ -35,8 +35,8 @@ SHAPES = {
 
 # From the data sheets: dense products in bfloat16 and float32 (TF32) in operations per second, memory in bytes and
 # bytes per second, link between the GPUs of a node and between nodes in bytes per second and direction. Not from there
-# `cache`, bytes per second of gathers that mostly come from the L2 cache: of an H200 as single kernels reached
-# (benchmarks/README.md, "Parts"); of the others assumed.
+# `cache`, bytes per second of gathers that mostly come from the L2 cache: of an H200 near the best that its kernels
+# reached (5.4 to 8.8 TB/s, benchmarks/README.md); of the others assumed.
 DEVICES = {
     "H100": {"bfloat16": 989e12, "float32": 495e12, "memory": 80e9, "stream": 3.35e12, "cache": 5.5e12}
     | {"link": 450e9, "network": 50e9},
@@ -45,8 +45,8 @@ DEVICES = {
     "A100": {"bfloat16": 312e12, "float32": 156e12, "memory": 80e9, "stream": 2.04e12, "cache": 3e12}
     | {"link": 300e9, "network": 25e9},
 }
-# Shares of the data sheet that are assumed, of products and of all else, chosen before anything was measured. There
-# single kernels reached up to 71 and 88 %, but an update also has gaps and small kernels.
+# Shares of the data sheet that are assumed, of products and of all else, chosen before anything was measured. On an
+# H200 single kernels reached 67 and 88 %; updates took from 17 % less to 14 % more than estimated (docs/scale.md).
 ASSUMED = {"products": 0.4, "streams": 0.6}
 GPUS_PER_NODE = 8
 USABLE = 0.92  # of a GPU's memory; the rest goes to its driver, libraries and fragments
