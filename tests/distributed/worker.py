@@ -78,7 +78,7 @@ def record_batches(trainer: CLTTrainer) -> dict:
     forward, recorded = trainer.model.forward, {}
 
     def recording(inputs, labels=None, **kwargs):
-        if trainer.model.training:
+        if trainer.model.training and labels is not None:  # without, the decoders' start is made
             number = len(recorded) // 2
             recorded[f"batches.inputs.{number}"], recorded[f"batches.labels.{number}"] = inputs, labels
         return forward(inputs, labels=labels, **kwargs)

@@ -267,7 +267,7 @@ def test_what_may_change_is_said_once(stopped, changed, caplog):
     moved = changed(lambda model: None, "moved")  # the same weights elsewhere, read in another format
     stopped(model=moved, model_dtype="bfloat16", learning_rate=1e-3, log_interval=3).train()
     (said,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
-    for text in ("learning_rate 0.002 -> 0.001", "training_steps 5 -> 6", "model_dtype None -> 'bfloat16'", "moved"):
+    for text in ("learning_rate 0.004 -> 0.001", "training_steps 5 -> 6", "model_dtype None -> 'bfloat16'", "moved"):
         assert text in said
     assert "log_interval" not in said
 
