@@ -21,6 +21,8 @@ from .tokens import TokenStream
 
 logger = logging.getLogger(__name__)
 
+START_TOKENS = 1024  # at a time, for the start of the decoders
+
 
 def estimate_statistics(
     tokens: TokenStream,
@@ -164,19 +166,26 @@ def set_decoder_directions(clt: CrossLayerTranscoder, inputs: Tensor, labels: Te
     """
     if clt.config.decoder_tying != "none":
         return
-    targets, training = clt.normalize_targets(labels), clt.training
-    weights = [decoder.weight for decoder in clt.decoders]
+    weights, training = [decoder.weight for decoder in clt.decoders], clt.training
+    parts = list(zip(inputs.split(START_TOKENS), labels.split(START_TOKENS), strict=True))
     clt.train()
-    with torch.enable_grad():
-        output = clt(inputs)
-        written = (clt.normalize_targets(output.reconstruction) * targets).sum()
-    gradients = torch.autograd.grad(written, weights)
-    for weight, sums, layer in zip(weights, gradients, output.features.layers, strict=True):
-        values = layer.values.detach()
-        squares = values.new_zeros(len(weight)).index_add_(0, layer.indices, values.square())[:, None, None]
-        weight.copy_(torch.where(squares > 0, sums / (1 + squares), weight))
-    written = clt.normalize_targets(clt(inputs).reconstruction)
-    scale = (written * targets).sum(dim=(0, 2)) / written.square().sum(dim=(0, 2)).clamp_min(1e-30)
+    squares = [torch.zeros_like(encoder.bias) for encoder in clt.encoders]
+    for x, y in parts:
+        with torch.enable_grad():
+            output = clt(x)
+            written = (clt.normalize_targets(output.reconstruction) * clt.normalize_targets(y)).sum()
+        torch.autograd.backward(written, inputs=weights)
+        for sums, layer in zip(squares, output.features.layers, strict=True):
+            sums.index_add_(0, layer.indices, layer.values.detach().square())
+    for weight, of_layer in zip(weights, squares, strict=True):
+        of_layer = of_layer[:, None, None]
+        weight.copy_(torch.where(of_layer > 0, weight.grad / (1 + of_layer), weight))
+        weight.grad = None
+    products = torch.zeros(2, clt.config.num_layers, dtype=torch.float64, device=clt.device)
+    for x, y in parts:
+        written, y = clt.normalize_targets(clt(x).reconstruction), clt.normalize_targets(y)
+        products += torch.stack([(written * y).sum(dim=(0, 2)), written.square().sum(dim=(0, 2))])
+    scale = (products[0] / products[1].clamp_min(1e-30)).to(weights[0].dtype)
     for s, weight in enumerate(weights):
         weight.mul_(scale[s : s + weight.shape[1], None])
     clt.train(training)
