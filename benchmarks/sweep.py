@@ -144,7 +144,7 @@ def as_run(settings: dict) -> tuple[CLTTrainingArguments, CLTConfig]:
 
 def resolve(args: CLTTrainingArguments, config: CLTConfig) -> dict:
     """All settings of a run by name, those with their default values too."""
-    rate = args.learning_rate or usual_learning_rate(config.num_features)
+    rate = args.learning_rate or usual_learning_rate(config)
     return {**args.to_dict(), "learning_rate": rate, **{name: getattr(config, name) for name in CLT_CONFIG_HELP}}
 
 

@@ -92,13 +92,16 @@ def fill_defaults(args: CLTTrainingArguments, config: CLTConfig, device: torch.d
         defaults["mixed_precision"] = usual_precision(device)
         if args.activation_cache is not None:  # no language model runs
             del defaults["model_dtype"]
-    defaults["learning_rate"] = usual_learning_rate(config.num_features)
+    defaults["learning_rate"] = usual_learning_rate(config)
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
-def usual_learning_rate(num_features: int) -> float:
-    """What `learning_rate=None` means: many features are each active seldom, and take smaller steps."""
-    return 4e-3 * min(1.0, (4096 / num_features) ** 0.5)
+def usual_learning_rate(config: CLTConfig) -> float:
+    """
+    What `learning_rate=None` means: up to 10 source layers per target and 4,096 features 4e-3, and less with more, since
+    the steps of all that writes to a target layer add up (measured: docs/defaults.md).
+    """
+    return 4e-3 * min(1.0, 10 / config.reach) * min(1.0, (4096 / config.num_features) ** 0.5)
 
 
 def prepare_device(args: CLTTrainingArguments, accelerator: Accelerator, progress: bool) -> None:
