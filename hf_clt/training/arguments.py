@@ -180,8 +180,8 @@ class CLTTrainingArguments:
     learning_rate: float | None = _arg(
         "optimisation",
         None,
-        "Highest learning rate, reached at the end of the warm-up. None: 0.004, with more than 10 layers times the root "
-        "of 10 over their number, with more than 4,096 features times the root of 4,096 over theirs.",
+        "Highest learning rate, reached at the end of the warm-up. None: 0.004, with more than 10 layers times the "
+        "root of 10 over their number, with more than 4,096 features times the root of 4,096 over theirs.",
     )
     training_steps: int = _arg(
         "optimisation",
