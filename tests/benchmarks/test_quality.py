@@ -27,7 +27,7 @@ families:
   batchtopk: {activation-fn: batchtopk, k: [2, 6]}
 candidates:
   slow: {learning-rate: 1e-6}
-  same: {learning-rate: 2e-3, families: [topk]}
+  same: {learning-rate: 4e-3, families: [topk]}
   more-updates: {batch-size: 32, families: [topk], k: [3, 4]}
 """
 
