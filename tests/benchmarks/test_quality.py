@@ -19,7 +19,9 @@ from hf_clt.training.parser import parse_train_args
 
 PLAN = """
 cache: {train-tokens: 700, heldout-tokens: 200, context-size: 32, ce-tokens: 100}
-base: {num-features: 48, tokens: 256, batch-size: 64, n-batches-in-buffer: 4, normalization-estimation-batches: 2}
+base:
+  {num-features: 48, tokens: 256, batch-size: 64, n-batches-in-buffer: 4, normalization-estimation-batches: 2,
+   initial-weights: random}
 l0: [3, 20]
 seeds: [0, 1, 2]
 families:
@@ -116,6 +118,7 @@ def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plot
     assert cache.manifest["splits"]["heldout"]["tokens"] >= 200
     options = "--num-features 48 --activation-fn batchtopk --k 2 --training-steps 4 --batch-size 64 --seed 1"
     options += " --n-batches-in-buffer 4 --normalization-estimation-batches 2 --disable-progress-bar"
+    options += " --initial-weights random"
     places = ["--activation-cache", str(cache.folder), "--output-dir", str(tmp_path / "plain")]
     args, fields = parse_train_args([*options.split(), *places])
     trainer = CLTTrainer(args, build_config(args, fields))
