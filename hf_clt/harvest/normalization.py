@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from ..folding import STATISTICS
@@ -103,7 +104,7 @@ def load_statistics(path: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def set_encoder_directions(clt: CrossLayerTranscoder, inputs: Tensor) -> None:
+def set_encoder_directions(clt: CrossLayerTranscoder, layer: int, inputs: Tensor) -> None:
     """
     Gives each row of W_enc, whose length it keeps, the direction of a token's normalised input, less their mean, and a
     tenth of the random direction that it had, so that no two are the same. Such a feature fires on what is like that
@@ -111,18 +112,16 @@ def set_encoder_directions(clt: CrossLayerTranscoder, inputs: Tensor) -> None:
 
     Args:
         clt: A new CLT, its statistics set.
-        inputs: (N, L, D) raw inputs of tokens in random order, the same on all processes that share the features; with
-            N below F some are taken again.
+        layer: Whose encoder.
+        inputs: (N, D) raw inputs of that layer, of tokens in random order, the same on all processes that share the
+            features; with N below F some are taken again.
     """
-    x = clt.normalize_inputs(inputs)
-    x = x - x.mean(dim=0)
-    features = torch.arange(clt.config.num_features, device=x.device)[rows_of(clt.shard, clt.config.num_features)]
-    for s, encoder in enumerate(clt.encoders):
-        tokens = features + s * len(x) // len(clt.encoders)  # other tokens in each layer
-        directions = torch.nn.functional.normalize(x[tokens % len(x), s], dim=1)
-        lengths = encoder.weight.norm(dim=1, keepdim=True)
-        rows = directions * lengths + encoder.weight / 10
-        encoder.weight.copy_(torch.nn.functional.normalize(rows, dim=1) * lengths)
+    weight, held = clt.encoders[layer].weight, rows_of(clt.shard, clt.config.num_features)
+    x = inputs.to(weight.dtype)
+    x = (x - x.mean(dim=0)) / (1 if clt.std_in is None else clt.std_in[layer])
+    x = x[torch.arange(held.start, held.stop, device=x.device) % len(x)]
+    lengths = weight.norm(dim=1, keepdim=True)
+    weight.copy_(lengths * normalize(normalize(x, dim=1) * lengths + weight / 10, dim=1))
 
 
 @torch.no_grad()

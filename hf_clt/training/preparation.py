@@ -97,13 +97,15 @@ def initialize_from_data(trainer: "CLTTrainer") -> None:
     together(accelerator, trainer.buffer.fill)
     size = 1 if trainer.shard is None else trainer.shard.size
 
-    def sample(name: str, tokens: torch.Tensor) -> torch.Tensor:
-        rows = getattr(trainer.buffer, name)[tokens].to(accelerator.device)
+    def sample(name: str, *slots: torch.Tensor | slice | int) -> torch.Tensor:
+        rows = getattr(trainer.buffer, name)[slots].to(accelerator.device)
         return gather_tokens(trainer.shard, {name: rows})[name]
 
     if args.initial_weights == "data":
-        in_random_order = trainer.buffer.order_here[: -(-clt.config.num_features // size)]
-        set_encoder_directions(clt, sample("inputs", in_random_order))
+        shuffled, count = trainer.buffer.order_here, -(-clt.config.num_features // size)
+        for layer in range(clt.config.num_layers):  # other tokens in each
+            slots = shuffled.roll(-layer * len(shuffled) // clt.config.num_layers)[:count]
+            set_encoder_directions(clt, layer, sample("inputs", slots, layer))
     first = slice(0, min(RATE_SAMPLE // size, trainer.buffer.num_unread))  # the slots fill from the first on
     if statistics is None:
         set_output_bias(clt, sample("labels", first))
