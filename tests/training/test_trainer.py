@@ -349,8 +349,10 @@ def test_the_card_has_the_replacement_metrics_where_asked_for(make, tmp_path):
     first, last = rows_of(tmp_path / "run", "heldout")
     assert "kl" not in first and last["num_predictions"] <= last["num_tokens"]
     expected = replacement_metrics(trainer.harvester.model, trainer.model, list(trainer.heldout))
+    # Statistics are folded in what was measured and not here: rounding, which ce_recovered, a ratio of small
+    # differences, makes larger.
     assert {name: last[name] for name in expected if name != "num_tokens"} == pytest.approx(
-        {name: value for name, value in expected.items() if name != "num_tokens"}
+        {name: value for name, value in expected.items() if name != "num_tokens"}, rel=1e-4
     )
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.license == "cc-by-4.0"
