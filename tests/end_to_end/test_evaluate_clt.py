@@ -164,7 +164,7 @@ def test_from_topk_to_jumprelu_with_further_updates(tiny_gpt2, options, tmp_path
     assert "NMSE: NOT within 2% of the original" in out
     assert "--init-from CLT --activation-fn batchtopk" in out
     further = ["--init-from", str(first), "--activation-fn", "batchtopk", "--output-dir", str(tuned)]
-    assert train_clt.main([*further, "--learning-rate", "2e-3", "--training-steps", "60", *common]) == 0
+    assert train_clt.main([*further, "--learning-rate", "2e-3", "--training-steps", "120", *common]) == 0
     assert CrossLayerTranscoder.from_pretrained(tuned).config.k == 8
     assert to_jumprelu.main([str(tuned), str(last), *options]) == 0
     assert nmse(last) <= nmse(topk) * 1.02 < nmse(first)
