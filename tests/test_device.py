@@ -199,3 +199,10 @@ def test_the_learning_rate_that_is_left_to_the_size():
     assert rate(65536, learning_rate=3e-3) == 3e-3
     found = [rate(8, 10), rate(8, 40), rate(8, 40, reach=1), rate(16384, 40)]
     assert found == pytest.approx([4e-3, 2e-3, 4e-3, 1e-3])
+
+
+def test_a_run_that_goes_on_keeps_its_learning_rate():
+    """That of a checkpoint from before the default changed, too."""
+    state = {"args": CLTTrainingArguments(learning_rate=2e-3).to_dict()}
+    assert keep_device_choices(CLTTrainingArguments(), state).learning_rate == 2e-3
+    assert keep_device_choices(CLTTrainingArguments(learning_rate=1e-3), state).learning_rate == 1e-3

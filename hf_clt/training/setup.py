@@ -73,14 +73,15 @@ def take_device(name: str | None) -> torch.device:
 
 def keep_device_choices(args: CLTTrainingArguments, state: dict) -> CLTTrainingArguments:
     """
-    The arguments of a run that goes on: what is left to the device is as it was when the checkpoint was written, whose
-    `state.json` is given, on whatever device.
+    The arguments of a run that goes on: what is left to the device, and the learning rate if it is, are as they were
+    when the checkpoint was written, whose `state.json` is given, on whatever device and with whatever defaults.
     """
     before = state.get("args", {})
     if before.get("activation_cache") is None:
         dtype = (state.get("activations") or {}).get("dtype")  # as it came out of None or auto
         before = {**before, "model_dtype": dtype and dtype.removeprefix("torch.")}
-    found = {name: before.get(name) for name in (*CPU_DEFAULTS, "model_dtype") if getattr(args, name) is None}
+    names = (*CPU_DEFAULTS, "model_dtype", "learning_rate")
+    found = {name: before.get(name) for name in names if getattr(args, name) is None}
     return replace(args, **found)
 
 
