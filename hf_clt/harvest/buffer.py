@@ -1,9 +1,11 @@
 """
-The activation buffer: mixes the activations of many documents and hands out each token exactly once per epoch.
+The activation buffer: mixes the activations of many documents and hands out each token exactly once per epoch, or
+`passes` times.
 
 The buffer has a fixed number of slots, one token each. `fill` harvests extraction batches into the free slots and puts
 all slots with unread tokens in a new random order. Batches are read in this order, and when half of it has been read,
-the buffer is filled again. What is random depends on `seed` alone.
+the buffer is filled again. With several passes a slot stands in the order so many times, and is free after the last.
+What is random depends on `seed` alone.
 
 A checkpoint saves no activations, but the order of the unread slots, where the token of each came from (the number of
 its extraction batch and the row in it), and the tokens of these extraction batches. Resuming harvests them again.
@@ -46,8 +48,8 @@ class ActivationBuffer:
     """
     Mixes the activations of many extraction batches and hands them out in training batches.
 
-    Iterating gives one epoch of the text: every counted token exactly once, the last batch possibly short. The next
-    iteration gives the next epoch, in another order.
+    Iterating gives one epoch of the text: every counted token exactly `passes` times, the last batch possibly short.
+    The next iteration gives the next epoch, in another order.
 
     With `overlap` the extraction batches of the next fill are harvested ahead, a few after each training batch: on a
     GPU on a stream of their own, so that language model and CLT share the GPU and nothing waits. The batches and their
@@ -61,6 +63,7 @@ class ActivationBuffer:
         harvester: Gives their activations.
         n_batches: Extraction batches that the buffer holds.
         batch_size: N, tokens per training batch.
+        passes: Times that each token is handed out before it leaves the buffer.
         dtype: Type in which activations are kept and handed out.
         device: Where activations are kept.
         seed: Seed of the order.
@@ -71,7 +74,7 @@ class ActivationBuffer:
             for.
 
     Attributes:
-        num_unread (`int`): Tokens in the buffer that were not yet handed out.
+        num_unread (`int`): Tokens in the buffer that were not yet handed out, each for every pass that remains.
         skipped_tokens (`int`): Counted tokens of the blocks left out so far.
 
     Yields:
@@ -89,6 +92,7 @@ class ActivationBuffer:
         *,
         n_batches: int = 32,
         batch_size: int = 1024,
+        passes: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         seed: int = 0,
@@ -105,8 +109,9 @@ class ActivationBuffer:
                 f"batch_size={batch_size} is larger than the buffer, which holds {self.capacity} tokens; lower "
                 "batch_size or raise n_batches_in_buffer"
             )
-        self.tokens, self.harvester, self.batch_size = tokens, harvester, batch_size
+        self.tokens, self.harvester, self.batch_size, self.passes = tokens, harvester, batch_size, passes
         self.dtype, self.progress, self.overlap, self.skip_bad = dtype, progress, overlap, skip_bad
+        self.half = passes * self.capacity // 2  # reads that remain when it is filled again
         # Room for one more extraction batch beside an unread training batch, so that none is short but the last.
         num_slots = max(self.capacity, batch_size + self.rows_per_harvest)
         shape = (num_slots, harvester.num_layers, harvester.d_model)
@@ -140,7 +145,7 @@ class ActivationBuffer:
     @property
     def num_ready(self) -> int:
         """How many batches can be given before text or language model are asked for more, where something may fail."""
-        above_half = -(-(self.num_unread - self.capacity // 2) // self.batch_size)
+        above_half = -(-(self.num_unread - self.half) // self.batch_size)
         return 0 if self.overlap else max(0, min(above_half, self.num_unread // self.batch_size))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -165,7 +170,8 @@ class ActivationBuffer:
     def _next_batch(self) -> dict[str, Tensor]:
         slots = self.order_here[self.read : self.read + self.batch_size]
         if self.overlap:
-            self._harvest_ahead(self.read + len(slots))  # it may fail, and then the batch is still unread
+            freed = int(self.freed[self.read + len(slots) - 1])
+            self._harvest_ahead(freed)  # it may fail, and then the batch is still unread
         self.read += len(slots)
         return self._activations(slots, self.pin_memory)
 
@@ -179,15 +185,18 @@ class ActivationBuffer:
         return found
 
     def _set_order(self, order: Tensor) -> None:
-        self.order = order  # slots with tokens, in the order of reading
+        self.order = order  # slots with tokens, in the order of reading, each for every pass that remains
         self.order_here = to_device(order, self.inputs.device)  # the same, where the activations are
         self.read = 0  # how many of them were read
+        places = torch.arange(len(order))
+        last = torch.zeros(len(self.inputs), dtype=torch.int64).scatter_reduce_(0, order, places, "amax")
+        self.freed = (last[order] == places).cumsum(0)  # slots that have been read for the last time, after each
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
     def fill(self) -> None:
         """Fills the buffer if half of it has been read, or if it holds less than a batch, and the text goes on."""
-        if self.num_unread > self.capacity // 2 and self.num_unread >= self.batch_size:
+        if self.num_unread > self.half and self.num_unread >= self.batch_size:
             return
         if self._text is None:
             self._text = iter(self.tokens)
@@ -201,7 +210,7 @@ class ActivationBuffer:
             self._checks_each = True
             filled = self._harvest_into(free, self._checks_each)
         if filled:
-            unread = torch.cat([unread, free[:filled]])
+            unread = torch.cat([unread, *[free[:filled]] * self.passes])
             self._set_order(unread[torch.randperm(len(unread), generator=self.generator)])
         self.token_batches = self._unread_batches()
 
@@ -262,10 +271,10 @@ class ActivationBuffer:
             done = self.stream.record_event() if self.stream is not None else None
         return Harvested(batch, inputs, labels, total, done)
 
-    def _harvest_ahead(self, read: int) -> None:
-        """Keeps as many tokens ready for the next fill as have been read since the last one: they will fit."""
+    def _harvest_ahead(self, freed: int) -> None:
+        """Keeps as many tokens ready for the next fill as slots have become free since the last: they will fit."""
         ready = sum(len(harvested.inputs) for harvested in self.ahead)
-        while (self.waiting or not self._text_ended) and ready + self.rows_per_harvest <= read:
+        while (self.waiting or not self._text_ended) and ready + self.rows_per_harvest <= freed:
             harvested = self._harvest_next()
             if harvested is not None:
                 self.ahead.append(harvested)

@@ -110,6 +110,12 @@ class CLTTrainingArguments:
         "more batches mix documents better and take more memory. None: 32 on a CPU; on a GPU 2 to 32, a sixteenth of "
         "its memory.",
     )
+    buffer_passes: int = _arg(
+        "buffer",
+        1,
+        "Times that each token is trained on before it leaves the buffer. 2 makes twice the updates of the same text "
+        "and the same forward passes of the language model.",
+    )
     batch_size: int = _arg(
         "buffer",
         1024,
@@ -517,8 +523,8 @@ class CLTTrainingArguments:
 # Of fields whose default depends on the device; on a GPU, see `setup.gpu_defaults`.
 CPU_DEFAULTS = {"store_batch_size_prompts": 8, "n_batches_in_buffer": 32, "mixed_precision": "no"}
 POSITIVE = (
-    "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "batch_size", "normalization_estimation_batches",
-    "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
+    "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "buffer_passes", "batch_size",
+    "normalization_estimation_batches", "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
     "save_total_limit", "dead_feature_window", "initial_k", "target_l0", "feature_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (

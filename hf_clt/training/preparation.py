@@ -101,12 +101,13 @@ def initialize_from_data(trainer: "CLTTrainer") -> None:
         rows = getattr(trainer.buffer, name)[slots].to(accelerator.device)
         return gather_tokens(trainer.shard, {name: rows})[name]
 
+    shuffled = torch.tensor(list(dict.fromkeys(trainer.buffer.order.tolist())))  # each once, whatever the passes
     if args.initial_weights == "data":
-        shuffled, count = trainer.buffer.order_here, -(-clt.config.num_features // size)
+        count = -(-clt.config.num_features // size)
         for layer in range(clt.config.num_layers):  # other tokens in each
             slots = shuffled.roll(-layer * len(shuffled) // clt.config.num_layers)[:count]
             set_encoder_directions(clt, layer, sample("inputs", slots, layer))
-    first = slice(0, min(RATE_SAMPLE // size, trainer.buffer.num_unread))  # the slots fill from the first on
+    first = slice(0, min(RATE_SAMPLE // size, len(shuffled)))  # the slots fill from the first on
     if statistics is None:
         set_output_bias(clt, sample("labels", first))
     rate = args.initial_feature_rate

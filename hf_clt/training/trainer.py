@@ -153,6 +153,7 @@ class CLTTrainer:
             self.harvester,
             n_batches=args.n_batches_in_buffer,
             batch_size=args.batch_size,
+            passes=args.buffer_passes,
             dtype=getattr(torch, args.buffer_dtype) if args.buffer_dtype else self.harvester.dtype,
             device=args.buffer_device or self.accelerator.device,
             seed=args.seed + self.accelerator.process_index,

@@ -58,9 +58,9 @@ def make_stream(num_documents=30, context_size=8, prompts_per_batch=2, seed=0):
     }
 
 
-def make_buffer(n_batches=4, batch_size=10, seed=0, overlap=False, **stream):
+def make_buffer(n_batches=4, batch_size=10, seed=0, overlap=False, passes=1, **stream):
     stream = make_stream(**stream)[0]
-    shape = {"n_batches": n_batches, "batch_size": batch_size}
+    shape = {"n_batches": n_batches, "batch_size": batch_size, "passes": passes}
     return ActivationBuffer(stream, NumberHarvester(), seed=seed, overlap=overlap, **shape)
 
 
@@ -79,15 +79,27 @@ def assert_same_batches(left, right):
 # One epoch
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("n_batches", [2, 4, 7, 100])
 @pytest.mark.parametrize("batch_size", [1, 10, 13, 25])
-def test_every_counted_token_once_per_epoch(n_batches, batch_size):
-    stream, documents = make_stream()
-    buffer = ActivationBuffer(stream, NumberHarvester(), n_batches=n_batches, batch_size=batch_size)
+def test_every_counted_token_once_per_epoch_or_so_many_times_as_there_are_passes(n_batches, batch_size, passes):
+    documents = make_stream()[1]
+    buffer = make_buffer(n_batches, batch_size, passes=passes)
     for epoch in range(3):
         assert buffer.epoch == epoch
         seen = [number for batch in buffer for number in ids_of(batch)]
-        assert sorted(seen) == sorted(documents)  # BOS, EOS and padding never, every word once
+        assert sorted(seen) == sorted(list(documents) * passes)  # BOS, EOS and padding never
+
+
+def test_more_passes_harvest_no_more():
+    """The same extraction batches once each, and between fills, which come when half of the reads is done, none."""
+    plain, buffer = make_buffer(n_batches=8), make_buffer(n_batches=8, passes=3)
+    list(plain)
+    fills = []
+    for _ in buffer:
+        fills.append(buffer.num_harvested)
+    assert buffer.num_harvested == plain.num_harvested
+    assert 4 < len(set(fills)) < len(fills) / 3
 
 
 def test_inputs_and_labels_of_all_layers_stay_aligned():
@@ -258,11 +270,12 @@ def not_finite(harvester, number, times):
     harvester.read, harvester.check = failing_read, check
 
 
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("where", ["text", "model", "check"])
-def test_a_failure_loses_and_repeats_nothing(where, overlap):
+def test_a_failure_loses_and_repeats_nothing(where, overlap, passes):
     """Wherever it comes, the buffer can be iterated again or its state saved, and the batches are the same."""
-    shape = {"batch_size": 10, "n_batches": 4, "num_documents": 40, "overlap": overlap}
+    shape = {"batch_size": 10, "n_batches": 4, "num_documents": 40, "overlap": overlap, "passes": passes}
     whole = [batch for buffer in [make_buffer(**shape)] for _ in range(2) for batch in buffer]
 
     def make_failing(calls):
@@ -358,9 +371,10 @@ def test_skipping_resumes_bit_for_bit_at_every_batch(overlap):
 # Harvesting ahead
 
 
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("batch_size, n_batches", [(1, 4), (10, 4), (13, 7), (25, 2), (40, 100)])
-def test_harvesting_ahead_gives_the_same_batches(batch_size, n_batches):
-    shape = {"batch_size": batch_size, "n_batches": n_batches, "num_documents": 60}
+def test_harvesting_ahead_gives_the_same_batches(batch_size, n_batches, passes):
+    shape = {"batch_size": batch_size, "n_batches": n_batches, "num_documents": 60, "passes": passes}
     plain, ahead = make_buffer(**shape), make_buffer(**shape, overlap=True)
     for epoch in range(3):
         assert_same_batches(list(ahead), list(plain))
