@@ -524,8 +524,9 @@ class CLTTrainingArguments:
 CPU_DEFAULTS = {"store_batch_size_prompts": 8, "n_batches_in_buffer": 32, "mixed_precision": "no"}
 POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "buffer_passes", "batch_size",
-    "normalization_estimation_batches", "learning_rate", "training_steps", "adam_epsilon", "gradient_accumulation_steps", "log_interval",
-    "save_total_limit", "dead_feature_window", "initial_k", "target_l0", "feature_parallel_size",
+    "normalization_estimation_batches", "learning_rate", "training_steps", "adam_epsilon",
+    "gradient_accumulation_steps", "log_interval", "save_total_limit", "dead_feature_window", "initial_k",
+    "target_l0", "feature_parallel_size",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
