@@ -35,11 +35,10 @@ def test_help_names_the_command_and_says_what_it_does(command, capsys):
     assert set(examples) <= set(COMMANDS) and (command in examples or command == "convert")
 
 
-@pytest.mark.parametrize("command", ["evaluate", "features", "jumprelu", "cache"])
+@pytest.mark.parametrize("command", ["evaluate", "features", "finish", "jumprelu", "cache"])
 def test_the_text_is_named_and_cut_as_in_training(command):
-    words = (
-        ["clt", "out"] if command == "jumprelu" else ["clt", *(["--output", "out"] if command == "features" else [])]
-    )
+    words = {"features": ["clt", "--output", "out"], "finish": ["clt", "out"], "jumprelu": ["clt", "out"]}
+    words = words.get(command, ["clt"])
     options = importlib.import_module(f"hf_clt.commands.{command}").make_parser().parse_args(words)
     run = CLTTrainingArguments(model="lm", dataset="text")
     for name in set(TEXT_FIELDS) - {

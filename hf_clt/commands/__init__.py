@@ -18,6 +18,7 @@ COMMANDS = {
     "cache": "harvest activations to disk, to train many CLTs on them",
     "features": "pages that show what the features are",
     "trace": "the attribution graph of a prompt",
+    "finish": "train a CLT's decoders to predict what its language model predicts",
     "jumprelu": "make a topk or batchtopk CLT a jumprelu CLT",
     "estimate": "memory and time of a training, before it is started",
 }

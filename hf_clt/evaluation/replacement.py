@@ -82,7 +82,6 @@ class LayerwiseReconstruction:
         features (`list[LayerFeatures]`): Of the layers given so far.
     """
 
-    @torch.no_grad()
     def __init__(self, clt: CrossLayerTranscoder, num_tokens: int, edit: Callable | None = None):
         self.clt, self.edit = clt, edit
         bias = torch.stack([decoder.bias for decoder in clt.decoders])
@@ -90,7 +89,6 @@ class LayerwiseReconstruction:
         self.normalized = bias.to(at_least_float32(bias.dtype)).expand(num_tokens, -1, -1).clone()
         self.features: list[LayerFeatures] = []
 
-    @torch.no_grad()
     def __call__(self, layer: int, inputs: Tensor, outputs: Tensor | None = None) -> Tensor:
         """
         The raw reconstruction (N, D) of the MLP output of the next layer (0, then 1, ...) from what its features read,
@@ -285,6 +283,7 @@ class ReplacementModel:
             check_fit(clt.config, self._harvester)
         self._nnsight = self._harvester._nnsight
 
+    @torch.no_grad()
     def __call__(
         self,
         input_ids: Tensor,
@@ -396,10 +395,10 @@ class ReplacementModel:
 
         return LayerwiseReconstruction(self.clt, len(positions), edit)
 
-    def _run(self, arguments, rows, replace):
+    def _run(self, arguments, rows, replace, gradients=False):
         """Logits (P, T, V) of a forward pass in which `replace` gives the outputs at the flat positions `rows`."""
         logits = []
-        with torch.no_grad(), self._nnsight.trace(**arguments) as tracer:
+        with torch.set_grad_enabled(gradients), self._nnsight.trace(**arguments) as tracer:
             self._replace(rows, replace)
             logits.append(tracer.result.logits)
         return logits[0]

@@ -1,13 +1,15 @@
-"""`hf-clt evaluate` and `hf-clt jumprelu` on a CLT that the trainer made."""
+"""`hf-clt evaluate`, `hf-clt finish` and `hf-clt jumprelu` on a CLT that the trainer made."""
 
 import json
 import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from hf_clt import CLTConfig, CLTTrainer, CLTTrainingArguments, CrossLayerTranscoder
 from hf_clt.commands import evaluate as evaluate_clt
+from hf_clt.commands import finish
 from hf_clt.commands import jumprelu as to_jumprelu
 from hf_clt.commands import train as train_clt
 from hf_clt.hub.card import card_from_folder
@@ -108,6 +110,37 @@ def test_the_card_is_updated(run, options, tmp_path, capsys):
     assert evaluate_clt.main(["user/clt", *options, "--update-card"]) == 2
     assert "update_card: 'user/clt'" in capsys.readouterr().err
     assert (folder / "README.md").read_text(encoding="utf-8") == card
+
+
+def test_finish_predicts_more_like_the_language_model_with_the_same_features(run, options, tmp_path, capsys):
+    folder, original = run
+    output, file = tmp_path / "finished", tmp_path / "metrics.json"
+    assert finish.main([str(folder), str(output), *options, "--steps", "20", "--learning-rate", "3e-3"]) == 0
+    out = capsys.readouterr().out
+    before, after = (CrossLayerTranscoder.from_pretrained(path) for path in (folder, output))
+    inputs = torch.randn(50, 2, 64)
+    torch.testing.assert_close(before.eval().encode(inputs), after.eval().encode(inputs), rtol=1e-4, atol=1e-4)
+
+    for path in (folder, output):
+        assert evaluate_clt.main([str(path), *options, "--replacement", "--json", str(file)]) == 0
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        for name, form in (("nmse", ".4f"), ("kl", ".4f"), ("ce_recovered", ".1%")):
+            assert f"{metrics[name]:{form}}" in out, name
+        if path == folder:
+            kl, nmse = metrics["kl"], metrics["nmse"]
+            assert nmse == pytest.approx(original["nmse"], rel=1e-4)
+    assert metrics["kl"] < 0.95 * kl
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "hf-clt finish" in card and f"NMSE was {nmse:.4f}" in card
+
+    capsys.readouterr()
+    for words, error in (
+        ([], "--overwrite"),
+        (["--overwrite", "--steps", "0"], "steps=0 "),
+        (["--overwrite", "--learning-rate", "-1"], "learning_rate=-1.0 "),
+    ):
+        assert finish.main([str(folder), str(output), *options, *words]) == 2
+        assert error in capsys.readouterr().err
 
 
 def test_to_jumprelu_writes_a_clt_that_is_as_active_and_as_good(run, options, tmp_path, capsys):

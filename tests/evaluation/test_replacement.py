@@ -120,10 +120,14 @@ def padded(side, lengths=(9, 5, 2)):
     return ids, mask
 
 
-def hooked(name, model, clt, input_ids, mask=None, counted=None, layers=range(L), interventions=()):
-    """Logits (P, T, V) and activations (P, T, L, F) of the replacement model, by plain forward hooks."""
+def hooked(name, model, clt, input_ids, mask=None, counted=None, layers=range(L), interventions=(), parameters=None):
+    """
+    Logits (P, T, V) and activations (P, T, L, F) of the replacement model, by plain forward hooks; differentiable in
+    `parameters`, where they are given in the place of the CLT's own.
+    """
     _, _, _, blocks, reads, writes = ARCHITECTURES[name]
-    config, parameters = clt.config, parameters_of(clt)
+    config, gradients = clt.config, parameters is not None
+    parameters = parameters if gradients else parameters_of(clt)
     decoders = [written_decoder(config, parameters, source) for source in range(L)]
     zero, one = torch.zeros(L, D, dtype=torch.float64), torch.ones(L, D, dtype=torch.float64)
     mean_in, std_in, mean_out, std_out = (getattr(clt, statistic) for statistic in STATISTICS)
@@ -162,7 +166,7 @@ def hooked(name, model, clt, input_ids, mask=None, counted=None, layers=range(L)
             ),
             getattr(block, writes).register_forward_hook(lambda _, args, out, layer=layer: replace(layer, out)),
         ]
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         logits = model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions.clamp(min=0), use_cache=False
         ).logits
