@@ -36,6 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     from ..evaluation.evaluate import evaluate_clt
+    from ..evaluation.replacement import check_layer_by_layer
+    from ..files import format_number
     from ..harvest.normalization import estimate_statistics
     from ..harvest.tokens import open_text
     from ..hub.card import save_model_card
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     if (options.output / "config.json").exists() and not options.overwrite:
         raise ValueError(f"output={str(options.output)!r} holds a model already; give another folder, or --overwrite")
     clt = load_clt(options)
+    check_layer_by_layer(clt)
     harvester, heldout = open_heldout(clt, options)
     text = open_text(options, heldout.tokenizer)
     progress = not options.disable_progress_bar
@@ -58,15 +61,16 @@ def main(argv: list[str] | None = None) -> None:
         return evaluate_clt(clt, harvester, heldout, options.batch_size, replacement=True, progress=progress)
 
     before = measure()
-    finish_end_to_end(clt, harvester.model, text, options.steps, options.learning_rate, progress)
+    made = finish_end_to_end(clt, harvester.model, text, options.steps, options.learning_rate, progress)
     clt.fold_normalization()
     after = measure()
     print(format_finish(before, after))
     clt.save_pretrained(options.output)
     note = (
-        f"Made from the CLT `{Path(options.clt).name}`, finished end to end: {options.steps} updates of its decoders "
+        f"Made from the CLT `{Path(options.clt).name}`, finished end to end: {len(made)} updates of its decoders "
         "towards what the language model predicts. Encoders, thresholds and so the features are the same. Before, "
-        f"NMSE was {before['nmse']:.4f} and {before['ce_recovered']:.1%} of the cross-entropy was recovered."
+        f"NMSE was {format_number(before['nmse'], '.4f')}, and {format_number(before['ce_recovered'], '.1%')} of the "
+        "cross-entropy was recovered."
     )
     save_model_card(
         options.output,
@@ -83,14 +87,13 @@ def main(argv: list[str] | None = None) -> None:
 def format_finish(before: dict, after: dict) -> str:
     """NMSE and the metrics of the replacement model before and after, a line each."""
     from ..files import format_number
-    from ..hub.report import align_rows
 
-    rows = [["", "before", "after"]]
+    lines = []
     for name, title, form in (
         ("nmse", "NMSE", ".4f"),
         ("ce_recovered", "cross-entropy recovered", ".1%"),
         ("kl", "KL", ".4f"),
         ("top1_agreement", "top-1 agreement", ".1%"),
     ):
-        rows.append([title, *(format_number(figures[name], form) for figures in (before, after))])
-    return "\n".join(align_rows(rows))
+        lines.append(f"{title:<24}" + " -> ".join(format_number(figures[name], form) for figures in (before, after)))
+    return "\n".join([*lines, f"on {after['num_predictions']:,} predictions of held-out text"])
