@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..harvest.normalization import estimate_statistics
     from ..harvest.tokens import open_text
     from ..hub.card import save_model_card
+    from ..hub.facts import as_history, read_facts
     from ..training.end_to_end import finish_end_to_end
 
     for name in ("steps", "learning_rate"):
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     after = measure()
     print(format_finish(before, after))
     clt.save_pretrained(options.output)
+    source = read_facts(options.clt) or {}  # how the CLT was trained stays in its card
+    command = shlex.join(["hf-clt", "finish", *(sys.argv[1:] if argv is None else argv)])
     note = (
         f"Made from the CLT `{Path(options.clt).name}`, finished end to end: {len(made)} updates of its decoders "
         "towards what the language model predicts. Encoders, thresholds and so the features are the same. Before, "
@@ -76,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         options.output,
         clt.config,
         after,
-        command=shlex.join(["hf-clt", "finish", *(sys.argv[1:] if argv is None else argv)]),
+        training=source.get("training"),
+        history=as_history(source.get("history", {})),
+        command="\n".join(filter(None, [source.get("command"), command])),
         evaluation=settings_of(options, clt),
         note=note,
     )

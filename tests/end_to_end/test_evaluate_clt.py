@@ -132,6 +132,8 @@ def test_finish_predicts_more_like_the_language_model_with_the_same_features(run
     assert metrics["kl"] < 0.95 * kl
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "hf-clt finish" in card and f"NMSE was {nmse:.4f}" in card
+    assert read_facts(output)["training"] == read_facts(folder)["training"]
+    assert read_facts(output)["history"] == read_facts(folder)["history"]
 
     capsys.readouterr()
     for words, error in (
