@@ -24,6 +24,7 @@ CURVES = {
     "today's": ((0.5, 0.004, "data", 1), BLUE),
     "today's, --buffer-passes 2": ((0.5, 0.004, "data", 2), ORANGE),
 }
+UPDATES = 128  # per pass
 OTHERS = {"optimizer": "adam", "num_features": 1024, "decoder_reach": None, "decoder_tying": "none"}
 OTHERS |= {"weight_decay": 0.0, "initial_k": None}
 
@@ -33,8 +34,7 @@ def read_points(quality: Path, screen: Path) -> dict[tuple, dict[int, float]]:
     NMSE by tokens of text, for each activation function with L0 16 and each curve's settings: means over seeds.
 
     Args:
-        quality: Records of benchmarks.quality; of one with as many tokens the largest number of updates counts up to
-            128 per pass.
+        quality: Records of benchmarks.quality, of which those count that made 128 updates per pass.
         screen: Records of the runs on a GPU, of 524,288 tokens.
     """
     found = {}
@@ -46,11 +46,12 @@ def read_points(quality: Path, screen: Path) -> dict[tuple, dict[int, float]]:
         sparsity = settings.get("target_l0") if function == "jumprelu" else settings["k"]
         if "metrics" not in record or function not in FUNCTIONS or not is_plain or sparsity != 16:
             continue
-        tokens = settings["batch_size"] * settings["training_steps"] // passes
-        if settings["training_steps"] != 128 * passes:
+        if settings["training_steps"] != UPDATES * passes:
             continue
+        tokens = settings["batch_size"] * UPDATES
         kind = settings["adam_beta1"], settings["learning_rate"], settings.get("initial_weights", "random"), passes
-        found.setdefault((function, kind), {}).setdefault(tokens, []).append(record["metrics"]["nmse"])
+        if any(kind == wanted for wanted, _ in CURVES.values()):
+            found.setdefault((function, kind), {}).setdefault(tokens, []).append(record["metrics"]["nmse"])
     for line in screen.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         names = {("jumprelu", "default"): CURVES["first defaults"], ("topk", "adam"): CURVES["first defaults"]}
@@ -85,11 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     check_folders(options.plot)
     points = read_points(options.quality, options.screen)
+    labels = {kind: label for label, (kind, _) in CURVES.items()}
     for (function, kind), curve in sorted(points.items()):
-        for label, (wanted, _) in CURVES.items():
-            if kind == wanted:
-                text = ", ".join(f"{tokens:,}: {nmse:.4f}" for tokens, nmse in sorted(curve.items()))
-                print(f"{function}, {label}: {text}")
+        text = ", ".join(f"{tokens:,}: {nmse:.4f}" for tokens, nmse in sorted(curve.items()))
+        print(f"{function}, {labels[kind]}: {text}")
     plot_curves(points, options.plot)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks import quality, token_curve
 from benchmarks.quality import CrossEntropy, InPlaceOfFirstLayers, check_runs, mean_cross_entropy, read_plan
 from benchmarks.sweep import read_records
 from hf_clt import CLTTrainer
@@ -201,3 +201,21 @@ def test_what_is_missing_is_said(command, tmp_path, capsys):
     plan.write_text(plan.read_text().replace("train-tokens: 700", "train-tokens: 800"))
     assert quality.main(command) == 2
     assert "max_tokens=700, not 800" in capsys.readouterr().err
+
+
+def test_the_curve_over_tokens_reads_the_records_that_belong_to_it(tmp_path):
+    def record(nmse, tokens=64, steps=128, **changed):
+        settings = {"activation_fn": "topk", "k": 16, "adam_beta1": 0.5, "learning_rate": 0.004}
+        settings |= {"initial_weights": "data", "batch_size": tokens, "training_steps": steps, **changed}
+        return json.dumps({"resolved": settings, "metrics": {"nmse": nmse}})
+
+    lines = [record(0.4), record(0.6), record(0.3, steps=256, buffer_passes=2), record(0.2, k=50)]
+    lines += [record(0.1, optimizer="adam_compact"), record(0.1, steps=64), record(0.1, learning_rate=0.006)]
+    quality, screen = tmp_path / "quality.jsonl", tmp_path / "screen.jsonl"
+    quality.write_text("\n".join(lines), encoding="utf-8")
+    runs = [("topk", "new", 0.25, 524_288), ("topk", "new", 0.1, 131_072), ("topk", "muon", 0.1, 524_288)]
+    runs = [dict(zip(("fn", "name", "nmse", "tokens"), run, strict=True)) for run in runs]
+    screen.write_text("\n".join(map(json.dumps, runs)), encoding="utf-8")
+    points = token_curve.read_points(quality, screen)
+    today = 0.5, 0.004, "data"
+    assert points == {("topk", (*today, 1)): {8192: 0.5, 524_288: 0.25}, ("topk", (*today, 2)): {8192: 0.3}}
