@@ -63,8 +63,8 @@ def figure(values: Sequence[float] | Tensor, seed: int) -> dict:
 
 def ratio_figure(numerators: Sequence[float] | Tensor, denominators: Sequence[float] | Tensor, seed: int) -> dict:
     """
-    The quotient of two sums over samples (n,) each, such as an NMSE, as [`figure`] gives a mean: a sample is drawn with
-    both its numbers. `value` is None where the denominators add up to 0; resamples in which they do are left out.
+    The quotient of two sums over samples (n,) each, such as an NMSE, as [`figure`] gives a mean: a sample is drawn
+    with both its numbers. `value` is None where the denominators add up to 0; resamples in which they do are left out.
     """
     pairs = np.stack([np.asarray(numbers, dtype=np.float64) for numbers in (numerators, denominators)])
     if pairs.ndim != 2 or pairs.shape[1] == 0:
