@@ -37,7 +37,7 @@ def features(clt: CrossLayerTranscoder, given: Given) -> dict:
     active on its words with the best F1 on the words of the fit; `letter_f1` is its F1 on the others, mean over
     letters. Of those others where the probe is right, and of letters with an F1 of at least 0.3 in the fit,
     `absorption` is the share where the letter's feature is silent and one other feature writes most in the probe's
-    direction: at least 0.4 of what all features write in it.
+    direction: at least 0.4 of what all features write in it that do not write against it.
 
     Returns:
         `dict` of figures: `single_token` over features, `letter_f1` over letters, `probe_accuracy` and `absorption`
@@ -77,7 +77,7 @@ def single_tokens(clt: CrossLayerTranscoder, given: Given) -> Tensor:
 
 
 def words_by_letter(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokens that are a space and at least three letters, in small letters, by the first; evenly from the vocabulary."""
+    """Tokens that are a space and three small letters or more, by the first letter; evenly from the vocabulary."""
     found = defaultdict(list)
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
@@ -167,7 +167,7 @@ def first_letters(clt: CrossLayerTranscoder, given: Given) -> dict:
         own = chosen[words.labels]
         silent = ~active.gather(1, own[:, None]).squeeze(1)
         largest = written.max(dim=1).values
-        took_over = silent & (largest > 0) & (largest >= LEAST_SHARE * written.sum(dim=1))
+        took_over = silent & (largest > 0) & (largest >= LEAST_SHARE * written.clamp_min(0).sum(dim=1))
         result["absorption"] = figure(took_over[asked].double(), seed)
     return result
 

@@ -146,7 +146,7 @@ def sequences(given: Given, count: int) -> list[dict[str, Tensor]]:
 
 
 def sums_by_sequence(values: Tensor, counted: Tensor) -> Tensor:
-    """Of what N counted tokens have, (N, ...), the sums by the row of `counted` (P, T) they are in: (P, ...) float64."""
+    """Of what N counted tokens have, (N, ...), sums by the row of `counted` (P, T) they are in: (P, ...) float64."""
     rows = counted.nonzero()[:, 0].to(values.device)
     sums = torch.zeros(len(counted), *values.shape[1:], dtype=torch.float64, device=values.device)
     return sums.index_add_(0, rows, values.double()).cpu()
