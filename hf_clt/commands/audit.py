@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     helps = {
         "model": MODEL_HELP,
         "model_dtype": "Number format of the language model.",
-        "eval_tokens": "Held-out tokens, taken from the first documents of the split. Blocks use as many as they need.",
+        "eval_tokens": "Held-out tokens, from the first documents of the split. Blocks use as many as they need.",
         "store_batch_size_prompts": "Blocks of --context-size tokens that are read at a time.",
     }
     defaults = {"store_batch_size_prompts": 8, "eval_tokens": 8192, "model_dtype": "float32"}
