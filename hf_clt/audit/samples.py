@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..folding import at_least_float32
 from ..harvest.harvester import Harvester
+from ..modeling_clt import CrossLayerTranscoder
 
 
 RESAMPLES = 1000
@@ -40,6 +41,7 @@ class Given:
         quick (`bool`): Whether to measure on fewer samples.
         seed (`int`): Of whatever is drawn, the bootstrap included.
         progress (`bool`): Whether to show progress bars.
+        other ([`CrossLayerTranscoder`], *optional*): The CLT of another seed, to see which features both have.
         shared (`dict`): What a block found for one CLT and needs again for the next: of the language model alone.
     """
 
@@ -51,6 +53,7 @@ class Given:
     quick: bool = False
     seed: int = 0
     progress: bool = False
+    other: CrossLayerTranscoder | None = None
     shared: dict = field(default_factory=dict, repr=False)
 
 

@@ -25,7 +25,8 @@ OWN = ("reconstruction", "replacement", "features")
 
 @pytest.fixture(autouse=True)
 def few_blocks(monkeypatch):
-    monkeypatch.setattr(run_module, "BLOCKS", {name: BLOCKS[name] for name in OWN})
+    for module in ("run", "page"):
+        monkeypatch.setattr(f"hf_clt.audit.{module}.BLOCKS", {name: BLOCKS[name] for name in OWN})
 
 
 @pytest.fixture
@@ -197,8 +198,8 @@ def test_what_does_not_fit_is_one_clear_line(options, saved, tmp_path, capsys, m
     random_clt(num_layers=2, d_model=32, double=False).save_pretrained(wide)
     assert "d_model=32" in error_of([*options, "--compare", str(wide)], capsys)
     assert "two CLTs of the same name" in error_of([*options, "--compare", str(saved), str(saved)], capsys)
-    assert "has one of the names" in error_of([*options, "--compare", str(shutil.copytree(saved, tmp_path / "random"))],
-                                              capsys)  # fmt: skip
+    named = shutil.copytree(saved, tmp_path / "random")
+    assert "has one of the names" in error_of([*options, "--compare", str(named)], capsys)
     empty = tmp_path / "prompts.txt"
     empty.write_text("\n")
     assert "has no line; give one prompt per line" in error_of([*options, "--prompts", str(empty)], capsys)
