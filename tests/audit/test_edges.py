@@ -102,7 +102,7 @@ def test_figures_of_perturbations_are_those_of_each_source():
     layers, n = graph.features[:, 0], graph.num_features
     sources = torch.tensor([int((layers == 0).nonzero()[4]), int((layers == 2).nonzero()[4])])
     correlations, figures = ablated(clt, given, graph, sources, torch.Generator())
-    assert correlations["feature_spearman_activation"] != 0
+    assert correlations["feature_spearman"] > 0.2
     written = -written_by(clt, graph, torch.nn.functional.one_hot(sources, n))
     frozen = freeze(given.model, graph.input_ids, *HOOKS, dtype=torch.float64)
     expected, own = predicted_reads(clt, frozen, [0], written)
