@@ -7,8 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..features.pages import weights_digest
 from ..files import format_duration, one_line, read_json, write_json
@@ -16,16 +14,20 @@ from ..folding import at_least_float32
 from ..harvest.harvester import Harvester, check_fit
 from ..modeling_clt import CrossLayerTranscoder
 from .controls import random_clt, shuffled_clt
+from .edges import edges
 from .features import features
+from .graphs import graphs
+from .multihop import multihop
+from .necessity import necessity
 from .reconstruction import reconstruction
 from .replacement import replacement
 from .samples import BlockSkipped, Given, sequences
+from .stability import stability
 
 
 FILE = "audit.json"
 FORMAT = "hf_clt audit 1"
 CONTROL_SEQUENCES = 16  # on which the random CLT is made as active as the CLT
-PROMPTS, QUICK_PROMPTS, PROMPT_TOKENS = 64, 24, 12
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,23 @@ class Block:
     cost: tuple[float, float]
 
 
+def of_seeds(clt: CrossLayerTranscoder, given: Given) -> dict:
+    return stability(clt, given, given.other)
+
+
 BLOCKS = {
-    "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", (30, 8)),
-    "replacement": Block(replacement, "What does the language model predict with its MLPs replaced?", (150, 25)),
-    "features": Block(features, "Do features stand for more than a token?", (50, 30)),
+    "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", (36, 9)),
+    "replacement": Block(replacement, "What does the language model predict with its MLPs replaced?", (160, 25)),
+    "graphs": Block(graphs, "How much of a next token do its graphs explain, and in how many steps?", (150, 60)),
+    "edges": Block(edges, "Do features do in the language model what the edges say?", (200, 80)),
+    "necessity": Block(necessity, "Does the next token need what a graph calls important?", (100, 40)),
+    "stability": Block(of_seeds, "Does a graph name the same features when little changes?", (60, 20)),
+    "multihop": Block(multihop, "Is a step in between found, and is what is left out unimportant?", (60, 20)),
+    "features": Block(features, "Do features stand for more than a token?", (36, 18)),
 }
 
 
-# -- what is given ----------------------------------------------------------------------------------------------------
-
-
-def prompts_of(heldout: list[dict[str, Tensor]], tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """At most `count` texts of 12 tokens, one from each row of the held-out text that has so many in one document."""
-    found = []
-    for batch in heldout:
-        for ids, counted, documents in zip(*(batch[n] for n in ("input_ids", "counted", "documents")), strict=True):
-            whole = counted.unfold(0, PROMPT_TOKENS, 1).all(dim=1)
-            parts = documents.unfold(0, PROMPT_TOKENS, 1)
-            starts = (whole & (parts == parts[:, :1]).all(dim=1)).nonzero().squeeze(1)
-            if len(starts):
-                start = int(starts[0])
-                found.append(tokenizer.decode(ids[start : start + PROMPT_TOKENS]).strip())
-    return found[:count]
+# -- what is measured -------------------------------------------------------------------------------------------------
 
 
 def subjects_of(
@@ -197,9 +194,9 @@ def run_audit(
             continue
         measured = make()
         hooks = measured.config.feature_input_hook, measured.config.feature_output_hook
-        own = given
+        own = given if subject not in compare else replace(given, other=None)
         if hooks != (given.harvester.input_hook, given.harvester.output_hook):
-            own = replace(given, harvester=Harvester(given.model, *hooks))
+            own = replace(own, harvester=Harvester(given.model, *hooks), other=None)
         for name in missing(audit, subject):
             begin = time.perf_counter()
             result = measure(name, measured, own)

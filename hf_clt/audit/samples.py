@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..folding import at_least_float32
 from ..harvest.harvester import Harvester
+from ..modeling_clt import CrossLayerTranscoder
 
 
 RESAMPLES = 1000
@@ -40,6 +41,7 @@ class Given:
         quick (`bool`): Whether to measure on fewer samples.
         seed (`int`): Of whatever is drawn, the bootstrap included.
         progress (`bool`): Whether to show progress bars.
+        other ([`CrossLayerTranscoder`], *optional*): The CLT of another seed, to see which features both have.
         shared (`dict`): What a block found for one CLT and needs again for the next: of the language model alone.
     """
 
@@ -51,6 +53,7 @@ class Given:
     quick: bool = False
     seed: int = 0
     progress: bool = False
+    other: CrossLayerTranscoder | None = None
     shared: dict = field(default_factory=dict, repr=False)
 
 
@@ -94,21 +97,21 @@ def ratio_figures(numerators: Sequence | Tensor, denominators: Sequence | Tensor
 
 def _quotients(numerators, denominators, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Quotients of the sums (K,), those of each resample (1000, K), NaN for those by 0, and the number of samples."""
-    pair = [np.asarray(numbers, dtype=np.float64) for numbers in (numerators, denominators)]
-    count = len(pair[0])
-    above, below = np.broadcast_arrays(*(numbers.reshape(count, -1) for numbers in pair)) if count else pair
+    count = len(numerators)
     if count == 0:
         raise ValueError("there is no sample; give one at least")
+    pair = (np.asarray(numbers, dtype=np.float64).reshape(count, -1) for numbers in (numerators, denominators))
+    above, below = map(np.ascontiguousarray, pair)
     if not np.isfinite(above).all() or not np.isfinite(below).all():
         raise ValueError("a sample is not finite; leave it out")
+
+    def quotients(times: np.ndarray) -> np.ndarray:
+        divisors = times @ below
+        return np.where(divisors == 0, np.nan, times @ above / divisors)
+
     numbers = np.random.default_rng(seed)
     drawn = np.empty((RESAMPLES, above.shape[1]))
     with np.errstate(divide="ignore", invalid="ignore"):
-
-        def quotients(times: np.ndarray) -> np.ndarray:
-            divisors = times @ below
-            return np.where(divisors == 0, np.nan, times @ above / divisors)
-
         for row in drawn:
             row[:] = quotients(np.bincount(numbers.integers(count, size=count), minlength=count).astype(np.float64))
         return quotients(np.ones(count)), drawn, count

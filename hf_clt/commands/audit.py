@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     helps = {
         "model": MODEL_HELP,
         "model_dtype": "Number format of the language model.",
-        "eval_tokens": "Held-out tokens, taken from the first documents of the split. Blocks use as many as they need.",
+        "eval_tokens": "Held-out tokens, from the first documents of the split. Blocks use as many as they need.",
         "store_batch_size_prompts": "Blocks of --context-size tokens that are read at a time.",
     }
     defaults = {"store_batch_size_prompts": 8, "eval_tokens": 8192, "model_dtype": "float32"}
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="further CLTs of the same language model to measure, such as per-layer transcoders",
     )
     own.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="prompts to trace, one per line (default: cut from the text)"
+        "--prompts", type=Path, metavar="FILE", help="prompts to trace, one per line (default: 64 of the package)"
     )
     own.add_argument("--update-card", action="store_true", help="put the figures on the card of the CLT, a folder")
     return parser
@@ -54,7 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     from ..audit.page import for_card, format_audit, write_page
-    from ..audit.run import PROMPTS, QUICK_PROMPTS, prompts_of, run_audit
+    from ..audit.prompts import PROMPTS
+    from ..audit.run import run_audit
     from ..audit.samples import Given
     from ..hub.card import check_update, update_audit
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [Path(name).name for name in options.compare]
     if len(set(names)) < len(names):
         raise ValueError(f"compare={options.compare} has two CLTs of the same name; rename the folder of one")
-    prompts = read_prompts(options.prompts) if options.prompts is not None else None
+    prompts = list(PROMPTS) if options.prompts is None else read_prompts(options.prompts)
     clt = load(options.clt, options)
     others = {
         name: check_other(options.clt, clt, given, load(given, options))
@@ -81,17 +82,16 @@ def main(argv: list[str] | None = None) -> None:
     harvester, tokens = open_heldout(clt, options)
     heldout = list(tokens)
     tokens.close()
-    if prompts is None:
-        prompts = prompts_of(heldout, tokens.tokenizer, PROMPTS)
     given = Given(
         model=harvester.model,
         tokenizer=tokens.tokenizer,
         harvester=harvester,
         heldout=heldout,
-        prompts=prompts[:QUICK_PROMPTS] if options.quick else prompts,
+        prompts=prompts,
         quick=options.quick,
         seed=options.seed,
         progress=not options.disable_progress_bar,
+        other=next((other for other in others.values() if is_of_another_seed(clt, other)), None),
     )
     compare = {name: lambda other=other: other for name, other in others.items()}
     audit = run_audit(clt, given, options.output, settings_of(options, clt), compare, overwrite=options.overwrite)
@@ -140,6 +140,12 @@ def check_other(
             f"compare={other_name!r} is of {models[1]}, and {name!r} of {models[0]}: give CLTs of one language model"
         )
     return other
+
+
+def is_of_another_seed(clt: "CrossLayerTranscoder", other: "CrossLayerTranscoder") -> bool:
+    """Whether two CLTs are of one kind and differ in their weights alone."""
+    names = ("num_features", "activation_fn", "decoder_reach", "feature_input_hook", "feature_output_hook")
+    return all(getattr(clt.config, name) == getattr(other.config, name) for name in names)
 
 
 def read_prompts(path: Path) -> list[str]:
