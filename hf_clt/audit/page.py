@@ -1,6 +1,7 @@
 """An audit as tables: for the terminal, for the model card, and as one page that needs no server (`page.html`)."""
 
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..hub.facts import without_private
 from .run import BLOCKS
 
 
-WIDTH, HEIGHT, LEFT, BELOW = 340, 150, 46, 22  # of a chart, and of its margins
+WIDTH, HEIGHT, LEFT, BELOW = 340, 150, 52, 22  # of a chart, and of its margins
 SUBJECTS = {
     "clt": "the CLT",
     "shuffled": "its decoders shuffled between the features of a layer",
@@ -19,8 +20,8 @@ SUBJECTS = {
 }
 # What a figure is; of others the name says it. docs/audit.md defines them.
 MEANINGS = {
-    "nmse": "squared error over the targets' variance, mean over layers",
-    "l0": "active features per token, all layers",
+    "nmse": "squared error over the targets' variance",
+    "l0": "active features per token",
     "dead": "share of features active on none of these tokens",
     "mean_distance": "mean of target minus source layer, weighted by what decoders write",
     "norm_by_distance": "share of the decoders' length, by target minus source layer",
@@ -74,6 +75,11 @@ MEANINGS = {
 }
 
 
+def meaning(name: str) -> str:
+    """What a figure is; of one per layer, or by something, what it is of."""
+    return MEANINGS.get(name) or MEANINGS.get(re.split("_(?:per|by)_", name)[0], "")
+
+
 def is_figure(value: Any) -> bool:
     return isinstance(value, dict) and "interval" in value
 
@@ -116,7 +122,7 @@ def scalar_rows(audit: dict) -> list[dict]:
         results = audit["blocks"].get(block, {})
         reasons = {subject: results.get(subject, {}).get("skipped") for subject in audit["subjects"]}
         if any(reasons.values()) or not results:
-            cells = {s: f"skipped: {r}" if r else ("measured" if s in results else "-") for s, r in reasons.items()}
+            cells = {s: f"skipped: {r}" if r else ("measured" if s in results else "not measured") for s, r in reasons.items()}
             rows.append({"block": block, "name": "", "samples": None, "cells": cells})
         for name in names_of(audit, block):
             found = of_subjects(audit, block, name)
@@ -124,7 +130,8 @@ def scalar_rows(audit: dict) -> list[dict]:
                 continue
             own, cells = found.get("clt"), {}
             for subject, figure in found.items():
-                cells[subject] = shown(figure) + (" ≈" if subject != "clt" and overlap(own, figure) else "")
+                mark = "" if subject == "clt" or not overlap(own, figure) else " =" if figure == own else " ≈"
+                cells[subject] = shown(figure) + mark
             samples = next(figure["samples"] for figure in (own, *found.values()) if figure)
             rows.append({"block": block, "name": name, "samples": samples, "cells": cells})
     return rows
@@ -137,7 +144,7 @@ def format_audit(audit: dict) -> str:
         rows.append([row["block"], row["name"], f"{row['samples'] or '-'}", *row["cells"].values()])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "(95 % intervals; ≈ overlaps with the CLT's, so not told from it)"])
+    return "\n".join([*lines, "(95 % intervals; ≈ overlaps with the CLT's, so not told from it; = the same)"])
 
 
 def for_card(audit: dict) -> dict:
@@ -159,13 +166,12 @@ def chart(found: dict[str, Any]) -> dict:
     A line per subject over the labels of its figures, with its interval, as points of an SVG: `lines` of `subject`,
     `number` (its colour), `points` and `band`; `ticks` of both axes; and `rows`, the figures as text.
     """
-    series = {
-        subject: dict(enumerate(figures)) if isinstance(figures, list) else figures
-        for subject, figures in found.items()
-        if figures
-    }
-    labels = [str(label) for label in dict.fromkeys(label for figures in series.values() for label in figures)]
-    series = {s: {str(label): f for label, f in figures.items()} for s, figures in series.items()}
+    series = {}
+    for subject, figures in found.items():
+        pairs = enumerate(figures) if isinstance(figures, list) else (figures or {}).items()
+        if own := {str(label): figure for label, figure in pairs}:
+            series[subject] = own
+    labels = list(dict.fromkeys(label for figures in series.values() for label in figures))
     # The axis is that of the values: a wide interval of one control would flatten all the rest.
     values = [f["value"] for figures in series.values() for f in figures.values() if f["value"] is not None]
     low, high = min([0.0, *values]), max([0.0, *values])
@@ -182,14 +188,15 @@ def chart(found: dict[str, Any]) -> dict:
         defined = {label: f for label, f in figures.items() if f["value"] is not None}
         upper = [f"{x(label)},{y(f['interval'][1])}" for label, f in defined.items()]
         lower = [f"{x(label)},{y(f['interval'][0])}" for label, f in defined.items()]
-        points = " ".join(f"{x(label)},{y(f['value'])}" for label, f in defined.items())
+        points = [f"{x(label)},{y(f['value'])}" for label, f in defined.items()]
+        points = points * 2 if len(points) == 1 else points  # a line of no length is a dot
         number = list(found).index(subject)
-        lines.append({"number": number, "points": points, "band": " ".join([*upper, *reversed(lower)])})
+        lines.append({"number": number, "points": " ".join(points), "band": " ".join([*upper, *reversed(lower)])})
     places = labels if len(labels) <= 8 else labels[:: -(-len(labels) // 8)]
     return {
         "lines": lines[::-1],  # the CLT on top
         "x": [(x(label), label) for label in places],
-        "y": [(y(value), f"{value:.3g}") for value in (low, (low + high) / 2, high)],
+        "y": [(y(value), f"{value:.2g}") for value in (low, (low + high) / 2, high)],
         "zero": y(0.0),
         "rows": [(label, [shown(figures.get(label)) for figures in series.values()]) for label in labels],
         "columns": list(series),
@@ -215,7 +222,7 @@ def write_page(audit: dict, path: Path) -> None:
     page = environment.from_string(text).render(
         audit=audit,
         blocks=blocks,
-        meanings=MEANINGS,
+        meaning=meaning,
         subjects={name: SUBJECTS.get(name, "compared with") for name in audit["subjects"]},
         settings=settings,
         size=(WIDTH, HEIGHT, LEFT, BELOW),
