@@ -16,7 +16,7 @@ from ..attribution.verify import spearman, total_effects, verify
 from ..evaluation.replacement import LayerwiseReconstruction
 from ..folding import at_least_float32
 from ..modeling_clt import CrossLayerTranscoder
-from .graphs import graphs_of
+from .graphs import graphs_of, row_sums
 from .live import respond, written_by
 from .samples import BlockSkipped, Given, figure
 
@@ -44,7 +44,7 @@ def edges(clt: CrossLayerTranscoder, given: Given) -> dict:
         `dict` of figures: `frozen_error`, the largest error of a frozen edge, as a share of the largest edge of its
         target; `feature_spearman` and `logit_spearman`, and these with `_effect`, `_direct`, `_activation`, `_random`
         behind; `perturbation_cosine`, `perturbation_error` (|predicted - measured| / |measured|), `response_cosine`,
-        `response_error`: lists by distance, 1 to [`DISTANCES`] layers.
+        `response_error`: by distance, 1 to [`DISTANCES`] layers.
 
     Raises:
         BlockSkipped: If no feature is active, or none has a later one.
@@ -67,8 +67,8 @@ def edges(clt: CrossLayerTranscoder, given: Given) -> dict:
     result |= {name: figure([row[name] for row in correlations], given.seed) for name in correlations[0]}
     for name in by_distance[0]:
         means = torch.stack([distances[name].double().nanmean(dim=0) for distances in by_distance]).T
-        columns = [values[values.isfinite()] for values in means]
-        result[name] = [figure(values, given.seed) for values in columns if len(values)]
+        measured = {f"{distance}": values[values.isfinite()] for distance, values in enumerate(means, start=1)}
+        result[name] = {at: figure(values, given.seed) for at, values in measured.items() if len(values)}
     return result
 
 
@@ -87,7 +87,7 @@ def ablated(
     reads = [read[1:] - read[:1] for read in reads]
     kl = (log_p[0].exp() * (log_p[0] - log_p[1:])).sum(dim=1)
     share, effect = over_all_paths(graph, sources)
-    direct = graph.edges[:, sources].abs() / graph._sums(True)[:, None]
+    direct = graph.edges[:, sources].abs() / row_sums(graph)[:, None]
     weights, activations = graph.target_weights, graph.activations[sources]
     later = (layers[:, None] > layers[sources]) & (graph.features[:, 1, None] >= graph.features[sources, 1])
     correlations = {}
@@ -129,7 +129,7 @@ def over_all_paths(graph: AttributionGraph, sources: Tensor) -> tuple[Tensor, Te
     falls when the source is ablated and all features in between follow theirs.
     """
     n = graph.num_features
-    share = graph.edges[:n, :n].abs() / graph._sums(True)[:n, None]
+    share = graph.edges[:n, :n].abs() / row_sums(graph)[:n, None]
     effect = graph.edges[:n, :n] / graph.activations
     one = torch.eye(n, dtype=share.dtype)
     # Features are in the order of their layers, so that both are lower triangular.

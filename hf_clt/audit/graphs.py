@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..attribution.graph import AttributionGraph, Target
+from ..attribution.graph import SMALLEST, AttributionGraph, Target
 from ..attribution.request import prompt_tokens
 from ..attribution.tracing import attribute
 from ..folding import at_least_float32
@@ -79,7 +79,7 @@ def graphs(clt: CrossLayerTranscoder, given: Given) -> dict:
         [`AttributionGraph.prune`]); `outside`, the share that belongs to no node; `active_features`, `nodes` and
         `nodes_pruned`, how many features; `path_length` and `path_length_to_tokens`, the mean number of edges of a
         path from a target to a token or an error, and to a token, by influence; `influence_by_length`, the shares of
-        paths of 1, 2, ... edges, the last of [`LONGEST`] and more.
+        paths by how many edges they have.
 
     Raises:
         BlockSkipped: If no feature is active.
@@ -99,7 +99,10 @@ def graphs(clt: CrossLayerTranscoder, given: Given) -> dict:
         shares.index_add_(0, (steps.long() - 1).clamp_max(LONGEST - 1), (ends.sum(dim=1) / ends.sum()).double())
         lengths.append(shares)
     found = {name: figure([row[name] for row in rows], given.seed) for name in rows[0]}
-    found["influence_by_length"] = [figure(values, given.seed) for values in torch.stack(lengths, dim=1)]
+    by_length = enumerate(torch.stack(lengths, dim=1), start=1)
+    found["influence_by_length"] = {
+        f"{steps}+" if steps == LONGEST else f"{steps}": figure(values, given.seed) for steps, values in by_length
+    }
     return found
 
 
@@ -107,12 +110,17 @@ def _scores_pruned(pruned: AttributionGraph) -> dict[str, float]:
     return {name: pruned.info["after_pruning"][name] for name in ("replacement", "completeness")}
 
 
+def row_sums(graph: AttributionGraph) -> Tensor:
+    """Σ|A| of each row, with what went to features that are no nodes, (n + m,)."""
+    return (graph.edges.abs().sum(dim=1) + graph.dropped).clamp_min(SMALLEST)
+
+
 def influence_by_length(graph: AttributionGraph) -> Tensor:
     """
     Influence that ends at tokens and at errors after paths of 1, 2, ... edges, (steps, 2); what goes to features that
     are no nodes ends nowhere.
     """
-    n, sums = graph.num_features, graph._sums(True)
+    n, sums = graph.num_features, row_sums(graph)
     through = (graph.target_weights / sums[n:]) @ graph.edges[n:].abs()
     found = []
     while True:

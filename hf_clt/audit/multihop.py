@@ -13,7 +13,7 @@ from ..attribution.request import prompt_tokens, single_token
 from ..attribution.rows import decoder_rows
 from ..folding import at_least_float32
 from ..modeling_clt import CrossLayerTranscoder
-from .graphs import EDGE_THRESHOLD, NODE_THRESHOLD, graph_of
+from .graphs import EDGE_THRESHOLD, NODE_THRESHOLD, graph_of, row_sums
 from .live import respond, written_by
 from .samples import BlockSkipped, Given, figure
 
@@ -172,7 +172,7 @@ def pointing(clt: CrossLayerTranscoder, given: Given, graph: AttributionGraph, t
 
 def influence_through(graph: AttributionGraph, nodes: Tensor) -> float:
     """The share of influence that reaches tokens and errors on paths through one of some feature nodes, (n,) bool."""
-    n, sums = graph.num_features, graph._sums(True)
+    n, sums = graph.num_features, row_sums(graph)
     reached = []
     for avoided in (torch.zeros_like(nodes), nodes):
         edges = graph.edges.abs().clone()

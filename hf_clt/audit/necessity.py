@@ -17,7 +17,7 @@ from .live import respond, written_by
 from .samples import BlockSkipped, Given, figure, ratio_figure
 
 
-SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of a graph's features; a point of the curves each
+PARTS = (64, 32, 16, 8, 4)  # one in so many of a graph's features is taken, a point of the curves each
 FEWEST = 16  # features of a graph
 NEAREST = 5  # in what they write, of which one is drawn for each important one
 
@@ -25,8 +25,8 @@ NEAREST = 5  # in what they write, of which one is drawn for each important one
 @torch.no_grad()
 def necessity(clt: CrossLayerTranscoder, given: Given) -> dict:
     """
-    Deletion and insertion curves over the most influential features of each prompt's graph, [`SHARES`] of them, beside
-    as many features, drawn from the rest, that write about as much (activation times the norm of the decoder row).
+    Deletion and insertion curves over the most influential features of each prompt's graph, one in [`PARTS`] of them,
+    beside as many, drawn from the rest, that write about as much (activation times the norm of the decoder row).
 
     What MLPs write is held at what the features, errors and biases of the prompt give, less what is taken out;
     attention and norms respond. *Deletion* takes features out; *insertion* leaves biases and these features alone,
@@ -34,7 +34,7 @@ def necessity(clt: CrossLayerTranscoder, given: Given) -> dict:
 
     Returns:
         `dict` of figures, samples are prompts: `deletion_top`, `deletion_others`, `insertion_top`, `insertion_others`,
-        lists by share; `deletion_area` and `insertion_area`, the means over the shares of others - top and of top -
+        by share; `deletion_area` and `insertion_area`, the means over the shares of others - top and of top -
         others: 0 where the graph knows no more than chance; `insertion_all`, with all features of the graph;
         `others_size`, what the others write over what the top write (sum of norms).
 
@@ -53,7 +53,11 @@ def necessity(clt: CrossLayerTranscoder, given: Given) -> dict:
         raise BlockSkipped(f"no prompt has a graph of {FEWEST} features")
     names = ("deletion_top", "deletion_others", "insertion_top", "insertion_others")
     by_name = dict(zip(names, torch.stack(curves)[:, :-1].unflatten(1, (4, -1)).unbind(1), strict=True))
-    result = {name: [figure(point, given.seed) for point in values.T] for name, values in by_name.items()}
+    labels = [f"1/{part}" for part in PARTS]
+    result = {
+        name: {label: figure(point, given.seed) for label, point in zip(labels, values.T, strict=True)}
+        for name, values in by_name.items()
+    }
     for kind, sign in (("deletion", -1), ("insertion", 1)):
         area = sign * (by_name[f"{kind}_top"] - by_name[f"{kind}_others"]).mean(dim=1)
         result[f"{kind}_area"] = figure(area, given.seed)
@@ -71,7 +75,7 @@ def of_prompt(
     n, device = graph.num_features, given.model.device
     hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
     frozen = freeze(given.model, graph.input_ids, *hooks, dtype=at_least_float32(given.model.dtype))
-    counts = [max(1, int(share * n)) for share in SHARES]
+    counts = [max(1, n // part) for part in PARTS]
     top = graph.influence()[:n].topk(counts[-1]).indices
     sizes = written_norms(clt, graph)
     others = alike(sizes, top, generator)

@@ -29,7 +29,7 @@ def stability(clt: CrossLayerTranscoder, given: Given, other: CrossLayerTranscod
         other ([`CrossLayerTranscoder`], *optional*): One of another seed, of the same language model and hooks.
 
     Returns:
-        `dict` of figures: `thresholds`, the overlap with what is kept at [`NODE_THRESHOLD`], a list by [`THRESHOLDS`]
+        `dict` of figures: `thresholds`, the overlap with what is kept at [`NODE_THRESHOLD`], by [`THRESHOLDS`]
         (samples are prompts), and `lowest_and_highest`, of the first and the last; `paraphrases`, of (layer, feature)
         wherever they are active, between a prompt and another way to say it (samples are pairs), `unrelated`, between
         a prompt and the other pairs' paraphrases, and `paraphrases_over_unrelated`, their difference. With `other`:
@@ -44,8 +44,9 @@ def stability(clt: CrossLayerTranscoder, given: Given, other: CrossLayerTranscod
         kept = [nodes_of(graph.prune(threshold, EDGE_THRESHOLD)) for threshold in THRESHOLDS]
         usual = kept[THRESHOLDS.index(NODE_THRESHOLD)]
         rows.append([overlap(nodes, usual) for nodes in kept] + [overlap(kept[0], kept[-1])])
-    result = {"thresholds": [figure(values, given.seed) for values in zip(*rows, strict=True)]}
-    result["lowest_and_highest"] = result["thresholds"].pop()
+    *columns, ends = (figure(values, given.seed) for values in zip(*rows, strict=True))
+    by_threshold = {f"{threshold}": found for threshold, found in zip(THRESHOLDS, columns, strict=True)}
+    result = {"thresholds": by_threshold, "lowest_and_highest": ends}
     pairs = list(PARAPHRASES.items())[: QUICK_PAIRS if given.quick else None]
     pairs = [
         [
