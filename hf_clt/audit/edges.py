@@ -21,8 +21,9 @@ from .live import respond, written_by
 from .samples import BlockSkipped, Given, figure
 
 
-ABLATED = 32  # features per prompt
-EXACT_PROMPTS, EXACT_FEATURES = 4, 3  # on which frozen edges are checked
+ABLATED = 16  # features per prompt
+QUICK_PROMPTS = 8
+EXACT_PROMPTS, EXACT_FEATURES = 4, 2  # on which frozen edges are checked
 DISTANCES = 8  # layers downstream
 
 
@@ -49,7 +50,7 @@ def edges(clt: CrossLayerTranscoder, given: Given) -> dict:
     Raises:
         BlockSkipped: If no feature is active, or none has a later one.
     """
-    graphs = graphs_of(clt, given, "graphs")
+    graphs = graphs_of(clt, given, QUICK_PROMPTS)
     copies = [replace(graph, info=dict(graph.info)) for graph in graphs[:EXACT_PROMPTS]]  # in which verify notes it
     exact = [verify(graph, given.model, clt, EXACT_FEATURES)["frozen_error"] for graph in copies]
     correlations, by_distance = [], []

@@ -122,7 +122,10 @@ def scalar_rows(audit: dict) -> list[dict]:
         results = audit["blocks"].get(block, {})
         reasons = {subject: results.get(subject, {}).get("skipped") for subject in audit["subjects"]}
         if any(reasons.values()) or not results:
-            cells = {s: f"skipped: {r}" if r else ("measured" if s in results else "not measured") for s, r in reasons.items()}
+            cells = {
+                s: f"skipped: {r}" if r else ("measured" if s in results else "not measured")
+                for s, r in reasons.items()
+            }
             rows.append({"block": block, "name": "", "samples": None, "cells": cells})
         for name in names_of(audit, block):
             found = of_subjects(audit, block, name)
