@@ -31,8 +31,8 @@ DISTANCES = 8  # layers downstream
 def edges(clt: CrossLayerTranscoder, given: Given) -> dict:
     """
     Of [`ABLATED`] features per prompt, drawn from the nodes of its graph, in the language model; samples are prompts.
-    What a feature writes is taken away in all its layers, as [`verify`] does, and the MLPs there respond as well: where
-    a later MLP only passes on what an earlier one wrote, a feature that writes for both is taken away twice. Compare
+    What a feature writes is taken away in all its layers, as [`verify`] does, and the MLPs there respond as well:
+    where a later MLP would follow an earlier one anyway, a feature that writes for both is taken away twice. Compare
     CLTs of like reach.
 
     A change of a feature is that of its pre-activation, as a share of its activation; a change of the next token is
