@@ -52,16 +52,16 @@ def graph_of(
     return made[key]
 
 
-def graphs_of(clt: CrossLayerTranscoder, given: Given, desc: str, most: int | None = None) -> list[AttributionGraph]:
+def graphs_of(clt: CrossLayerTranscoder, given: Given, quick: int = QUICK) -> list[AttributionGraph]:
     """
-    Those of the prompts, of a quick audit the first [`QUICK`] of them, at most `most`; without those on which no
-    feature is active.
+    Those of the prompts, of a quick audit of the first `quick` of them; without those on which no feature is active.
 
     Raises:
         BlockSkipped: If there is none.
     """
-    prompts = given.prompts[: QUICK if given.quick else None][:most]
-    found = [graph_of(clt, given, prompt) for prompt in tqdm(prompts, desc, unit="prompt", disable=not given.progress)]
+    prompts = given.prompts[: quick if given.quick else None]
+    bar = tqdm(prompts, "graphs", unit="prompt", disable=not given.progress)
+    found = [graph_of(clt, given, prompt) for prompt in bar]
     found = [graph for graph in found if graph.num_features]
     if not found:
         raise BlockSkipped(f"no feature is active on any of {len(prompts)} prompts")
@@ -85,7 +85,7 @@ def graphs(clt: CrossLayerTranscoder, given: Given) -> dict:
         BlockSkipped: If no feature is active.
     """
     rows, lengths = [], []
-    for graph in graphs_of(clt, given, "graphs"):
+    for graph in graphs_of(clt, given):
         pruned = graph.prune(NODE_THRESHOLD, EDGE_THRESHOLD)
         row = dict(graph.scores()) | {f"{name}_pruned": value for name, value in _scores_pruned(pruned).items()}
         row |= {"outside": sum(graph.outside().values()), "active_features": graph.info["active_features"]}

@@ -19,7 +19,7 @@ from .samples import BlockSkipped, Given, figure
 
 
 POINTS = 4.0  # standard deviations of a feature's logits over the vocabulary
-QUICK_QUESTIONS = 8  # that the language model answers
+QUICK_QUESTIONS = 6  # that the language model answers
 
 LANGUAGE = "People in the country that contains the city of {} speak"
 OFFICIAL = "The official language of the country whose capital is {} is"

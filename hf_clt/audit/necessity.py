@@ -18,6 +18,7 @@ from .samples import BlockSkipped, Given, figure, ratio_figure
 
 
 PARTS = (64, 32, 16, 8, 4)  # one in so many of a graph's features is taken, a point of the curves each
+QUICK_PROMPTS = 8
 FEWEST = 16  # features of a graph
 NEAREST = 5  # in what they write, of which one is drawn for each important one
 
@@ -42,7 +43,7 @@ def necessity(clt: CrossLayerTranscoder, given: Given) -> dict:
         BlockSkipped: If no graph has [`FEWEST`] features.
     """
     curves, sizes = [], []
-    found = [graph for graph in graphs_of(clt, given, "graphs") if graph.num_features >= FEWEST]
+    found = [graph for graph in graphs_of(clt, given, QUICK_PROMPTS) if graph.num_features >= FEWEST]
     with clt.folded():
         bar = tqdm(found, "deleting and inserting", unit="prompt", disable=not given.progress)
         for number, graph in enumerate(bar):

@@ -40,7 +40,7 @@ class Block:
             distance 0 on), or a dict of them by label.
         says: What it asks, in a sentence.
         cost: What it takes for one CLT, whole and with `quick`, as a multiple of reading the MLPs and reconstructing
-            them on two sequences; as measured with SmolLM2-135M.
+            them on two sequences: about, from CPU seconds with SmolLM2-135M; of graphs they are rough.
     """
 
     measure: Callable[[CrossLayerTranscoder, Given], dict]
@@ -55,11 +55,11 @@ def of_seeds(clt: CrossLayerTranscoder, given: Given) -> dict:
 BLOCKS = {
     "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", (36, 9)),
     "replacement": Block(replacement, "What does the language model predict with its MLPs replaced?", (160, 25)),
-    "graphs": Block(graphs, "How much of a next token do its graphs explain, and in how many steps?", (150, 60)),
-    "edges": Block(edges, "Do features do in the language model what the edges say?", (200, 80)),
-    "necessity": Block(necessity, "Does the next token need what a graph calls important?", (100, 40)),
-    "stability": Block(of_seeds, "Does a graph name the same features when little changes?", (60, 20)),
-    "multihop": Block(multihop, "Is a step in between found, and is what is left out unimportant?", (60, 20)),
+    "graphs": Block(graphs, "How much of a next token do its graphs explain, and in how many steps?", (96, 36)),
+    "edges": Block(edges, "Do features do in the language model what the edges say?", (256, 32)),
+    "necessity": Block(necessity, "Does the next token need what a graph calls important?", (50, 7)),
+    "stability": Block(of_seeds, "Does a graph name the same features when little changes?", (20, 12)),
+    "multihop": Block(multihop, "Is a step in between found, and is what is left out unimportant?", (70, 20)),
     "features": Block(features, "Do features stand for more than a token?", (36, 18)),
 }
 

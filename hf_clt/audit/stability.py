@@ -11,13 +11,13 @@ from ..attribution.graph import AttributionGraph
 from ..attribution.rows import decoder_rows
 from ..modeling_clt import CrossLayerTranscoder
 from .graphs import EDGE_THRESHOLD, NODE_THRESHOLD, graph_of, graphs_of
-from .prompts import PARAPHRASES, QUICK
+from .prompts import PARAPHRASES
 from .samples import BlockSkipped, Given, figure
 
 
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)
 ALIKE = 0.7  # cosine of what two features of two CLTs write, from which they are one
-QUICK_PAIRS = 6
+QUICK_PROMPTS, QUICK_PAIRS = 8, 6
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def stability(clt: CrossLayerTranscoder, given: Given, other: CrossLayerTranscod
         BlockSkipped: If no feature is active.
     """
     rows, seeds = [], []
-    for graph in graphs_of(clt, given, "graphs"):
+    for graph in graphs_of(clt, given, QUICK_PROMPTS):
         kept = [nodes_of(graph.prune(threshold, EDGE_THRESHOLD)) for threshold in THRESHOLDS]
         usual = kept[THRESHOLDS.index(NODE_THRESHOLD)]
         rows.append([overlap(nodes, usual) for nodes in kept] + [overlap(kept[0], kept[-1])])
@@ -66,7 +66,10 @@ def stability(clt: CrossLayerTranscoder, given: Given, other: CrossLayerTranscod
     if other is not None:
         with clt.folded(), other.folded():
             for prompt in tqdm(
-                given.prompts[: QUICK if given.quick else None], "seeds", unit="prompt", disable=not given.progress
+                given.prompts[: QUICK_PROMPTS if given.quick else None],
+                "seeds",
+                unit="prompt",
+                disable=not given.progress,
             ):
                 both = [graph_of(c, given, prompt).prune(NODE_THRESHOLD, EDGE_THRESHOLD) for c in (clt, other)]
                 if all(graph.num_features for graph in both):

@@ -8,7 +8,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt.audit.graphs import graph_of
-from hf_clt.audit.multihop import QUESTIONS, answered_questions, influence_through, multihop, of_question, pointing
+from hf_clt.audit.multihop import (
+    QUESTIONS,
+    QUICK_QUESTIONS,
+    answered_questions,
+    influence_through,
+    multihop,
+    of_question,
+    pointing,
+)
 from hf_clt.audit.samples import BlockSkipped, Given
 from hf_clt.harvest.harvester import Harvester
 from tests.attribution.cases import make_model
@@ -81,7 +89,7 @@ def test_questions_that_a_model_answers(trained):
     found = multihop(clt, replace(trained, quick=True))
     assert found["answered"]["value"] == pytest.approx(len(asked) / len(QUESTIONS))
     assert found["answered"]["samples"] == len(QUESTIONS)
-    assert found["kept_flips"]["samples"] == 8
+    assert found["kept_flips"]["samples"] == QUICK_QUESTIONS
     # To ablate what matters changes the answer more than to ablate as much of the rest.
     assert found["kept_fall"]["value"] > found["unimportant_fall"]["value"]
     for name in ("through_intermediate", "through_others"):
