@@ -234,3 +234,15 @@ def test_random_control_does_not_depend_on_the_state_of_the_generator(given, tra
     torch.manual_seed(2)
     second = run_module.subjects_of(trained, given, {})["random"]()
     assert torch.equal(first.decoders[1].weight, second.decoders[1].weight)
+
+
+@pytest.mark.slow
+def test_all_eight_blocks_run_together(given, trained, tmp_path, monkeypatch):
+    for module in ("run", "page"):
+        monkeypatch.setattr(f"hf_clt.audit.{module}.BLOCKS", BLOCKS)
+    audit = run_audit(trained, given, tmp_path, {"clt": "a"}, report=list)
+    assert list(audit["blocks"]) == list(BLOCKS) and len(BLOCKS) == 8
+    skipped = {name for name, results in audit["blocks"].items() if "skipped" in results["clt"]}
+    assert skipped <= {"multihop"}  # a random language model answers no question
+    write_page(audit, tmp_path / "audit.html")
+    assert (tmp_path / "audit.html").read_text().count("<section>") == 8
