@@ -75,7 +75,8 @@ def test_version_stands_in_one_place(setup_cfg):
 
 def test_data_files_are_found_through_the_package():
     assert importlib.resources.files("hf_clt").joinpath("py.typed").is_file()
-    for package, name in (("hf_clt.hub", "card.md.jinja"), ("hf_clt.features", "page.html")):
+    pages = (("hf_clt.features", "page.html"), ("hf_clt.audit", "page.html"))
+    for package, name in (("hf_clt.hub", "card.md.jinja"), *pages):
         assert "{{" in importlib.resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -187,7 +188,7 @@ def test_wheel_holds_everything_and_works_where_it_is_installed(tmp_path, setup_
     assert names == code | {
         "hf_clt/py.typed",
         "hf_clt/hub/card.md.jinja",
-        *(f"hf_clt/{part}/page.html" for part in ("attribution", "features")),
+        *(f"hf_clt/{part}/page.html" for part in ("attribution", "audit", "features")),
     }
     assert any(name.endswith("LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 

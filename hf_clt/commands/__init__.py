@@ -12,6 +12,7 @@ from ..command import one_line_errors
 COMMANDS = {
     "train": "train a CLT on a language model",
     "evaluate": "measure a CLT on held-out text",
+    "audit": "whether a CLT can be trusted: its figures beside those of controls",
     "info": "what a CLT is, from its small files alone",
     "push": "publish a finished CLT on the Hub",
     "convert": "from the formats of several trainers, and to circuit-tracer's",

@@ -160,6 +160,7 @@ def build_model_card(
     note: str | None = None,
     tags: list[str] | None = None,
     plots: Iterable[str] = (),
+    audit: dict | None = None,
 ) -> str:
     """
     The text of the model card.
@@ -179,6 +180,7 @@ def build_model_card(
         note (`str`, *optional*): Markdown below the summary.
         tags (`list[str]`, *optional*): For the Hub's search, besides those that every CLT has.
         plots (`Iterable[str]`): Those files of `PLOTS` that are in the folder `plots` beside the card.
+        audit (`dict`, *optional*): What [`hf_clt.audit.page.for_card`] gives.
 
     Returns:
         `str`: Markdown with a YAML header and the hash comment as its last line.
@@ -211,6 +213,7 @@ def build_model_card(
         "config": config,
         "metrics": metrics,
         "evaluation": evaluation,
+        "audit": audit,
         "training": training,
         "was_measured": was_measured,
         "hub_base": hub_base,
@@ -396,7 +399,8 @@ def _build_from_facts(folder: Path, config: CLTConfig, facts: dict, name: str | 
     name = name or facts.get("name")
     if name is None and not folder.is_absolute():  # an absolute path would publish the names of a user's folders
         name = folder.as_posix()
-    rest = {key: facts.get(key) for key in ("metrics", "training", "command", "license", "evaluation", "note", "tags")}
+    keys = ("metrics", "training", "command", "license", "evaluation", "note", "tags", "audit")
+    rest = {key: facts.get(key) for key in keys}
     # Without any fact, the base model of CLTs that were never trained here has to be judged by its name.
     base_model = facts.get("base_model", "" if set(facts) > {"format"} else None)
     plots = [file for file, _, _ in PLOTS if (folder / PLOTS_FOLDER / file).is_file()]
@@ -474,3 +478,25 @@ def update_card(folder: str | Path, metrics: dict, evaluation: dict) -> list[str
     if gone:
         lines.append(f"Not measured again and left out: {', '.join(gone)}")
     return lines
+
+
+def update_audit(folder: str | Path, audit: dict) -> list[str]:
+    """
+    Puts an audit into `metrics.json`, in place of an earlier one, and makes the card anew. A card that a human edited
+    stays.
+
+    Args:
+        folder (`str` or `Path`): Folder of a released CLT.
+        audit (`dict`): What [`hf_clt.audit.page.for_card`] gives.
+
+    Returns:
+        `list[str]`: A line that says what was done.
+    """
+    folder = Path(folder)
+    config = CLTConfig.from_pretrained(folder)
+    base = config.base_model_name_or_path
+    facts = read_facts(folder) or make_facts(base_model=base if is_hub_name(base) else None)
+    path = write_card(folder, config, facts | make_facts(audit=audit))
+    if is_human_edited(path.read_text(encoding="utf-8")):
+        return [f"The audit is in {folder / FACTS_FILE}; {path} was edited by hand and is kept"]
+    return [f"The audit is on the card, {path}"]

@@ -25,6 +25,7 @@ KEYS = (
     "command",
     "metrics",
     "evaluation",
+    "audit",
     "training",
     "history",
 )
