@@ -199,7 +199,7 @@ class CLTTrainingArguments:
         "optimisation",
         "adam",
         "adam, or adamw for --weight-decay: 8 bytes of state per float32 weight. adam_compact: 2 bytes, with one "
-        "second moment per feature and the first moment in float16, and the same NMSE as measured on SmolLM2-135M, also "
+        "second moment per feature and the first moment in float16, and the same NMSE on SmolLM2-135M, also "
         "with --clt-dtype bfloat16; almost none with --adam-beta1 0 (NMSE some 3 % above).",
     )
     adam_beta1: float = _arg("optimisation", 0.5, "Decay of the optimizer's mean of gradients, per update.")
