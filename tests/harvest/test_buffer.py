@@ -79,7 +79,7 @@ def assert_same_batches(left, right):
 # One epoch
 
 
-@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("n_batches", [2, 4, 7, 100])
 @pytest.mark.parametrize("batch_size", [1, 10, 13, 25])
 def test_every_counted_token_once_per_epoch_or_so_many_times_as_there_are_passes(n_batches, batch_size, passes):
@@ -270,8 +270,7 @@ def not_finite(harvester, number, times):
     harvester.read, harvester.check = failing_read, check
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("overlap", [False, True], ids=["", "ahead"])
+@pytest.mark.parametrize("overlap, passes", [(False, 1), (True, 1), (True, 2)], ids=["", "ahead", "ahead, 2 passes"])
 @pytest.mark.parametrize("where", ["text", "model", "check"])
 def test_a_failure_loses_and_repeats_nothing(where, overlap, passes):
     """Wherever it comes, the buffer can be iterated again or its state saved, and the batches are the same."""
