@@ -1,5 +1,6 @@
 """`hf-clt`: every command is there, named in its own help, and what the scripts run."""
 
+import ast
 import importlib
 import re
 import runpy
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_clt import __version__
+from hf_clt import CLTConfig, __version__
 from hf_clt.commands import COMMANDS, main, train
 from hf_clt.commands.heldout import TEXT_FIELDS
 from hf_clt.training.arguments import CLTTrainingArguments
@@ -71,3 +72,23 @@ def test_the_installed_program_and_the_module():
     for program in ([str(Path(sys.executable).parent / "hf-clt")], [sys.executable, "-m", "hf_clt"]):
         done = subprocess.run([*program, "--version"], capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, done.stdout) == (0, f"hf_clt {__version__}\n"), done.stderr
+
+
+def next_commands():
+    """What each `print_next` names, where all of its words are written there: what is computed is "1"."""
+    for path in sorted((ROOT / "hf_clt").rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "print_next":
+                continue
+            if not any(isinstance(word, ast.Starred) for word in call.args):
+                words = [word.value if isinstance(word, ast.Constant) else "1" for word in call.args]
+                yield pytest.param(words, id=f"{path.stem}: {' '.join(words)}")
+
+
+@pytest.mark.parametrize("words", list(next_commands()))
+def test_the_command_that_is_named_next_takes_these_words(words):
+    if words[0] == "train":  # whose parser looks for the model and the cache
+        known = {*CLTTrainingArguments().to_dict(), *CLTConfig().to_dict()}
+        assert {word[2:].replace("-", "_") for word in words if word.startswith("--")} <= known
+    else:
+        assert importlib.import_module(f"hf_clt.commands.{words[0]}").make_parser().parse_args(words[1:])

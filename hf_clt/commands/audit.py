@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"The figures are in {options.output / 'audit.json'}; open {page} in a browser.")
     if options.update_card:
         print("\n".join(update_audit(options.clt, for_card(audit))))
-    print_next("trace", options.clt, "PROMPT", "--output", "FOLDER")
+    print_next("trace", options.clt, "--prompt", "TEXT", "--output", "FOLDER")
 
 
 def load(name: str, options: argparse.Namespace) -> "CrossLayerTranscoder":

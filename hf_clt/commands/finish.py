@@ -20,8 +20,7 @@ STATISTICS_BATCHES = 8
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__)
-    add_heldout_options(parser)
-    parser.set_defaults(clt_dtype="float32")  # bfloat16 would lose most of such small steps
+    add_heldout_options(parser, dtype="float32")  # bfloat16 would lose most of such small steps
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write the finished CLT to")
     parser.add_argument("--overwrite", action="store_true", help="replace a CLT that is in OUTPUT already")
     own = parser.add_argument_group("the finish")

@@ -69,19 +69,21 @@ def add_text_options(parser: argparse.ArgumentParser, defaults: dict | None = No
     parser.set_defaults(streaming=True, stream_retries=CLTTrainingArguments.stream_retries)
 
 
-def add_clt_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The options that name the CLT, what [`load_named_clt`] reads; gives their group."""
+def add_clt_options(parser: argparse.ArgumentParser, dtype: str | None = None) -> argparse._ArgumentGroup:
+    """The options that name the CLT, what [`load_named_clt`] reads, `dtype` its default format; gives their group."""
     clt = parser.add_argument_group("the CLT")
     clt.add_argument("clt", metavar="MODEL_OR_REPO", help="folder of a CLT, or its name on the Hub")
     clt.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of the CLT on the Hub")
     dtypes = ("float32", "bfloat16", "float16")
-    clt.add_argument("--clt-dtype", choices=dtypes, help="number format of its decoders (default: its files')")
+    usual = "its files'" if dtype is None else dtype
+    text = f"number format of its decoders (default: {usual})"
+    clt.add_argument("--clt-dtype", choices=dtypes, default=dtype, help=text)
     return clt
 
 
-def add_heldout_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that [`load_clt`] and [`open_heldout`] read."""
-    add_clt_options(parser)
+def add_heldout_options(parser: argparse.ArgumentParser, dtype: str | None = None) -> None:
+    """Adds the options that [`load_clt`] and [`open_heldout`] read; `dtype` is the CLT's default number format."""
+    add_clt_options(parser, dtype)
     helps = {
         "model": MODEL_HELP,
         "eval_tokens": "Held-out tokens, taken from the first documents of the split.",

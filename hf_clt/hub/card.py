@@ -463,18 +463,12 @@ def update_card(folder: str | Path, metrics: dict, evaluation: dict) -> list[str
         `ValueError`: As [`check_update`].
     """
     check_update(folder, evaluation)
-    folder = Path(folder)
-    config = CLTConfig.from_pretrained(folder)
-    base = config.base_model_name_or_path
-    facts = read_facts(folder) or make_facts(base_model=base if is_hub_name(base) else None)
     # where the CLT is, is not a setting of the evaluation
     evaluation = {key: value for key, value in evaluation.items() if key not in ("clt", "revision")}
     new = make_facts(metrics=metrics, evaluation=_with_origin(evaluation))
-    gone = [name for name, _, _ in SCALARS if name in facts.get("metrics", {}) and name not in new["metrics"]]
-    path = write_card(folder, config, facts | new)
-    kept = is_human_edited(path.read_text(encoding="utf-8"))
-    lines = [f"The metrics are in {folder / FACTS_FILE}, the plots in {folder / PLOTS_FOLDER}"]
-    lines.append(f"{path} was edited by hand and is kept" if kept else f"The card is {path}")
+    before, card = _add_facts(Path(folder), new)
+    gone = [name for name, _, _ in SCALARS if name in before.get("metrics", {}) and name not in new["metrics"]]
+    lines = [f"The metrics are in {Path(folder) / FACTS_FILE}, the plots in {Path(folder) / PLOTS_FOLDER}", card]
     if gone:
         lines.append(f"Not measured again and left out: {', '.join(gone)}")
     return lines
@@ -490,13 +484,17 @@ def update_audit(folder: str | Path, audit: dict) -> list[str]:
         audit (`dict`): What [`hf_clt.audit.page.for_card`] gives.
 
     Returns:
-        `list[str]`: A line that says what was done.
+        `list[str]`: Lines that say what was done.
     """
-    folder = Path(folder)
+    _, card = _add_facts(Path(folder), make_facts(audit=audit))
+    return [f"The audit is in {Path(folder) / FACTS_FILE}", card]
+
+
+def _add_facts(folder: Path, new: dict) -> tuple[dict, str]:
+    """Puts facts in place of those in `metrics.json`, and makes the card anew: those before, and what to say."""
     config = CLTConfig.from_pretrained(folder)
     base = config.base_model_name_or_path
-    facts = read_facts(folder) or make_facts(base_model=base if is_hub_name(base) else None)
-    path = write_card(folder, config, facts | make_facts(audit=audit))
-    if is_human_edited(path.read_text(encoding="utf-8")):
-        return [f"The audit is in {folder / FACTS_FILE}; {path} was edited by hand and is kept"]
-    return [f"The audit is on the card, {path}"]
+    before = read_facts(folder) or make_facts(base_model=base if is_hub_name(base) else None)
+    path = write_card(folder, config, before | new)
+    kept = is_human_edited(path.read_text(encoding="utf-8"))
+    return before, f"{path} was edited by hand and is kept" if kept else f"The card is {path}"
