@@ -150,6 +150,8 @@ def is_of_another_seed(clt: "CrossLayerTranscoder", other: "CrossLayerTranscoder
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a file, one per line."""
+    if not path.is_file():
+        raise ValueError(f"prompts={str(path)!r}: there is no such file; give one with a prompt per line")
     prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompts={str(path)!r} has no line; give one prompt per line")

@@ -209,6 +209,7 @@ def test_what_does_not_fit_is_one_clear_line(options, saved, tmp_path, capsys, m
     empty = tmp_path / "prompts.txt"
     empty.write_text("\n")
     assert "has no line; give one prompt per line" in error_of([*options, "--prompts", str(empty)], capsys)
+    assert "there is no such file" in error_of([*options, "--prompts", str(tmp_path / "none.txt")], capsys)
     assert "seed=-1" in error_of([*options, "--seed", "-1"], capsys)
     assert "dataset is missing" in error_of([str(saved), "--output", str(tmp_path / "a")], capsys)
     assert "d_model=32 does not fit" in error_of([str(wide), *options[1:]], capsys)
