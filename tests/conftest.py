@@ -25,8 +25,12 @@ TEXT_CHARACTERS = 120_000
 
 
 @pytest.fixture(autouse=True)
-def with_denormal_numbers() -> None:
-    """Whatever trained before in this process: a training on a CPU flushes them to 0, in its process for good."""
+def known_start() -> None:
+    """
+    Whatever ran before in this process: the same random numbers, and denormal ones (a training on a CPU flushes them
+    to 0, in its process for good).
+    """
+    torch.manual_seed(0)
     torch.set_flush_denormal(False)
 
 
