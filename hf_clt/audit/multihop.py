@@ -74,7 +74,8 @@ def multihop(clt: CrossLayerTranscoder, given: Given) -> dict:
         unimportant ones as are kept (drawn), and the unimportant ones that point to the intermediate are ablated, with
         the fall of the answer's log-probability in `kept_fall`, `unimportant_fall` and `intermediate_fall`;
         `intermediate_unimportant`, the share of the features pointing to the intermediate that are left out (of those
-        questions that have some).
+        questions that have some); `found`, whether one is kept. With a `reference`: `disagreement`, on which share of
+        the questions one of the two CLTs keeps such a feature and the other does not.
 
     Raises:
         BlockSkipped: If the language model answers none.
@@ -95,7 +96,10 @@ def multihop(clt: CrossLayerTranscoder, given: Given) -> dict:
             if graph.num_features:
                 others = [token for token in intermediates if token != middle]
                 generator = torch.Generator().manual_seed(given.seed + number)
-                rows.append(of_question(clt, given, graph, middle, others, answer, generator))
+                row = of_question(clt, given, graph, middle, others, answer, generator)
+                if given.reference is not None:
+                    row["disagreement"] = float(row["found"] != finds(given.reference, given, prompt, middle, answer))
+                rows.append(row)
     if not rows:
         raise BlockSkipped(f"no feature is active on any of {len(asked)} questions")
     found = {"answered": figure(answers, given.seed)}
@@ -136,9 +140,8 @@ def of_question(
     through = [influence_through(graph, points) for points in strength >= POINTS]
     row = {"through_intermediate": through[0]}
     row["through_others"] = sum(through[1:]) / len(others) if others else None
-    pruned = set(map(tuple, graph.prune(NODE_THRESHOLD, EDGE_THRESHOLD).features.tolist()))
-    kept = torch.tensor([tuple(feature) in pruned for feature in graph.features.tolist()])
-    points = strength[0] >= POINTS
+    kept, points = kept_of(graph), strength[0] >= POINTS
+    row["found"] = float((points & kept).any())
     row["intermediate_unimportant"] = (points & ~kept).sum().item() / points.sum().item() if points.any() else None
     drawn = (~kept).nonzero().squeeze(1)
     drawn = drawn[torch.randperm(len(drawn), generator=generator)[: int(kept.sum())]]
@@ -150,6 +153,21 @@ def of_question(
         row[f"{name}_flips"] = float(log_p[number].argmax() != answer) if there else None
         row[f"{name}_fall"] = (log_p[0, answer] - log_p[number, answer]).item() if there else None
     return row
+
+
+def kept_of(graph: AttributionGraph) -> Tensor:
+    """Which features pruning keeps, (n,) bool."""
+    pruned = set(map(tuple, graph.prune(NODE_THRESHOLD, EDGE_THRESHOLD).features.tolist()))
+    return torch.tensor([tuple(feature) in pruned for feature in graph.features.tolist()])
+
+
+def finds(clt: CrossLayerTranscoder, given: Given, prompt: str, middle: int, answer: int) -> float:
+    """Whether the graph of a question keeps a feature that points to the intermediate."""
+    graph = graph_of(clt, given, prompt, [answer])
+    if not graph.num_features:
+        return 0.0
+    with clt.folded():
+        return float(((pointing(clt, given, graph, [middle])[0] >= POINTS) & kept_of(graph)).any())
 
 
 def pointing(clt: CrossLayerTranscoder, given: Given, graph: AttributionGraph, tokens: list[int]) -> Tensor:

@@ -1,12 +1,17 @@
-"""An audit: every block for a CLT, for its controls and for what it is compared with; one JSON, written after each."""
+"""
+An audit: every block for a CLT, for its controls and for what it is compared with; one JSON, written after each. Any
+number of processes share it through that file: each takes what no other has.
+"""
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..features.pages import weights_digest
 from ..files import format_duration, one_line, read_json, write_json
@@ -25,8 +30,9 @@ from .samples import BlockSkipped, Given, sequences
 from .stability import stability
 
 
-FILE = "audit.json"
+FILE, LOCKS = "audit.json", ".locks"
 FORMAT = "hf_clt audit 1"
+WAIT_SECONDS = 2.0  # between two looks for work while other processes have it all
 CONTROL_SEQUENCES = 16  # on which the random CLT is made as active as the CLT
 
 
@@ -39,28 +45,26 @@ class Block:
         measure: From a CLT and what is given to its figures: by name one figure, a list of them (from layer or
             distance 0 on), or a dict of them by label.
         says: What it asks, in a sentence.
+        traces: Whether it reads the graphs of the prompts, which one process makes for all such blocks of a CLT.
         cost: What it takes for one CLT, whole and with `quick`, as a multiple of reading the MLPs and reconstructing
             them on two sequences: about, from CPU seconds with SmolLM2-135M; of graphs they are rough.
     """
 
     measure: Callable[[CrossLayerTranscoder, Given], dict]
     says: str
+    traces: bool
     cost: tuple[float, float]
 
 
-def of_seeds(clt: CrossLayerTranscoder, given: Given) -> dict:
-    return stability(clt, given, given.other)
-
-
 BLOCKS = {
-    "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", (36, 9)),
-    "replacement": Block(replacement, "What does the language model predict with its MLPs replaced?", (160, 25)),
-    "graphs": Block(graphs, "How much of a next token do its graphs explain, and in how many steps?", (96, 36)),
-    "edges": Block(edges, "Do features do in the language model what the edges say?", (256, 32)),
-    "necessity": Block(necessity, "Does the next token need what a graph calls important?", (50, 7)),
-    "stability": Block(of_seeds, "Does a graph name the same features when little changes?", (20, 12)),
-    "multihop": Block(multihop, "Is a step in between found, and is what is left out unimportant?", (70, 20)),
-    "features": Block(features, "Do features stand for more than a token?", (36, 18)),
+    "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", False, (36, 9)),
+    "replacement": Block(replacement, "What does the language model predict with its MLPs replaced?", False, (160, 25)),
+    "features": Block(features, "Do features stand for more than a token?", False, (36, 18)),
+    "graphs": Block(graphs, "How much of a next token do its graphs explain, in how many steps?", True, (96, 36)),
+    "edges": Block(edges, "Do features do in the language model what the edges say?", True, (256, 32)),
+    "necessity": Block(necessity, "Does the next token need what a graph calls important?", True, (50, 7)),
+    "stability": Block(stability, "Does a graph name the same features when little changes?", True, (20, 12)),
+    "multihop": Block(multihop, "Is a step in between found, and what is left out unimportant?", True, (70, 20)),
 }
 
 
@@ -91,9 +95,9 @@ def describe(clt: CrossLayerTranscoder, given: Given, settings: dict) -> dict:
 # -- the audit --------------------------------------------------------------------------------------------------------
 
 
-def open_audit(output: Path, settings: dict, subjects: list[str], overwrite: bool) -> dict:
+def open_audit(output: Path, settings: dict, subjects: list[str], overwrite: bool) -> None:
     """
-    The audit in a folder as far as it is done, or a new one.
+    Makes the file of an audit, or adds subjects to the one that is there.
 
     Raises:
         ValueError: If the folder has one with other settings, or another file of its name.
@@ -101,25 +105,32 @@ def open_audit(output: Path, settings: dict, subjects: list[str], overwrite: boo
     path = output / FILE
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file; give a folder")
-    if path.exists() and not overwrite:
-        audit = read_json(path)
-        if not isinstance(audit, dict) or audit.get("format") != FORMAT:
-            raise ValueError(f"{path} is not of an audit; give another folder as output")
+    (output / LOCKS).mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        audit = {"format": FORMAT, "settings": settings, "subjects": [], "blocks": {}}
+        if path.exists() and not overwrite:
+            audit = read_json(path)
+            if not isinstance(audit, dict) or audit.get("format") != FORMAT:
+                raise ValueError(f"{path} is not of an audit; give another folder as output")
         for name in {**settings, **audit["settings"]}:
             if audit["settings"].get(name) != settings.get(name):
                 raise ValueError(
                     f"output={str(output)!r} has an audit with {name}={audit['settings'].get(name)!r}, now it is "
                     f"{settings.get(name)!r}; give another folder, or --overwrite"
                 )
-        audit["subjects"] = [*audit["subjects"], *(name for name in subjects if name not in audit["subjects"])]
-        return audit
-    output.mkdir(parents=True, exist_ok=True)
-    return {"format": FORMAT, "settings": settings, "subjects": subjects, "blocks": {}}
+        audit["subjects"] += [name for name in subjects if name not in audit["subjects"]]
+        write_json(path, audit)
 
 
-def missing(audit: dict, subject: str) -> list[str]:
-    """The blocks that are not yet done for one of the subjects."""
-    return [name for name in BLOCKS if subject not in audit["blocks"].get(name, {})]
+def locked(output: Path, name: str = FILE, timeout: float = -1) -> FileLock:
+    """A lock of an audit's folder, which ends with its process; that of the file is held to read and write it."""
+    return FileLock(output / LOCKS / f"{name}.lock", timeout=timeout)
+
+
+def missing(audit: dict, subject: str, traces: bool | None = None) -> list[str]:
+    """The blocks that are not yet done for one of the subjects; those alone that read graphs, or that do not."""
+    done = audit["blocks"]
+    return [n for n, b in BLOCKS.items() if traces in (None, b.traces) and subject not in done.get(n, {})]
 
 
 @torch.no_grad()
@@ -135,11 +146,11 @@ def seconds_of_unit(clt: CrossLayerTranscoder, given: Given) -> float:
     return time.perf_counter() - begin
 
 
-def format_cost(audit: dict, unit: float, quick: bool) -> str:
+def format_cost(audit: dict, unit: float, quick: bool, processes: int) -> str:
     """What is left to do and about how long it takes, as a few lines."""
     left = [(name, missing(audit, name)) for name in audit["subjects"]]
     costs = {name: BLOCKS[name].cost[quick] * unit for name in BLOCKS}
-    total = sum(costs[block] for _, blocks in left for block in blocks)
+    total = sum(costs[block] for _, blocks in left for block in blocks) / min(processes, 2 * len(left))
     parts = [f"{name} {format_duration(seconds)}" for name, seconds in costs.items()]
     return (
         f"{sum(len(blocks) for _, blocks in left)} measurements ({len(BLOCKS)} blocks of {len(left)} CLTs: "
@@ -156,10 +167,12 @@ def run_audit(
     compare: dict[str, Callable[[], CrossLayerTranscoder]] | None = None,
     *,
     overwrite: bool = False,
+    processes: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict:
     """
-    Audits a CLT. Interrupted, it goes on where it stood when it is called again.
+    Audits a CLT. Interrupted, it goes on where it stood when it is called again; called in several processes with the
+    same `output`, each does a part, and all return when the whole is done.
 
     Args:
         clt ([`CrossLayerTranscoder`]): The CLT, in eval mode; lazy ones too.
@@ -169,6 +182,7 @@ def run_audit(
             with the same.
         compare (`dict`, *optional*): Functions that load further CLTs of the same language model, by name.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to begin anew what is in `output`.
+        processes (`int`, *optional*, defaults to 1): How many call it, for the estimate.
         report (`Callable`, *optional*): Is told what the audit will cost, and each block when it is done.
 
     Returns:
@@ -183,44 +197,57 @@ def run_audit(
     subjects = subjects_of(clt, given, compare)
     if len(subjects) < 3 + len(compare):
         raise ValueError(f"compare={sorted(compare)} has one of the names clt, shuffled and random; rename it")
-    audit = open_audit(output, describe(clt, given, settings), list(subjects), overwrite)
+    open_audit(output, describe(clt, given, settings), list(subjects), overwrite)
+    audit = read_json(output / FILE)
     if any(missing(audit, name) for name in subjects):
         try:
-            report(format_cost(audit, seconds_of_unit(clt, given), given.quick))
+            report(format_cost(audit, seconds_of_unit(clt, given), given.quick, processes))
         except BlockSkipped as error:
             raise ValueError(str(error)) from None
-    for subject, make in subjects.items():
-        if not missing(audit, subject):
-            continue
-        measured = make()
-        hooks = measured.config.feature_input_hook, measured.config.feature_output_hook
-        own = given if subject not in compare else replace(given, other=None)
-        if hooks != (given.harvester.input_hook, given.harvester.output_hook):
-            own = replace(own, harvester=Harvester(given.model, *hooks), other=None)
-        for name in missing(audit, subject):
-            begin = time.perf_counter()
-            result = measure(name, measured, own)
-            result["seconds"] = round(time.perf_counter() - begin, 2)
-            audit["blocks"].setdefault(name, {})[subject] = result
-            write_json(output / FILE, audit)
-            reason = f"  SKIPPED: {result['skipped']}" if "skipped" in result else ""
-            report(f"{name:<16} {subject:<12} {format_duration(result['seconds'])}{reason}")
-        del measured
-    write_json(output / FILE, audit)
-    return read_json(output / FILE)
+    measured = {}  # the CLT that was made last
+    while parts := [(name, traces) for name in subjects for traces in (False, True) if missing(audit, name, traces)]:
+        for subject, traces in parts:
+            with suppress(Timeout), locked(output, f"{subject}.{traces}", timeout=0):
+                if subject not in measured:
+                    measured.clear()
+                    measured[subject] = subjects[subject]()
+                own = given if subject not in compare else replace(given, reference=clt)
+                for name in missing(read_json(output / FILE), subject, traces):
+                    result = measure(name, measured[subject], own)
+                    add_result(output, name, subject, result)
+                    reason = f"  SKIPPED: {result['skipped']}" if "skipped" in result else ""
+                    report(f"{name:<16} {subject:<12} {format_duration(result['seconds'])}{reason}")
+                break
+        else:
+            time.sleep(WAIT_SECONDS)  # others measure what is left
+        audit = read_json(output / FILE)
+    return audit
+
+
+def add_result(output: Path, block: str, subject: str, result: dict) -> None:
+    with locked(output):
+        audit = read_json(output / FILE)
+        audit["blocks"].setdefault(block, {})[subject] = result
+        audit["blocks"] = {name: audit["blocks"][name] for name in BLOCKS if name in audit["blocks"]}
+        write_json(output / FILE, audit)
 
 
 def measure(name: str, clt: CrossLayerTranscoder, given: Given) -> dict:
-    """The figures of a block, or why it was skipped."""
+    """The figures of a block, or why it was skipped, and the `seconds` that it took."""
+    begin = time.perf_counter()
+    hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
+    if hooks != (given.harvester.input_hook, given.harvester.output_hook):
+        given = replace(given, harvester=Harvester(given.model, *hooks))
     try:
-        return {"figures": BLOCKS[name].measure(clt, given)}
+        result = {"figures": BLOCKS[name].measure(clt, given)}
     except BlockSkipped as error:
-        return {"skipped": one_line(error)}
+        result = {"skipped": one_line(error)}
     except (MemoryError, RuntimeError) as error:
         # a GPU's OutOfMemoryError is a RuntimeError; so is what the CPU's allocator raises
-        if isinstance(error, MemoryError) or "memory" in str(error):
-            return {"skipped": f"out of memory ({one_line(error, 120)})"}
-        raise
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        result = {"skipped": f"out of memory ({one_line(error, 120)})"}
+    return {**result, "seconds": round(time.perf_counter() - begin, 2)}
 
 
 __all__ = ["BLOCKS", "run_audit"]

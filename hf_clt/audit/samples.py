@@ -41,7 +41,7 @@ class Given:
         quick (`bool`): Whether to measure on fewer samples.
         seed (`int`): Of whatever is drawn, the bootstrap included.
         progress (`bool`): Whether to show progress bars.
-        other ([`CrossLayerTranscoder`], *optional*): The CLT of another seed, to see which features both have.
+        reference ([`CrossLayerTranscoder`], *optional*): The CLT of the audit, where another is compared with it.
         shared (`dict`): What a block found for one CLT and needs again for the next: of the language model alone.
     """
 
@@ -53,7 +53,7 @@ class Given:
     quick: bool = False
     seed: int = 0
     progress: bool = False
-    other: CrossLayerTranscoder | None = None
+    reference: CrossLayerTranscoder | None = None
     shared: dict = field(default_factory=dict, repr=False)
 
 

@@ -18,22 +18,21 @@ from .samples import BlockSkipped, Given, figure
 THRESHOLDS = (0.7, 0.75, 0.8, 0.85, 0.9)
 ALIKE = 0.7  # cosine of what two features of two CLTs write, from which they are one
 QUICK_PROMPTS, QUICK_PAIRS = 8, 6
+# in which two CLTs are alike whose features may be
+KIND = ("num_features", "activation_fn", "reach", "feature_input_hook", "feature_output_hook")
 
 
 @torch.no_grad()
-def stability(clt: CrossLayerTranscoder, given: Given, other: CrossLayerTranscoder | None = None) -> dict:
+def stability(clt: CrossLayerTranscoder, given: Given) -> dict:
     """
     Overlaps of the features that pruning keeps, |A ∩ B| / |A ∪ B|.
-
-    Args:
-        other ([`CrossLayerTranscoder`], *optional*): One of another seed, of the same language model and hooks.
 
     Returns:
         `dict` of figures: `thresholds`, the overlap with what is kept at [`NODE_THRESHOLD`], by [`THRESHOLDS`]
         (samples are prompts), and `lowest_and_highest`, of the first and the last; `paraphrases`, of (layer, feature)
         wherever they are active, between a prompt and another way to say it (samples are pairs), `unrelated`, between
-        a prompt and the other pairs' paraphrases, and `paraphrases_over_unrelated`, their difference. With `other`:
-        `seeds`, the share of the kept features of both with a partner among those that the other keeps in the same
+        a prompt and the other pairs' paraphrases, and `paraphrases_over_unrelated`, their difference. With a
+        `reference` of the same kind, such as one of another seed: `seeds`, the share of the kept features of both with a partner among those that the other keeps in the same
         layer and position, whose writes have a cosine of [`ALIKE`] or more.
 
     Raises:
@@ -63,14 +62,11 @@ def stability(clt: CrossLayerTranscoder, given: Given, other: CrossLayerTranscod
     result["paraphrases"], result["unrelated"] = figure(same, given.seed), figure(unlike, given.seed)
     gains = [one - another for one, another in zip(same, unlike, strict=True)]
     result["paraphrases_over_unrelated"] = figure(gains, given.seed)
-    if other is not None:
+    other = given.reference
+    if other is not None and all(getattr(clt.config, name) == getattr(other.config, name) for name in KIND):
+        prompts = given.prompts[: QUICK_PROMPTS if given.quick else None]
         with clt.folded(), other.folded():
-            for prompt in tqdm(
-                given.prompts[: QUICK_PROMPTS if given.quick else None],
-                "seeds",
-                unit="prompt",
-                disable=not given.progress,
-            ):
+            for prompt in tqdm(prompts, "seeds", unit="prompt", disable=not given.progress):
                 both = [graph_of(c, given, prompt).prune(NODE_THRESHOLD, EDGE_THRESHOLD) for c in (clt, other)]
                 if all(graph.num_features for graph in both):
                     seeds.append(shared((clt, other), both))

@@ -1,7 +1,7 @@
 """
 Audits a CLT: what it explains, what the language model predicts through it, what its features are, and whether its
 circuits are those of the language model; each figure beside those of two controls made on the spot. Writes audit.json
-and a page, audit.html. Interrupted, the same command goes on. Example:
+and a page, audit.html. Interrupted, the same command goes on; several processes share the work. Example:
 
   hf-clt audit quickstart/clt --dataset quickstart/text.jsonl --output quickstart/audit --quick
 """
@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     from ..hub.card import check_update, update_audit
 
     # What would fail at the end is found before any long work.
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("hf-clt audit runs in one process, and this is one of several; start it without a launcher")
+    processes, is_first = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
+    if processes > 1 and options.overwrite:
+        raise ValueError(f"overwrite cannot be given to {processes} processes at once; remove {options.output} first")
     if options.dataset is None:
         raise ValueError("dataset is missing; give --dataset")
     if options.eval_tokens < 1:
@@ -90,11 +91,21 @@ def main(argv: list[str] | None = None) -> None:
         prompts=prompts,
         quick=options.quick,
         seed=options.seed,
-        progress=not options.disable_progress_bar,
-        other=next((other for other in others.values() if is_of_another_seed(clt, other)), None),
+        progress=is_first and not options.disable_progress_bar,
     )
     compare = {name: lambda other=other: other for name, other in others.items()}
-    audit = run_audit(clt, given, options.output, settings_of(options, clt), compare, overwrite=options.overwrite)
+    audit = run_audit(
+        clt,
+        given,
+        options.output,
+        settings_of(options, clt),
+        compare,
+        overwrite=options.overwrite,
+        processes=processes,
+        report=print if is_first else lambda line: None,
+    )
+    if not is_first:
+        return
     print(format_audit(audit))
     page = options.output / "audit.html"
     write_page(audit, page)
@@ -140,12 +151,6 @@ def check_other(
             f"compare={other_name!r} is of {models[1]}, and {name!r} of {models[0]}: give CLTs of one language model"
         )
     return other
-
-
-def is_of_another_seed(clt: "CrossLayerTranscoder", other: "CrossLayerTranscoder") -> bool:
-    """Whether two CLTs are of one kind and differ in their weights alone."""
-    names = ("num_features", "activation_fn", "decoder_reach", "feature_input_hook", "feature_output_hook")
-    return all(getattr(clt.config, name) == getattr(other.config, name) for name in names)
 
 
 def read_prompts(path: Path) -> list[str]:

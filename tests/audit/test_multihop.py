@@ -12,6 +12,7 @@ from hf_clt.audit.multihop import (
     QUESTIONS,
     QUICK_QUESTIONS,
     answered_questions,
+    finds,
     influence_through,
     multihop,
     of_question,
@@ -96,24 +97,40 @@ def test_questions_that_a_model_answers(trained):
         assert 0 <= found[name]["value"] <= 1
 
 
+def planted(given, prompt, middle, answer):
+    """A CLT whose most influential feature on a question writes the intermediate as well, and strongly."""
+    clt = exact_clt(given.model)
+    graph = graph_of(clt, given, prompt, [answer])
+    layer, _, feature = graph.features[graph.influence()[: graph.num_features].argmax()].tolist()
+    head = given.model.lm_head.weight
+    changed = exact_clt(given.model)
+    changed.decoders[layer].weight[feature, 0] += 100 * (head[middle] - head.mean(dim=0))
+    return changed
+
+
 def test_a_feature_that_writes_the_intermediate_is_found(trained):
-    """Planted: the most influential feature writes the intermediate as well, and strongly."""
     prompt, middle, answer = answered_questions(trained)[0]
-    clt, planted = exact_clt(trained.model), exact_clt(trained.model)
-    graph = graph_of(clt, trained, prompt, [answer])
-    node = graph.influence()[: graph.num_features].argmax()
-    layer, _, feature = graph.features[node].tolist()
-    head = trained.model.lm_head.weight
-    planted.decoders[layer].weight[feature, 0] += 100 * (head[middle] - head.mean(dim=0))
-    changed = graph_of(planted, trained, prompt, [answer])
+    clts = exact_clt(trained.model), planted(trained, prompt, middle, answer)
+    graphs = [graph_of(clt, trained, prompt, [answer]) for clt in clts]
     others = [token for token in range(1, 40) if token not in (middle, answer)]
-    rows = [
-        of_question(clt, trained, graph, middle, others, answer, torch.Generator().manual_seed(0)),
-        of_question(planted, trained, changed, middle, others, answer, torch.Generator().manual_seed(0)),
-    ]
-    assert pointing(planted, trained, changed, [middle])[0].max() > 4
-    assert rows[1]["through_intermediate"] > rows[0]["through_intermediate"]
-    assert rows[1]["through_intermediate"] > 2 * rows[1]["through_others"]
+    without, with_it = (
+        of_question(clt, trained, graph, middle, others, answer, torch.Generator().manual_seed(0))
+        for clt, graph in zip(clts, graphs, strict=True)
+    )
+    assert pointing(clts[1], trained, graphs[1], [middle])[0].max() > 4
+    assert with_it["through_intermediate"] > without["through_intermediate"]
+    assert with_it["through_intermediate"] > 2 * with_it["through_others"]
+    assert finds(clts[0], trained, prompt, middle, answer) == without["found"] == 0
+    assert finds(clts[1], trained, prompt, middle, answer) == with_it["found"] == 1
+
+
+def test_disagreement_is_with_the_reference(trained):
+    clt = planted(trained, *answered_questions(trained)[0])
+    given = replace(trained, quick=True, reference=exact_clt(trained.model))
+    of_planted, of_same = multihop(clt, given), multihop(exact_clt(trained.model), given)
+    assert of_same["disagreement"]["value"] == 0
+    assert of_planted["disagreement"]["value"] >= 1 / QUICK_QUESTIONS
+    assert "disagreement" not in multihop(clt, replace(given, reference=None))
 
 
 def test_a_model_that_knows_no_answer_is_skipped():

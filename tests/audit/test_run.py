@@ -1,8 +1,11 @@
 """The whole audit: resumed, skipped, refused; its page, its table and the section of the card."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -21,6 +24,19 @@ from tests.reference import random_clt
 
 
 OWN = ("reconstruction", "replacement", "features")
+# One of several processes; it says what it measures itself.
+PART = f"""
+import sys
+from hf_clt.audit import run
+from hf_clt.commands import main
+run.BLOCKS = {{name: run.BLOCKS[name] for name in {OWN}}}
+add_result = run.add_result
+def told(output, block, subject, result):
+    print("measured", block, subject)
+    add_result(output, block, subject, result)
+run.add_result = told
+sys.exit(main(["audit", *sys.argv[1:]]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +87,51 @@ def test_killed_and_resumed_is_the_same_as_uninterrupted(given, trained, tmp_pat
     assert run_audit(trained, given, tmp_path / "cut", {"clt": "a"}, report=again.append) == cut and not again
 
 
+@pytest.mark.slow
+def test_two_processes_share_an_audit(options, tmp_path):
+    """They find what one finds, and each measurement is made once; nothing but the folder is common to them."""
+    assert main(["audit", *options, "--disable-progress-bar"]) == 0
+    alone = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    options[options.index("--output") + 1] = str(tmp_path / "shared")
+    argv = [sys.executable, "-c", PART, *options, "--disable-progress-bar"]
+    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    parts = [subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) for env in environments]
+    printed = [part.communicate(timeout=200)[0] for part in parts]
+    assert [part.returncode for part in parts] == [0, 0]
+    assert without_times(json.loads((tmp_path / "shared" / "audit.json").read_text())) == without_times(alone)
+    made = [re.findall(r"measured (\w+ \w+)", text) for text in printed]
+    assert all(made) and len(made[0]) + len(made[1]) == len(set(made[0] + made[1])) == len(OWN) * 3
+    assert "Next: hf-clt trace" in printed[0] and "Next:" not in printed[1]
+
+
+@pytest.mark.slow
+def test_what_a_process_was_measuring_when_it_was_killed_is_measured_by_another(given, trained, tmp_path):
+    """Its lock ends with it, and the blocks that it finished stay."""
+    run_module.open_audit(tmp_path, run_module.describe(trained, given, {"clt": "a"}), ["clt"], False)
+    code = f"""
+import time
+from pathlib import Path
+from hf_clt.audit.run import add_result, locked
+lock = locked(Path({str(tmp_path)!r}), "clt.False")
+with lock:
+    add_result(Path({str(tmp_path)!r}), "features", "clt", {{"skipped": "of another", "seconds": 0}})
+    print("holds", flush=True)
+    time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "holds\n"
+    lines = []
+
+    def report(line):
+        lines.append(line)
+        if line.startswith("features") and "random" in line:
+            other.kill()  # all else is done
+
+    audit = run_audit(trained, given, tmp_path, {"clt": "a"}, report=report)
+    assert audit["blocks"]["features"]["clt"]["skipped"] == "of another"
+    assert [line.split()[:2] for line in lines[-2:]] == [["reconstruction", "clt"], ["replacement", "clt"]]
+
+
 def test_an_audit_of_other_settings_is_not_gone_on_with(given, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "BLOCKS", {"features": BLOCKS["features"]})
     run_audit(trained, given, tmp_path, {"clt": "a"}, report=list)
@@ -93,7 +154,7 @@ def test_a_block_that_cannot_be_measured_is_skipped_and_says_so_everywhere(given
     def broken(clt, given):
         raise RuntimeError("a bug")
 
-    blocks = {"poor": Block(poor, "?", (1, 1)), "hungry": Block(hungry, "?", (1, 1))}
+    blocks = {"poor": Block(poor, "?", False, (1, 1)), "hungry": Block(hungry, "?", False, (1, 1))}
     for module in ("run", "page"):
         monkeypatch.setattr(f"hf_clt.audit.{module}.BLOCKS", blocks)
     lines = []
@@ -106,7 +167,7 @@ def test_a_block_that_cannot_be_measured_is_skipped_and_says_so_everywhere(given
     assert (tmp_path / "page.html").read_text().count("skipped: no prompt fits") == 3
     assert format_audit(audit).count("skipped: no prompt fits") == 3
     assert for_card(audit)["rows"][0][3] == "skipped: no prompt fits"
-    blocks["poor"] = Block(broken, "?", (1, 1))
+    blocks["poor"] = Block(broken, "?", False, (1, 1))
     with pytest.raises(RuntimeError, match="a bug"):
         run_audit(trained, given, tmp_path, {"clt": "a"}, overwrite=True)
 
@@ -118,7 +179,7 @@ def test_another_clt_is_measured_at_its_own_hooks(given, trained, tmp_path, monk
         seen.append((given.harvester.input_hook, given.harvester.output_hook))
         return {"a": figure([1.0], 0)}
 
-    monkeypatch.setattr(run_module, "BLOCKS", {"look": Block(look, "?", (1, 1))})
+    monkeypatch.setattr(run_module, "BLOCKS", {"look": Block(look, "?", False, (1, 1))})
     hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
     other = random_clt(num_layers=2, d_model=64, double=False, **hooks).eval()
     audit = run_audit(trained, given, tmp_path, {"clt": "a"}, {"other": lambda: other}, report=list)
@@ -216,7 +277,7 @@ def test_what_does_not_fit_is_one_clear_line(options, saved, tmp_path, capsys, m
     few = [*options, "--eval-tokens", "40"]
     assert "2 sequences of held-out text, and 4 are needed" in error_of(few, capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "runs in one process" in error_of(options, capsys)
+    assert "overwrite cannot be given to 2 processes at once; remove " in error_of([*options, "--overwrite"], capsys)
 
 
 def test_clts_of_two_models_on_the_hub_are_not_compared(trained):

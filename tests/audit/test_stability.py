@@ -30,7 +30,7 @@ def test_stability_of_a_clt(monkeypatch):
     given = replace(given, prompts=prompts[:2])
     other = make_exact()[0]
     renumbered(other)
-    found = stability(clt, given, other)
+    found = stability(clt, replace(given, reference=other))
     assert list(found["thresholds"]) == [f"{threshold}" for threshold in THRESHOLDS]
     assert found["thresholds"]["0.8"]["value"] == 1
     ends = found["lowest_and_highest"]["value"]
@@ -43,7 +43,7 @@ def test_stability_of_a_clt(monkeypatch):
 
     wrong = make_exact()[0]
     shuffle(wrong)
-    assert stability(clt, given, wrong)["seeds"]["value"] < 0.5
+    assert stability(clt, replace(given, reference=wrong))["seeds"]["value"] < 0.5
 
 
 def test_a_partner_is_in_the_same_layer_and_position():
