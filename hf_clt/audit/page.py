@@ -2,6 +2,7 @@
 
 import importlib.resources
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ SUBJECTS = {
     "shuffled": "its decoders shuffled between the features of a layer",
     "random": "random features, as active and as strong",
 }
+# What to look at first: in the terminal, on the card, and on top of the page; a label is behind the name.
+GLANCE = (
+    "nmse", "l0", "ce_recovered", "kl", "single_token", "absorption", "replacement", "completeness", "path_length",
+    "feature_spearman", "feature_spearman_activation", "logit_spearman", "logit_spearman_activation",
+    "perturbation_cosine 1", "response_cosine 2", "deletion_area", "insertion_area", "insertion_all",
+    "lowest_and_highest", "paraphrases", "unrelated", "seeds", "found", "unimportant_flips", "disagreement",
+)  # fmt: skip
 # What a figure is; of others the name says it. docs/audit.md defines them.
 MEANINGS = {
     "nmse": "squared error over the targets' variance",
@@ -79,6 +87,7 @@ MEANINGS = {
 
 def meaning(name: str) -> str:
     """What a figure is; of one per layer, or by something, what it is of."""
+    name = name.split(" ")[0]
     return MEANINGS.get(name) or MEANINGS.get(re.split("_(?:per|by)_", name)[0], "")
 
 
@@ -114,10 +123,17 @@ def of_subjects(audit: dict, block: str, name: str) -> dict[str, Any]:
     return {subject: results.get(subject, {}).get("figures", {}).get(name) for subject in audit["subjects"]}
 
 
-def scalar_rows(audit: dict) -> list[dict]:
+def by_label(value: Any) -> dict[str, dict]:
+    """Figures by their label, a layer or distance of a list; a single one has the label ''."""
+    if is_figure(value):
+        return {"": value}
+    return {f"{label}": found for label, found in (enumerate(value) if isinstance(value, list) else value.items())}
+
+
+def rows_of(audit: dict, chosen: Container[str] | None = None) -> list[dict]:
     """
-    The single figures of all blocks, and the skipped blocks: `block`, `name`, `samples` and `cells` by subject. A cell
-    ends in ≈ where its interval and that of the CLT overlap.
+    The figures of all blocks, the single ones or those that are `chosen` by name (and label), and the skipped blocks:
+    `block`, `name`, `samples` and `cells` by subject. A cell ends in ≈ where its interval and that of the CLT overlap.
     """
     rows = []
     for block in BLOCKS:
@@ -128,22 +144,28 @@ def scalar_rows(audit: dict) -> list[dict]:
             cells |= {s: f"skipped: {reason}" for s, reason in reasons.items() if reason}
             rows.append({"block": block, "name": "", "samples": None, "cells": cells})
         for name in names_of(audit, block):
-            found = of_subjects(audit, block, name)
-            if not any(is_figure(figure) for figure in found.values()):
-                continue
-            own, cells = found.get("clt"), {}
-            for subject, figure in found.items():
-                mark = "" if subject == "clt" or not overlap(own, figure) else " =" if figure == own else " ≈"
-                cells[subject] = shown(figure) + mark
-            samples = next(figure["samples"] for figure in (own, *found.values()) if figure)
-            rows.append({"block": block, "name": name, "samples": samples, "cells": cells})
+            found = {subject: by_label(value or {}) for subject, value in of_subjects(audit, block, name).items()}
+            for label in dict.fromkeys(label for figures in found.values() for label in figures):
+                full = f"{name} {label}".strip()
+                if full in chosen if chosen is not None else not label:
+                    figures = {subject: figures.get(label) for subject, figures in found.items()}
+                    samples = next(figure["samples"] for figure in figures.values() if figure)
+                    rows.append({"block": block, "name": full, "samples": samples, "cells": cells_of(figures)})
     return rows
 
 
+def cells_of(figures: dict[str, dict | None]) -> dict[str, str]:
+    own, cells = figures.get("clt"), {}
+    for subject, figure in figures.items():
+        mark = "" if subject == "clt" or not overlap(own, figure) else " =" if figure == own else " ≈"
+        cells[subject] = shown(figure) + mark
+    return cells
+
+
 def format_audit(audit: dict) -> str:
-    """The single figures as aligned plain text."""
+    """The figures to look at first as aligned plain text."""
     rows = [["block", "figure", "samples", *audit["subjects"]]]
-    for row in scalar_rows(audit):
+    for row in rows_of(audit, GLANCE):
         rows.append([row["block"], row["name"], f"{row['samples'] or '-'}", *row["cells"].values()])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -154,7 +176,7 @@ def for_card(audit: dict) -> dict:
     """What a model card says of an audit: `columns`, `rows` and the `settings` that a reader needs."""
     rows = [
         [row["block"], row["name"].replace("_", " "), row["samples"] or "-", *row["cells"].values()]
-        for row in scalar_rows(audit)
+        for row in rows_of(audit, GLANCE)
     ]
     names = ("dataset", "eval_tokens", "seed", "quick", "num_prompts")
     settings = {name: audit["settings"][name] for name in names if audit["settings"].get(name) is not None}
@@ -169,11 +191,7 @@ def chart(found: dict[str, Any]) -> dict:
     A line per subject over the labels of its figures, with its interval, as points of an SVG: `lines` of `subject`,
     `number` (its colour), `points` and `band`; `ticks` of both axes; and `rows`, the figures as text.
     """
-    series = {}
-    for subject, figures in found.items():
-        pairs = enumerate(figures) if isinstance(figures, list) else (figures or {}).items()
-        if own := {str(label): figure for label, figure in pairs}:
-            series[subject] = own
+    series = {subject: by_label(figures) for subject, figures in found.items() if figures}
     labels = list(dict.fromkeys(label for figures in series.values() for label in figures))
     # The axis is that of the values: a wide interval of one control would flatten all the rest.
     values = [f["value"] for figures in series.values() for f in figures.values() if f["value"] is not None]
@@ -208,7 +226,7 @@ def chart(found: dict[str, Any]) -> dict:
 
 def write_page(audit: dict, path: Path) -> None:
     """Writes the page of an audit, whole or not at all."""
-    rows, blocks = scalar_rows(audit), []
+    rows, blocks = rows_of(audit), []
     for name, block in BLOCKS.items():
         found = {figure: of_subjects(audit, name, figure) for figure in names_of(audit, name)}
         charts = [
@@ -225,6 +243,7 @@ def write_page(audit: dict, path: Path) -> None:
     page = environment.from_string(text).render(
         audit=audit,
         blocks=blocks,
+        glance=rows_of(audit, GLANCE),
         meaning=meaning,
         subjects={name: SUBJECTS.get(name, "compared with") for name in audit["subjects"]},
         settings=settings,

@@ -58,7 +58,9 @@ class Block:
 
 BLOCKS = {
     "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", False, (36, 9)),
-    "replacement": Block(replacement, "What does the language model predict with its MLPs replaced?", False, (160, 25)),
+    "replacement": Block(
+        replacement, "What does the language model predict with its MLPs replaced?", False, (160, 25)
+    ),
     "features": Block(features, "Do features stand for more than a token?", False, (36, 18)),
     "graphs": Block(graphs, "How much of a next token do its graphs explain, in how many steps?", True, (96, 36)),
     "edges": Block(edges, "Do features do in the language model what the edges say?", True, (256, 32)),

@@ -32,8 +32,9 @@ def stability(clt: CrossLayerTranscoder, given: Given) -> dict:
         (samples are prompts), and `lowest_and_highest`, of the first and the last; `paraphrases`, of (layer, feature)
         wherever they are active, between a prompt and another way to say it (samples are pairs), `unrelated`, between
         a prompt and the other pairs' paraphrases, and `paraphrases_over_unrelated`, their difference. With a
-        `reference` of the same kind, such as one of another seed: `seeds`, the share of the kept features of both with a partner among those that the other keeps in the same
-        layer and position, whose writes have a cosine of [`ALIKE`] or more.
+        `reference` of the same kind, such as one of another seed: `seeds`, the share of the kept features of both with
+        a partner among those that the other keeps in the same layer and position, whose writes have a cosine of
+        [`ALIKE`] or more.
 
     Raises:
         BlockSkipped: If no feature is active.
