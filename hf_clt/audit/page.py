@@ -58,8 +58,9 @@ MEANINGS = {
     "logit_spearman": "rank correlation of influence and KL of the next token, when a feature is ablated",
     "perturbation_cosine": "of the predicted and the measured change, by layers downstream",
     "perturbation_error": "|predicted - measured| / |measured|, by layers downstream",
-    "response_cosine": "the same without what the feature writes itself",
-    "response_error": "the same without what the feature writes itself",
+    "response_cosine": "of the predicted and the measured change without what the feature writes itself, by layers "
+    "downstream",
+    "response_error": "|predicted - measured| / |measured| without what it writes itself, by layers downstream",
     "insertion_all": "share of the prediction that all features of a graph give without errors",
     "others_size": "what the others write over what the top features write",
     "deletion_area": "how much more of the prediction is lost with the top features than with others as large",
@@ -83,11 +84,21 @@ MEANINGS = {
     "probe_accuracy": "of a linear probe for the first letter",
     "absorption": "share of words whose letter's feature is silent while another one writes its letter",
 }
+# behind feature_spearman and logit_spearman
+BASELINES = {
+    "effect": "the same of the signed effect over all paths",
+    "direct": "the same of the direct edge alone",
+    "activation": "the same of the activation of what is ablated",
+    "random": "the same of random numbers",
+}
 
 
 def meaning(name: str) -> str:
     """What a figure is; of one per layer, or by something, what it is of."""
     name = name.split(" ")[0]
+    _, spearman, baseline = name.partition("_spearman_")
+    if spearman:
+        return BASELINES[baseline]
     return MEANINGS.get(name) or MEANINGS.get(re.split("_(?:per|by)_", name)[0], "")
 
 
