@@ -216,6 +216,7 @@ def test_operations_of_a_language_model(tiny_gpt2):
     assert model.num_parameters == sum(p.numel() for p in real.parameters())
 
 
+@pytest.mark.slow
 def test_memory_of_a_measured_step():
     # Resident memory of a small process: allocators round, hence 15 %; docs/scale.md has larger shapes.
     case = Case(num_layers=6, d_model=256, num_features=4096, tokens=1024, l0=32, activation_fn="topk", steps=1)

@@ -146,6 +146,7 @@ def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plot
     assert one == pytest.approx(replacement_metrics(model, clt, batches, layers=[0])["ce_replaced"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_layers_alone(command, tmp_path, tiny_gpt2):
     plan = tmp_path / "plan.yaml"
     plan.write_text(plan.read_text().replace("cache: {", "cache: {layers: 1, "))

@@ -49,6 +49,7 @@ def sweep_file(tiny_gpt2, text_file, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_reads_its_text_once_and_goes_on_where_it_stopped(
     sweep_file, tmp_path, monkeypatch, capsys, without_plots
 ):

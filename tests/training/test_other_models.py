@@ -425,6 +425,7 @@ def in_a_process(code, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_waiting_threads_do_not_spin_unless_the_user_says_so():
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         assert name not in os.environ or os.environ[name] in ("PASSIVE", "6000")  # set by this process's own import

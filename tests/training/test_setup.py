@@ -42,12 +42,14 @@ print(int((tiny * 0.5).count_nonzero()))
 """
 
 
+@pytest.mark.slow
 def test_no_thread_computes_with_denormal_numbers():
     done = subprocess.run([sys.executable, "-c", FLUSH], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Counted in page faults: 200 MB are 50,000 small pages or 100 huge ones, each time that they come anew."""
     done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True)
@@ -130,6 +132,7 @@ def test_a_folder_is_written_to_by_one_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_connections_end_with_the_model_that_holds_them():
     """Else a thread of gloo may abort a process at its exit."""
     code = """
