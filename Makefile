@@ -56,6 +56,7 @@ quickstart: $(INSTALLED)
 	@echo "  hf-clt trace $(RESULT) --prompt ... --output FOLDER --examples quickstart/text.jsonl --verify 20"
 	@echo "  hf-clt features $(RESULT) --dataset quickstart/text.jsonl --output quickstart/pages"
 	@echo "  hf-clt evaluate $(RESULT) --dataset quickstart/text.jsonl --replacement"
+	@echo "  hf-clt audit $(RESULT) --dataset quickstart/text.jsonl --output quickstart/audit --quick"
 
 # The tests' tensors are small: a process per core is faster than a thread per core. A file stays in one process, since
 # its tests share what was costly to make.
