@@ -47,7 +47,7 @@ class Block:
         says: What it asks, in a sentence.
         traces: Whether it reads the graphs of the prompts, which one process makes for all such blocks of a CLT.
         cost: What it takes for one CLT, whole and with `quick`, as a multiple of reading the MLPs and reconstructing
-            them on two sequences: about, from CPU seconds with SmolLM2-135M; of graphs they are rough.
+            them on two sequences: about, from CPU seconds with SmolLM2-135M.
     """
 
     measure: Callable[[CrossLayerTranscoder, Given], dict]
@@ -59,14 +59,14 @@ class Block:
 BLOCKS = {
     "reconstruction": Block(reconstruction, "How much of the MLP outputs do its features explain?", False, (36, 9)),
     "replacement": Block(
-        replacement, "What does the language model predict with its MLPs replaced?", False, (160, 25)
+        replacement, "What does the language model predict with its MLPs replaced?", False, (210, 33)
     ),
     "features": Block(features, "Do features stand for more than a token?", False, (36, 18)),
-    "graphs": Block(graphs, "How much of a next token do its graphs explain, in how many steps?", True, (96, 36)),
-    "edges": Block(edges, "Do features do in the language model what the edges say?", True, (256, 32)),
+    "graphs": Block(graphs, "How much of a next token do its graphs explain, in how many steps?", True, (115, 32)),
+    "edges": Block(edges, "Do features do in the language model what the edges say?", True, (70, 14)),
     "necessity": Block(necessity, "Does the next token need what a graph calls important?", True, (50, 7)),
-    "stability": Block(stability, "Does a graph name the same features when little changes?", True, (20, 12)),
-    "multihop": Block(multihop, "Is a step in between found, and what is left out unimportant?", True, (70, 20)),
+    "stability": Block(stability, "Does a graph name the same features when little changes?", True, (28, 12)),
+    "multihop": Block(multihop, "Is a step in between found, and what is left out unimportant?", True, (60, 20)),
 }
 
 
