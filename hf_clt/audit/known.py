@@ -244,7 +244,7 @@ def induction() -> KnownModel:
 
 def superposition() -> KnownModel:
     """
-    104 variables in 64 dimensions and four layers: layer 0 computes one u for each of 40 tokens; 24 v, a third in each
+    104 variables in 80 dimensions and four layers: layer 0 computes one u for each of 40 tokens; 24 v, a third in each
     later layer, are driven by two u each. A prompt has three tokens, of which one or two drive the same v; "=" takes
     all of them in layer 0. Directions are not orthogonal, so neurons have thresholds, and some fire by interference.
     """
@@ -252,7 +252,7 @@ def superposition() -> KnownModel:
     at = [1 + j % 3 for j in driven]
     parents = [(j, 24 + (5 * j) % 16) for j in driven]
     names = [f"{kind}{i}" for kind in "eu" for i in sources] + [f"v{j}" for j in driven]
-    directions = superposed(names, 64)
+    directions = superposed(names, 80)
     words = ["_", "=", *(f"e{i}" for i in sources), *(f"V{j}" for j in driven)]
     neurons = [Neuron(0, {f"e{i}": 2}, -1, {(0, f"u{i}"): 1}) for i in sources]
     drives = {i: {(at[j], f"v{j}"): 1 for j in driven if i in parents[j]} for i in sources}
@@ -262,7 +262,7 @@ def superposition() -> KnownModel:
     embedded = {word: word for word in words if word in directions}
     model = make_model(directions, neurons, 4, length, words, embedded, answers)
     # What the head moves is any of the stream, which at its start is tokens alone.
-    basis = orthonormal([f"{n}" for n in range(63)], 64).values()
+    basis = orthonormal([f"{n}" for n in range(79)], 80).values()
     attend(model, 0, [], [(direction, direction, length) for direction in basis])
 
     def draw(count: int, seed: int) -> Tensor:
@@ -312,6 +312,31 @@ def clt_of(known: KnownModel, neurons: list[Neuron]) -> CrossLayerTranscoder:
     return clt
 
 
+@dataclass(frozen=True)
+class Question:
+    """
+    A prompt (P,) and a token that it makes probable, because of neurons of layer 0.
+
+    Args:
+        truth (`AttributionGraph`): The graph that is right, of n features.
+        sources (`Tensor`): What truly drives each row of it: with [`TRUE_SHARE`] of the row's Σ|A| or more, (n + m,
+            columns) bool.
+        path (`Tensor`): The nodes from which such edges lead to the answer, (columns,) bool.
+    """
+
+    prompt: Tensor
+    answer: int
+    truth: AttributionGraph
+    sources: Tensor
+    path: Tensor
+
+    @property
+    def distance(self) -> int:
+        """How many layers above layer 0 the neuron is that writes the answer."""
+        n = self.truth.num_features
+        return int(self.truth.features[self.truth.edges[n, :n].argmax(), 0])
+
+
 def trace(known: KnownModel, clt: CrossLayerTranscoder, prompt: Tensor, answer: int) -> AttributionGraph:
     """The graph of an answer's logit, with all features of the counted positions."""
     cleared = [p for p in range(len(prompt)) if p not in range(len(prompt))[known.counted]]
@@ -319,9 +344,31 @@ def trace(known: KnownModel, clt: CrossLayerTranscoder, prompt: Tensor, answer: 
     return attribute(known.model, clt, prompt, [target], dtype=dtype, cleared=cleared)
 
 
-def true_sources(truth: AttributionGraph) -> Tensor:
-    """Which sources drive each row of the true graph: with [`TRUE_SHARE`] of its Σ|A| or more, (n + m, columns) bool."""
-    return truth.edges >= TRUE_SHARE * row_sums(truth)[:, None]
+@torch.no_grad()
+def questions(known: KnownModel, count: int, seed: int = 0) -> list[Question]:
+    """The first prompts of a seed that ask for each answer, `count` of each."""
+    truth, found, by_answer = clt_of(known, known.neurons), [], dict.fromkeys(known.answers.values(), 0)
+    prompts = known.draw(100 * count * len(by_answer), seed)
+    for prompt, logits in zip(prompts, known.model(prompts).logits[:, -1], strict=True):
+        for answer in by_answer:
+            if logits[answer] > 5 and by_answer[answer] < count:
+                question = ask(known, truth, prompt, answer)
+                if question is not None:
+                    found.append(question)
+                    by_answer[answer] += 1
+    return found
+
+
+def ask(known: KnownModel, truth: CrossLayerTranscoder, prompt: Tensor, answer: int) -> Question | None:
+    """The question that a prompt is; None if it takes a single step, or no neuron writes the answer."""
+    graph = trace(known, truth, prompt, answer)
+    sources, n = graph.edges >= TRUE_SHARE * row_sums(graph)[:, None], graph.num_features
+    path = sources[n:].any(dim=0)
+    for node in reversed(range(n)):
+        path |= sources[node] & path[node]
+    question = Question(prompt, answer, graph, sources, path)
+    is_long = n > 0 and (path[:n] & (graph.features[:, 0] == 0)).any() and question.distance > 0
+    return question if is_long else None
 
 
 # -- the measure ------------------------------------------------------------------------------------------------------
@@ -367,13 +414,13 @@ def match(truth: CrossLayerTranscoder, clt: CrossLayerTranscoder, inputs: Tensor
     return found
 
 
-def edges_found(truth: AttributionGraph, graph: AttributionGraph, matched: Match) -> tuple[int, int]:
+def edges_found(question: Question, graph: AttributionGraph, matched: Match) -> tuple[int, int]:
     """
     How many of the true edges of a prompt a graph has, and how many there are; of edges from features, since those
     from tokens do not depend on decoders. The sources of a row that truly has k must be among the k largest of its
     feature's row, errors and tokens included.
     """
-    nodes = {tuple(feature): n for n, feature in enumerate(graph.features.tolist())}
+    truth, nodes = question.truth, {tuple(feature): n for n, feature in enumerate(graph.features.tolist())}
 
     def node(n: int) -> int | None:
         """Row and column in the graph of what stands for a neuron, or row of a target; None: it is not active."""
@@ -384,7 +431,7 @@ def edges_found(truth: AttributionGraph, graph: AttributionGraph, matched: Match
         return nodes.get((layer, position, feature))
 
     found = there = 0
-    for row, sources in enumerate(true_sources(truth)):
+    for row, sources in enumerate(question.sources):
         wanted = sources.nonzero().squeeze(1).tolist()
         from_features = [source for source in wanted if source < truth.num_features]
         there += len(from_features)
@@ -396,39 +443,41 @@ def edges_found(truth: AttributionGraph, graph: AttributionGraph, matched: Match
     return found, there
 
 
-def steps(truth: AttributionGraph, graph: AttributionGraph, matched: Match) -> dict[str, float]:
+def steps(question: Question, graph: AttributionGraph, matched: Match) -> dict[str, float]:
     """
     In how many steps a graph explains an answer whose way leads through neurons of layer 0, by shares of influence.
 
-    What counts is all influence that ends at errors and tokens, but for tokens that the true graph uses beside its
-    intermediates. Of this `two_steps` ends at the tokens that truly feed the intermediates, on paths through features
-    that stand for these and then through another feature; `one_step` at the same tokens on all other paths;
-    `unexplained` elsewhere: at errors, or at tokens that have nothing to do with it. `distance` is how many layers the
-    last neuron is from the first.
+    What counts is all influence that ends at errors and tokens, but for tokens that truly drive the answer beside
+    these neurons. Of this `two_steps` ends at the tokens that truly drive them, on paths through features that stand
+    for them and then through another feature; `one_step` at the same tokens on all other paths; `unexplained`
+    elsewhere: at errors, and at tokens that have nothing to do with it.
     """
-    on_path, sources = truth.influence()[: truth.num_features] > 0.01, true_sources(truth)
-    layers = truth.features[:, 0]
-    fed = sources[: truth.num_features, truth.first_token :]
-    starts = fed[on_path & (layers == 0)].any(dim=0)
-    beside = fed[on_path & (layers > 0)].any(dim=0) & ~starts
+    truth, m = question.truth, question.truth.num_features
+    first = question.path[:m] & (truth.features[:, 0] == 0)
+    later = question.path[:m] & ~first
+    starts, beside = (question.sources[:m][rows][:, truth.first_token :].any(dim=0) for rows in (first, later))
+    beside &= ~starts
     middle = {
         (layer, position, feature)
-        for at, position, neuron in truth.features[on_path & (layers == 0)].tolist()
+        for at, position, neuron in truth.features[first].tolist()
         for layer, feature in matched.stands.get((at, neuron), ())
     }
     n, sums = graph.num_features, row_sums(graph)
     through = torch.tensor([tuple(feature) in middle for feature in graph.features.tolist()], dtype=torch.bool)
 
     def reached(edges: Tensor) -> Tensor:
-        return influences(edges, graph.features[:, 0], graph.target_weights, sums)[0][graph.first_error :]
+        """Influence on errors and tokens."""
+        return influences(edges, graph.features[:, 0], graph.target_weights, sums)[0][n:]
 
-    indirect, cut = graph.edges.abs().clone(), graph.edges.abs().clone()
+    indirect, cut = graph.edges.clone(), graph.edges.clone()
     indirect[n:, :n][:, through] = 0
     cut[:, :n][:, through] = 0
     whole, two = reached(graph.edges), reached(indirect) - reached(cut)
-    starts, beside = (torch.cat([torch.zeros(len(whole) - len(some), dtype=torch.bool), some]) for some in (starts, beside))
-    total = whole[~beside].sum().clamp_min(1e-30)
-    found = {"two_steps": two[starts].sum() / total, "one_step": (whole - two)[starts].sum() / total}
-    found["unexplained"] = whole[~starts & ~beside].sum() / total
+    tokens = slice(-len(starts), None)
+    total = (whole.sum() - whole[tokens][beside].sum()).clamp_min(1e-30)
+    found = {"two_steps": two[tokens][starts].sum() / total, "one_step": (whole - two)[tokens][starts].sum() / total}
     found = {name: value.item() for name, value in found.items()}
-    return found | {"distance": (layers[on_path].max() - layers[on_path].min()).item()}
+    return found | {"unexplained": 1 - sum(found.values())}
+
+
+__all__ = ["KNOWN", "KnownModel", "Neuron", "Question", "clt_of", "edges_found", "match", "questions", "steps", "trace"]
