@@ -374,30 +374,29 @@ def ask(known: KnownModel, truth: CrossLayerTranscoder, prompt: Tensor, answer: 
 # -- the measure ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Match:
-    """Best feature (layer, feature) of each true (layer, neuron), their correlation, and the features that stand for it."""
-
-    best: dict[tuple[int, int], tuple[int, int]]
-    correlation: dict[tuple[int, int], float]
-    stands: dict[tuple[int, int], set[tuple[int, int]]]
+Places = dict[tuple[int, int], set[tuple[int, int]]]  # features (layer, feature) by neuron (layer, number)
 
 
 @torch.no_grad()
-def match(truth: CrossLayerTranscoder, clt: CrossLayerTranscoder, inputs: Tensor) -> Match:
+def match(
+    truth: CrossLayerTranscoder, clt: CrossLayerTranscoder, inputs: Tensor
+) -> tuple[dict[tuple[int, int], float], Places, Places]:
     """
     Finds the neurons of the language model among the features of a CLT, by their activations on some tokens.
-
-    The best feature of a neuron has the highest correlation, less 0.01 for each layer that it is off. Those of its
-    layer or an earlier one that are active on nothing else ([`PRECISION`]) stand for it as well.
 
     Args:
         truth, clt ([`CrossLayerTranscoder`]): The CLT that is right, and another.
         inputs (`Tensor` of shape `(N, L, D)`): What features read.
+
+    Returns:
+        By neuron that is active somewhere: the highest correlation of a feature; that feature alone (of those that
+        are within 0.01 for each layer that they are off, the nearest); and all features that stand for the neuron: of
+        its layer or an earlier one, and active where the neuron is and hardly elsewhere ([`PRECISION`]). So one that
+        is active on some of the neuron's tokens, as where several features share them, stands for it as well.
     """
     neurons, features = truth.encode(inputs).double(), clt.encode(inputs).double()
     num_layers, num_features = features.shape[1:]
-    found = Match({}, {}, {})
+    correlations, best, standing = {}, {}, {}
     x = features.flatten(1)
     x = (x - x.mean(dim=0)) / (x.std(dim=0) * len(x) ** 0.5).clamp_min(1e-12)
     for layer in range(num_layers):
@@ -405,52 +404,51 @@ def match(truth: CrossLayerTranscoder, clt: CrossLayerTranscoder, inputs: Tensor
         for n in (neurons[:, layer] > 0).any(dim=0).nonzero().squeeze(1).tolist():
             y = neurons[:, layer, n]
             r = (y - y.mean()) @ x / (y.std() * len(y) ** 0.5).clamp_min(1e-12)
-            best = int((r - 0.01 * off).argmax())
+            first = int((r - 0.01 * off).argmax())
             active = features[:, : layer + 1] > 0
             precise = active[y > 0].sum(dim=0) >= PRECISION * active.sum(dim=0).clamp_min(1)
-            found.best[layer, n] = divmod(best, num_features)
-            found.correlation[layer, n] = r[best].item()
-            found.stands[layer, n] = {tuple(pair) for pair in precise.nonzero().tolist()}
-    return found
+            correlations[layer, n], best[layer, n] = r[first].item(), {divmod(first, num_features)}
+            standing[layer, n] = {tuple(pair) for pair in precise.nonzero().tolist()}
+    return correlations, best, standing
 
 
-def edges_found(question: Question, graph: AttributionGraph, matched: Match) -> tuple[int, int]:
+def edges_found(question: Question, graph: AttributionGraph, places: Places) -> tuple[int, int]:
     """
-    How many of the true edges of a prompt a graph has, and how many there are; of edges from features, since those
-    from tokens do not depend on decoders. The sources of a row that truly has k must be among the k largest of its
-    feature's row, errors and tokens included.
+    How many of the true edges of a prompt a graph has, and how many there are; of edges from neurons, since those from
+    tokens do not depend on decoders. An edge is found if one of the features in the place of its target, where k
+    sources truly drive the target, has one in the place of its source among the k largest of its row, which may be
+    errors and tokens too.
     """
     truth, nodes = question.truth, {tuple(feature): n for n, feature in enumerate(graph.features.tolist())}
 
-    def node(n: int) -> int | None:
-        """Row and column in the graph of what stands for a neuron, or row of a target; None: it is not active."""
+    def standing(n: int) -> set[int]:
+        """Rows and columns in the graph of what is in the place of a neuron, or the row of a target."""
         if n >= truth.num_features:
-            return n - truth.num_features + graph.num_features
-        layer, position, neuron = truth.features[n].tolist()
-        layer, feature = matched.best.get((layer, neuron), (None, None))
-        return nodes.get((layer, position, feature))
+            return {n - truth.num_features + graph.num_features}
+        at, position, neuron = truth.features[n].tolist()
+        keys = ((layer, position, feature) for layer, feature in places.get((at, neuron), ()))
+        return {nodes[key] for key in keys if key in nodes}
 
     found = there = 0
     for row, sources in enumerate(question.sources):
-        wanted = sources.nonzero().squeeze(1).tolist()
-        from_features = [source for source in wanted if source < truth.num_features]
-        there += len(from_features)
-        row = node(row)
-        if row is not None:
-            values, largest = graph.edges[row].topk(min(len(wanted), graph.edges.shape[1]))
+        drivers = sources[: truth.num_features].nonzero().squeeze(1).tolist()
+        if drivers:
+            rows = graph.edges[sorted(standing(row))]
+            values, largest = rows.topk(min(int(sources.sum()), rows.shape[1]))
             has = set(largest[values > 0].tolist())
-            found += sum(node(source) in has for source in from_features)
+            found += sum(not has.isdisjoint(standing(driver)) for driver in drivers)
+            there += len(drivers)
     return found, there
 
 
-def steps(question: Question, graph: AttributionGraph, matched: Match) -> dict[str, float]:
+def steps(question: Question, graph: AttributionGraph, places: Places) -> dict[str, float]:
     """
     In how many steps a graph explains an answer whose way leads through neurons of layer 0, by shares of influence.
 
     What counts is all influence that ends at errors and tokens, but for tokens that truly drive the answer beside
-    these neurons. Of this `two_steps` ends at the tokens that truly drive them, on paths through features that stand
-    for them and then through another feature; `one_step` at the same tokens on all other paths; `unexplained`
-    elsewhere: at errors, and at tokens that have nothing to do with it.
+    these neurons. Of this `two_steps` ends at the tokens that truly drive them, on paths through features in their
+    places and then through another feature; `one_step` at the same tokens on all other paths; `elsewhere`
+    what is left: at errors, and at tokens that have nothing to do with it.
     """
     truth, m = question.truth, question.truth.num_features
     first = question.path[:m] & (truth.features[:, 0] == 0)
@@ -460,7 +458,7 @@ def steps(question: Question, graph: AttributionGraph, matched: Match) -> dict[s
     middle = {
         (layer, position, feature)
         for at, position, neuron in truth.features[first].tolist()
-        for layer, feature in matched.stands.get((at, neuron), ())
+        for layer, feature in places.get((at, neuron), ())
     }
     n, sums = graph.num_features, row_sums(graph)
     through = torch.tensor([tuple(feature) in middle for feature in graph.features.tolist()], dtype=torch.bool)
@@ -477,7 +475,7 @@ def steps(question: Question, graph: AttributionGraph, matched: Match) -> dict[s
     total = (whole.sum() - whole[tokens][beside].sum()).clamp_min(1e-30)
     found = {"two_steps": two[tokens][starts].sum() / total, "one_step": (whole - two)[tokens][starts].sum() / total}
     found = {name: value.item() for name, value in found.items()}
-    return found | {"unexplained": 1 - sum(found.values())}
+    return found | {"elsewhere": 1 - sum(found.values())}
 
 
 __all__ = ["KNOWN", "KnownModel", "Neuron", "Question", "clt_of", "edges_found", "match", "questions", "steps", "trace"]

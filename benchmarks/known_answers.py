@@ -1,0 +1,186 @@
+"""
+Trains CLTs of several reaches and sparsities on language models whose circuits are known, and measures how much of
+these circuits their graphs show; beside them the CLTs that are right, and collapsed, by construction, a random one and
+one with shuffled decoders.
+
+  python -m benchmarks.known_answers --records benchmarks/known_answers.jsonl --plot docs/known_answers.png
+
+A run that is recorded is not made again; if all are, the command prints the table and draws the plot.
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from hf_clt import CLTConfig, CrossLayerTranscoder
+from hf_clt.audit.controls import random_clt, shuffled_clt
+from hf_clt.audit.known import FILLER, KNOWN, KnownModel, clt_of, edges_found, match, questions, steps, trace
+from hf_clt.command import OneLineParser, one_line_errors
+from hf_clt.evaluation.metrics import MetricSums
+from hf_clt.files import as_json, write_text
+from hf_clt.harvest.harvester import Harvester
+from hf_clt.hub.plots import BLUE, GREY, INK, ORANGE
+from hf_clt.training.arguments import CLTTrainingArguments
+from hf_clt.training.trainer import CLTTrainer
+
+from .output import align, check_folders, draw_figure
+from .sweep import append_record, read_records, remember, run_trial
+
+
+SEEDS = (0, 1, 2)
+LAMBDAS = (0.001, 0.01, 0.1)  # per unit of width; 0.01 is the default
+TRAIN_PROMPTS, HELDOUT_PROMPTS, PER_ANSWER = 4096, 500, 3
+NUM_FEATURES = 64
+SETTINGS = {"training_steps": 1000, "batch_size": 256, "buffer_passes": 8, "device": "cpu"}
+SETTINGS |= {"eval_interval": 0, "checkpoint_interval": 0, "disable_progress_bar": True, "log_interval": 100}
+SETTINGS |= {"buffer_dtype": "float32", "store_batch_size_prompts": 64, "dead_feature_window": 100}
+SHARES = {"two_steps": BLUE, "one_step": ORANGE, "elsewhere": "#d5d9de"}
+CONTROLS = ("right", "collapsed", "random", "shuffled")
+
+
+# -- the runs ---------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A known language model with what its CLTs are trained and measured on."""
+
+    def __init__(self, known: KnownModel, folder: Path):
+        self.known, self.harvester = known, Harvester(known.model)
+        remember(self.harvester)
+        self.tokenizer = make_tokenizer(known)
+        self.truth = clt_of(known, known.neurons)
+        self.questions = questions(known, PER_ANSWER, seed=2)
+        heldout = known.draw(HELDOUT_PROMPTS, 1)
+        counted = torch.zeros_like(heldout, dtype=torch.bool)
+        counted[:, known.counted] = True
+        batch = {"input_ids": heldout, "attention_mask": torch.ones_like(heldout), "counted": counted}
+        self.inputs, self.labels = Harvester(known.model).harvest(batch, dtype=torch.float64)
+        self.text = folder / f"{known.name}.jsonl".replace(" ", "_").replace(",", "")
+        # Of one long document, so that nothing comes between two prompts; another is held out.
+        drawn = [known.draw(64, 3), known.draw(TRAIN_PROMPTS, 4)]
+        words = [" ".join(known.words[token] for token in prompts.flatten().tolist()) for prompts in drawn]
+        write_text(self.text, "".join(as_json({"text": text}, indent=None) for text in words))
+
+    def train(self, reach: int, sparsity: float, seed: int) -> CrossLayerTranscoder:
+        shape, kept = self.known.model.config, []
+        config = CLTConfig(
+            num_layers=shape.n_layer,
+            d_model=shape.n_embd,
+            num_features=NUM_FEATURES,
+            decoder_reach=reach,
+            sparsity_lambda=sparsity * shape.n_embd,
+        )
+        text = {"dataset": str(self.text), "context_size": self.known.length, "prepend_bos": False, "eval_tokens": 64}
+        args = CLTTrainingArguments(**SETTINGS, **text, seed=seed)
+
+        def keep(trainer: CLTTrainer) -> dict:
+            kept.append(copy.deepcopy(trainer.model))
+            return {}
+
+        run_trial(args, config, keep, harvester=self.harvester, tokenizer=self.tokenizer)
+        (clt,) = kept
+        clt.fold_normalization()
+        return clt.double().eval().requires_grad_(False)
+
+    def measure(self, clt: CrossLayerTranscoder) -> dict:
+        """NMSE and L0 on held-out prompts, and what the graphs of the questions show; by distance too."""
+        output = clt(self.inputs)
+        sums = MetricSums(clt.config.num_layers, clt.config.d_model, clt.config.num_features)
+        sums.update(self.labels, output.reconstruction, output.features)
+        metrics = sums.compute()
+        correlations, best, standing = match(self.truth, clt, self.inputs)
+        rows, distances = [], [question.distance for question in self.questions]
+        for question in self.questions:
+            graph = trace(self.known, clt, question.prompt, question.answer)
+            found, there = edges_found(question, graph, standing)
+            row = {"found": found, "there": there, "found_by_best": edges_found(question, graph, best)[0]}
+            rows.append({**row, **steps(question, graph, standing)})
+        record = {name: metrics[name] for name in ("nmse", "l0", "dead_fraction")}
+        record["correlation"] = mean(correlations.values())
+        for name, found in (("edges", "found"), ("edges_of_best", "found_by_best")):
+            record[name] = sum(row[found] for row in rows) / sum(row["there"] for row in rows)
+        record |= {name: mean(row[name] for row in rows) for name in SHARES}
+        record["by_distance"] = {
+            str(distance): {
+                name: mean(row[name] for row, at in zip(rows, distances, strict=True) if at == distance)
+                for name in SHARES
+            }
+            for distance in sorted(set(distances))
+        }
+        return record | {"questions": len(rows)}
+
+
+def make_tokenizer(known: KnownModel) -> PreTrainedTokenizerFast:
+    """Of whole words. Those that stand on positions which do not count are special tokens."""
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known.words)}, unk_token=known.words[FILLER]))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    prompts = known.draw(HELDOUT_PROMPTS, 0)
+    used = set(prompts[:, known.counted].flatten().tolist())
+    special = [word for n, word in enumerate(known.words) if n not in used]
+    filler = known.words[FILLER]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=filler, unk_token=filler, additional_special_tokens=special
+    )
+
+
+def runs(names: list[str], seeds: list[int]) -> list[dict]:
+    """What identifies each record, in order."""
+    found = [
+        {"model": name, "clt": what, "reach": None, "lambda": None, "seed": None}
+        for name in names
+        for what in ("right", "collapsed")
+    ]
+    reaches = {name: range(1, KNOWN[name]().model.config.n_layer + 1) for name in names}
+    return found + [
+        {"model": name, "clt": "trained", "reach": reach, "lambda": sparsity, "seed": seed}
+        for seed in seeds
+        for name in names
+        for reach in reaches[name]
+        for sparsity in LAMBDAS
+    ]
+
+
+def make_runs(wanted: list[dict], path: Path) -> list[dict]:
+    """Makes those that are not recorded yet; all their records. Controls of the CLT with all reach come with it."""
+    torch.set_num_threads(1)
+    bench = None
+    with tempfile.TemporaryDirectory() as folder:
+        for run in wanted:
+            if any(run.items() <= record.items() for record in read_records(path)):
+                continue
+            if bench is None or bench.known.name != run["model"]:
+                bench = Bench(KNOWN[run["model"]](), Path(folder))
+            if run["clt"] == "trained":
+                clt = bench.train(run["reach"], run["lambda"], run["seed"])
+            else:
+                clt = clt_of(bench.known, bench.known.neurons if run["clt"] == "right" else bench.known.collapsed)
+            made = {run["clt"]: clt}
+            if run["clt"] == "trained" and run["reach"] == clt.config.num_layers:
+                made["shuffled"] = shuffled_clt(clt, run["seed"])
+                made["random"] = random_clt(clt.float(), bench.inputs.float(), run["seed"]).double()
+                clt.double()
+            for what, each in made.items():
+                record = {**run, "clt": what, **bench.measure(each)}
+                append_record(path, record)
+                print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items() if k != "by_distance"), flush=True)
+    return read_records(path)
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    options = parser.parse_args(argv)
+    make_runs(runs(list(KNOWN), options.seeds), options.records)
+
+
+if __name__ == "__main__":
+    main()
