@@ -13,21 +13,21 @@ import copy
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.audit.controls import random_clt, shuffled_clt
-from hf_clt.audit.known import FILLER, KNOWN, KnownModel, clt_of, edges_found, match, questions, steps, trace
+from hf_clt.audit.known import clt_of, edges_found, match, questions, steps, trace
+from hf_clt.audit.known_models import FILLER, KNOWN, KnownModel
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.metrics import MetricSums
 from hf_clt.files import as_json, write_text
 from hf_clt.harvest.harvester import Harvester
-from hf_clt.hub.plots import BLUE, GREY, INK, ORANGE
+from hf_clt.hub.plots import BLUE, INK, ORANGE
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.trainer import CLTTrainer
 
@@ -43,7 +43,16 @@ SETTINGS = {"training_steps": 1000, "batch_size": 256, "buffer_passes": 8, "devi
 SETTINGS |= {"eval_interval": 0, "checkpoint_interval": 0, "disable_progress_bar": True, "log_interval": 100}
 SETTINGS |= {"buffer_dtype": "float32", "store_batch_size_prompts": 64, "dead_feature_window": 100}
 SHARES = {"two_steps": BLUE, "one_step": ORANGE, "elsewhere": "#d5d9de"}
-CONTROLS = ("right", "collapsed", "random", "shuffled")
+NAMES = {
+    "two_steps": "influence by way of the intermediate",
+    "one_step": "from the same tokens past it",
+    "elsewhere": "from errors and other tokens",
+    "edges": "share of true edges",
+}
+COLUMNS = {"nmse": "NMSE", "l0": "L0", "correlation": "correlation", "edges": "edges", "two_steps": "two steps"}
+COLUMNS |= {"one_step": "one step", "elsewhere": "elsewhere"}
+KINDS = ("right", "collapsed", "trained", "shuffled", "random")
+GROUPED = ("model", "clt", "reach", "lambda")
 
 
 # -- the runs ---------------------------------------------------------------------------------------------------------
@@ -149,11 +158,14 @@ def runs(names: list[str], seeds: list[int]) -> list[dict]:
 
 
 def make_runs(wanted: list[dict], path: Path) -> list[dict]:
-    """Makes those that are not recorded yet; all their records. Controls of the CLT with all reach come with it."""
+    """
+    Makes those that are not recorded yet; the records of all that are. Those of two controls, [`shuffled_clt`] and
+    [`random_clt`], come with each CLT that writes to all layers.
+    """
     torch.set_num_threads(1)
     bench = None
     with tempfile.TemporaryDirectory() as folder:
-        for run in wanted:
+        for number, run in enumerate(wanted, start=1):
             if any(run.items() <= record.items() for record in read_records(path)):
                 continue
             if bench is None or bench.known.name != run["model"]:
@@ -165,22 +177,92 @@ def make_runs(wanted: list[dict], path: Path) -> list[dict]:
             made = {run["clt"]: clt}
             if run["clt"] == "trained" and run["reach"] == clt.config.num_layers:
                 made["shuffled"] = shuffled_clt(clt, run["seed"])
-                made["random"] = random_clt(clt.float(), bench.inputs.float(), run["seed"]).double()
-                clt.double()
-            for what, each in made.items():
-                record = {**run, "clt": what, **bench.measure(each)}
-                append_record(path, record)
-                print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items() if k != "by_distance"), flush=True)
-    return read_records(path)
+                made["random"] = random_clt(copy.deepcopy(clt).float(), bench.inputs.float(), run["seed"]).double()
+            for what, each in reversed(made.items()):  # the run's own last: an interrupted one is made again
+                append_record(path, {**run, "clt": what, **bench.measure(each)})
+            print(f"[{number} of {len(wanted)}] {', '.join(f'{k} {v}' for k, v in run.items() if v is not None)}")
+    return [record for record in read_records(path) if any(is_of(record, run) for run in wanted)]
 
 
-def main(argv=None):
+def is_of(record: dict, run: dict) -> bool:
+    """Whether a record is that of a run, or of a control that came with it."""
+    return all(record[name] == value for name, value in run.items() if name != "clt" or record["seed"] is None)
+
+
+# -- what they say ----------------------------------------------------------------------------------------------------
+
+
+def summarize(records: list[dict]) -> list[dict]:
+    """Means over the seeds, by model, kind of CLT, reach and sparsity, and `seeds`, their number."""
+    groups = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in GROUPED), []).append(record)
+    found = []
+    for key, group in groups.items():
+        means = {name: mean(record[name] for record in group) for name in (*COLUMNS, "edges_of_best")}
+        found.append({**dict(zip(GROUPED, key, strict=True)), **means, "seeds": len(group)})
+    return found
+
+
+def format_summary(rows: list[dict]) -> str:
+    lines = [["model and CLT", "reach", "λ / D", *COLUMNS.values()]]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        lines += [None, [name, *[""] * (2 + len(COLUMNS))]]
+        for row in sorted((row for row in rows if row["model"] == name), key=place):
+            cells = ["" if row[key] is None else f"{row[key]:g}" for key in ("reach", "lambda")]
+            lines.append([f"  {row['clt']}", *cells, *(f"{row[column]:.3f}" for column in COLUMNS)])
+    return align(lines)
+
+
+def place(row: dict) -> tuple:
+    """Where a row stands in table and plot."""
+    return KINDS.index(row["clt"]), row["reach"] or 0, row["lambda"] or 0
+
+
+def plot_summary(rows: list[dict], path: Path) -> None:
+    """A panel per model: a bar per CLT, of the shares of influence, and a mark at the share of true edges."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    with draw_figure(path, (10, 2.6 * -(-len(names) // 2) + 0.5)) as figure:
+        panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False).flatten()
+        for axes, name in zip(panels, names, strict=False):
+            own = sorted((row for row in rows if row["model"] == name), key=place)
+            x, last, ticks = -1.0, None, {}
+            for row in own:
+                group = row["clt"] if row["clt"] != "trained" else f"reach {row['reach']}"
+                x += 1 if group == last else 1.6
+                ticks.setdefault(group, []).append(x)
+                last, bottom = group, 0.0
+                for share, color in SHARES.items():
+                    axes.bar(x, row[share], 0.9, bottom, color=color, label=NAMES[share] if row is own[0] else None)
+                    bottom += row[share]
+                label = NAMES["edges"] if row is own[0] else None
+                axes.plot(x, row["edges"], "o", color=INK, markersize=4, clip_on=False, label=label, linestyle="")
+            axes.set_xticks([mean(places) for places in ticks.values()], list(ticks), fontsize=8)
+            axes.set(title=name, ylim=(0, 1))
+            axes.grid(axis="x", visible=False)
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@one_line_errors(ImportError, interrupted="the same command goes on with the next run")
+def main(argv: list[str] | None = None) -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--records", type=Path, required=True, metavar="FILE", help="JSONL file, a line per CLT")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file for the plot")
+    parser.add_argument("--models", nargs="+", choices=KNOWN, default=list(KNOWN), metavar="NAME", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="of the trained CLTs (0 1 2)")
     options = parser.parse_args(argv)
-    make_runs(runs(list(KNOWN), options.seeds), options.records)
+    check_folders(options.records, options.plot)
+    rows = summarize(make_runs(runs(options.models, options.seeds), options.records))
+    print(format_summary(rows))
+    if options.plot is not None:
+        plot_summary(rows, options.plot)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
