@@ -37,8 +37,8 @@ class KnownModel:
         model (`GPT2LMHeadModel`): In float64 and eval mode.
         words (`list[str]`): The vocabulary.
         directions (`dict[str, Tensor]`): Of each variable, (D,).
-        neurons, collapsed (`list[Neuron]`): What the MLPs do; and the same with each step that can be left out left
-            out: what depends on variables of layer 0 alone is written by layer 0.
+        neurons, collapsed (`list[Neuron]`): What the MLPs do; and features that do the same, in superposition about
+            the same, with fewer active: they write in one step what the MLPs do in two.
         draw (`Callable[[int, int], Tensor]`): So many prompts, by a seed, (N, P) int64; the last token is asked.
         answers (`dict[str, int]`): The token that says that a variable is active.
         counted (`slice`): Positions on which the CLT is trained, measured and traced.
@@ -167,11 +167,12 @@ def two_hops(erases: bool = True) -> KnownModel:
         neurons.append(Neuron(0, {a: 1, b: 1}, -1, {(0, m): 1}))
         if i < 3:
             neurons.append(Neuron(t, {m: 1, c: 1}, -1, {(t, y): 1}))
-            collapsed += [neurons[-2], Neuron(0, {a: 1, b: 1, c: 1}, -2, {(t, y): 1})]
         else:
             neurons += [Neuron(t, {m: 1, c: -1}, 0, {(t, y): 1}), Neuron(t, {c: 1, m: -1}, 0, {(t, y): 1})]
-            collapsed += [Neuron(0, {a: 1, b: 1}, -1, {(0, m): 1, (t, y): 1}), Neuron(0, {c: 1}, 0, {(t, y): 1})]
-            collapsed.append(Neuron(0, {a: 1, b: 1, c: 1}, -2, {(t, y): -2}))
+            collapsed.append(neurons[-1])
+        answered, other = {(0, m): 1, (t, y): 1}, {(0, m): 1}  # one feature writes m and the answer at once
+        with_c, without = (answered, other) if i < 3 else (other, answered)
+        collapsed += [Neuron(0, {a: 1, b: 1, c: 1}, -2, with_c), Neuron(0, {a: 1, b: 1, c: -1}, -1, without)]
     answers = {f"y{i}": words.index(f"Y{i}") for i in circuits}
     embedded = {word: word for word in words if word in directions}
     model = make_model(directions, neurons, 4, length, words, embedded, answers)
