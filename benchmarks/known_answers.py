@@ -11,37 +11,36 @@ A run that is recorded is not made again; if all are, the command prints the tab
 import argparse
 import copy
 import sys
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.audit.controls import random_clt, shuffled_clt
 from hf_clt.audit.known import clt_of, edges_found, match, questions, steps, trace
-from hf_clt.audit.known_models import FILLER, KNOWN, KnownModel
+from hf_clt.audit.known_models import KNOWN, KnownModel
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.metrics import MetricSums
-from hf_clt.files import as_json, write_text
 from hf_clt.harvest.harvester import Harvester
+from hf_clt.harvest.normalization import set_decoder_directions, set_encoder_directions, set_firing_rate
 from hf_clt.hub.plots import BLUE, INK, ORANGE
 from hf_clt.training.arguments import CLTTrainingArguments
-from hf_clt.training.trainer import CLTTrainer
+from hf_clt.training.optimizers import clip_grad_norm, make_optimizer
+from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
+from hf_clt.training.setup import prepare_cpu
 
 from .output import align, check_folders, draw_figure
-from .sweep import append_record, read_records, remember, run_trial
+from .sweep import append_record, read_records
 
 
 SEEDS = (0, 1, 2)
 LAMBDAS = (0.001, 0.01, 0.1)  # per unit of width; 0.01 is the default
+NUM_FEATURES, BATCH_SIZE, DEAD_AFTER = 64, 512, 100
+TRAINING = CLTTrainingArguments(training_steps=500, learning_rate=4e-3)
 TRAIN_PROMPTS, HELDOUT_PROMPTS, PER_ANSWER = 4096, 500, 3
-NUM_FEATURES = 64
-SETTINGS = {"training_steps": 1000, "batch_size": 256, "buffer_passes": 8, "device": "cpu"}
-SETTINGS |= {"eval_interval": 0, "checkpoint_interval": 0, "disable_progress_bar": True, "log_interval": 100}
-SETTINGS |= {"buffer_dtype": "float32", "store_batch_size_prompts": 64, "dead_feature_window": 100}
 SHARES = {"two_steps": BLUE, "one_step": ORANGE, "elsewhere": "#d5d9de"}
 NAMES = {
     "two_steps": "influence by way of the intermediate",
@@ -58,28 +57,62 @@ GROUPED = ("model", "clt", "reach", "lambda")
 # -- the runs ---------------------------------------------------------------------------------------------------------
 
 
+def train_clt(
+    config: CLTConfig, inputs: Tensor, labels: Tensor, args: CLTTrainingArguments = TRAINING
+) -> CrossLayerTranscoder:
+    """
+    Trains a jumprelu CLT on activations (N, L, D) that are there, as the trainer does: from the same start, with the
+    same losses, schedules and optimizer. It is returned in eval mode, its statistics folded.
+    """
+    torch.manual_seed(args.seed)
+    clt = CrossLayerTranscoder(config).train()
+    clt.set_normalization(*(moment for rows in (inputs, labels) for moment in (rows.mean(dim=0), rows.std(dim=0))))
+    order = torch.randperm(len(inputs))
+    sample = order[:2048]
+    for layer in range(config.num_layers):
+        chosen = order.roll(-layer * len(order) // config.num_layers)[: config.num_features]
+        set_encoder_directions(clt, layer, inputs[chosen, layer])
+    set_firing_rate(clt, inputs[sample], 0.02)
+    set_decoder_directions(clt, inputs[sample], labels[sample])
+    optimizer = make_optimizer(clt, args)
+    silent = torch.zeros(config.num_layers, config.num_features, dtype=torch.int64)
+    for step in range(args.training_steps):
+        rate = learning_rate_scale(step, args.training_steps, args.num_warmup_steps, args.lr_scheduler)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * rate
+        rows = torch.randint(len(inputs), (BATCH_SIZE,))
+        scale = sparsity_scale(step, args.training_steps, args.sparsity_schedule)
+        output = clt(inputs[rows], labels[rows], sparsity_scale=scale, dead=silent >= DEAD_AFTER)
+        output.loss.backward()
+        clip_grad_norm(clt, optimizer, args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        silent = torch.where(output.features.active_counts() > 0, 0, silent + 1)
+    clt.fold_normalization()
+    return clt.eval().requires_grad_(False)
+
+
 class Bench:
     """A known language model with what its CLTs are trained and measured on."""
 
-    def __init__(self, known: KnownModel, folder: Path):
-        self.known, self.harvester = known, Harvester(known.model)
-        remember(self.harvester)
-        self.tokenizer = make_tokenizer(known)
+    def __init__(self, known: KnownModel):
+        self.known = known
         self.truth = clt_of(known, known.neurons)
         self.questions = questions(known, PER_ANSWER, seed=2)
-        heldout = known.draw(HELDOUT_PROMPTS, 1)
-        counted = torch.zeros_like(heldout, dtype=torch.bool)
-        counted[:, known.counted] = True
-        batch = {"input_ids": heldout, "attention_mask": torch.ones_like(heldout), "counted": counted}
-        self.inputs, self.labels = Harvester(known.model).harvest(batch, dtype=torch.float64)
-        self.text = folder / f"{known.name}.jsonl".replace(" ", "_").replace(",", "")
-        # Of one long document, so that nothing comes between two prompts; another is held out.
-        drawn = [known.draw(64, 3), known.draw(TRAIN_PROMPTS, 4)]
-        words = [" ".join(known.words[token] for token in prompts.flatten().tolist()) for prompts in drawn]
-        write_text(self.text, "".join(as_json({"text": text}, indent=None) for text in words))
+        self.inputs, self.labels = self.harvest(HELDOUT_PROMPTS, 1)
+        self.train_inputs, self.train_labels = (rows.float() for rows in self.harvest(TRAIN_PROMPTS, 3))
+
+    def harvest(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """What features read and what is to be written, (N, L, D) each, on the counted positions of prompts."""
+        prompts = self.known.draw(count, seed)
+        counted = torch.zeros_like(prompts, dtype=torch.bool)
+        counted[:, self.known.counted] = True
+        batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "counted": counted}
+        return Harvester(self.known.model).harvest(batch, dtype=torch.float64)
 
     def train(self, reach: int, sparsity: float, seed: int) -> CrossLayerTranscoder:
-        shape, kept = self.known.model.config, []
+        """With λ = `sparsity` · D; in float64, as the model is."""
+        shape = self.known.model.config
         config = CLTConfig(
             num_layers=shape.n_layer,
             d_model=shape.n_embd,
@@ -87,17 +120,7 @@ class Bench:
             decoder_reach=reach,
             sparsity_lambda=sparsity * shape.n_embd,
         )
-        text = {"dataset": str(self.text), "context_size": self.known.length, "prepend_bos": False, "eval_tokens": 64}
-        args = CLTTrainingArguments(**SETTINGS, **text, seed=seed)
-
-        def keep(trainer: CLTTrainer) -> dict:
-            kept.append(copy.deepcopy(trainer.model))
-            return {}
-
-        run_trial(args, config, keep, harvester=self.harvester, tokenizer=self.tokenizer)
-        (clt,) = kept
-        clt.fold_normalization()
-        return clt.double().eval().requires_grad_(False)
+        return train_clt(config, self.train_inputs, self.train_labels, replace(TRAINING, seed=seed)).double()
 
     def measure(self, clt: CrossLayerTranscoder) -> dict:
         """NMSE and L0 on held-out prompts, and what the graphs of the questions show; by distance too."""
@@ -127,19 +150,6 @@ class Bench:
         return record | {"questions": len(rows)}
 
 
-def make_tokenizer(known: KnownModel) -> PreTrainedTokenizerFast:
-    """Of whole words. Those that stand on positions which do not count are special tokens."""
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known.words)}, unk_token=known.words[FILLER]))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    prompts = known.draw(HELDOUT_PROMPTS, 0)
-    used = set(prompts[:, known.counted].flatten().tolist())
-    special = [word for n, word in enumerate(known.words) if n not in used]
-    filler = known.words[FILLER]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token=filler, unk_token=filler, additional_special_tokens=special
-    )
-
-
 def runs(names: list[str], seeds: list[int]) -> list[dict]:
     """What identifies each record, in order."""
     found = [
@@ -163,24 +173,25 @@ def make_runs(wanted: list[dict], path: Path) -> list[dict]:
     [`random_clt`], come with each CLT that writes to all layers.
     """
     torch.set_num_threads(1)
+    prepare_cpu()
     bench = None
-    with tempfile.TemporaryDirectory() as folder:
-        for number, run in enumerate(wanted, start=1):
-            if any(run.items() <= record.items() for record in read_records(path)):
-                continue
-            if bench is None or bench.known.name != run["model"]:
-                bench = Bench(KNOWN[run["model"]](), Path(folder))
-            if run["clt"] == "trained":
-                clt = bench.train(run["reach"], run["lambda"], run["seed"])
-            else:
-                clt = clt_of(bench.known, bench.known.neurons if run["clt"] == "right" else bench.known.collapsed)
-            made = {run["clt"]: clt}
-            if run["clt"] == "trained" and run["reach"] == clt.config.num_layers:
-                made["shuffled"] = shuffled_clt(clt, run["seed"])
-                made["random"] = random_clt(copy.deepcopy(clt).float(), bench.inputs.float(), run["seed"]).double()
-            for what, each in reversed(made.items()):  # the run's own last: an interrupted one is made again
-                append_record(path, {**run, "clt": what, **bench.measure(each)})
-            print(f"[{number} of {len(wanted)}] {', '.join(f'{k} {v}' for k, v in run.items() if v is not None)}")
+    for number, run in enumerate(wanted, start=1):
+        if any(run.items() <= record.items() for record in read_records(path)):
+            continue
+        if bench is None or bench.known.name != run["model"]:
+            bench = Bench(KNOWN[run["model"]]())
+        if run["clt"] == "trained":
+            clt = bench.train(run["reach"], run["lambda"], run["seed"])
+        else:
+            clt = clt_of(bench.known, bench.known.neurons if run["clt"] == "right" else bench.known.collapsed)
+        made = {run["clt"]: clt}
+        if run["clt"] == "trained" and run["reach"] == clt.config.num_layers:
+            made["shuffled"] = shuffled_clt(clt, run["seed"])
+            made["random"] = random_clt(copy.deepcopy(clt).float(), bench.inputs.float(), run["seed"]).double()
+        for what, each in reversed(made.items()):  # the run's own last: an interrupted one is made again
+            append_record(path, {**run, "clt": what, **bench.measure(each)})
+        names = ", ".join(f"{name} {value}" for name, value in run.items() if value is not None)
+        print(f"[{number} of {len(wanted)}] {names}", flush=True)
     return [record for record in read_records(path) if any(is_of(record, run) for run in wanted)]
 
 
