@@ -48,8 +48,8 @@ NAMES = {
     "elsewhere": "from errors and other tokens",
     "edges": "share of true edges",
 }
-COLUMNS = {"nmse": "NMSE", "l0": "L0", "correlation": "correlation", "edges": "edges", "two_steps": "two steps"}
-COLUMNS |= {"one_step": "one step", "elsewhere": "elsewhere"}
+COLUMNS = {"nmse": "NMSE", "l0": "L0", "correlation": "correlation", "edges": "edges", "edges_of_best": "of best"}
+COLUMNS |= {"two_steps": "two steps", "one_step": "one step", "elsewhere": "elsewhere"}
 KINDS = ("right", "collapsed", "trained", "shuffled", "random")
 GROUPED = ("model", "clt", "reach", "lambda")
 
@@ -210,7 +210,7 @@ def summarize(records: list[dict]) -> list[dict]:
         groups.setdefault(tuple(record[name] for name in GROUPED), []).append(record)
     found = []
     for key, group in groups.items():
-        means = {name: mean(record[name] for record in group) for name in (*COLUMNS, "edges_of_best")}
+        means = {name: mean(record[name] for record in group) for name in COLUMNS}
         found.append({**dict(zip(GROUPED, key, strict=True)), **means, "seeds": len(group)})
     return found
 
@@ -225,6 +225,17 @@ def format_summary(rows: list[dict]) -> str:
     return align(lines)
 
 
+def format_distances(records: list[dict]) -> str:
+    """`one_step` of the trained CLTs by how many layers the answer is above the intermediate; means over the rest."""
+    trained = [record for record in records if record["clt"] == "trained"]
+    lines = [["one step, by distance", "reach", "1", "2", "3"], None]
+    for name, reach in sorted({(record["model"], record["reach"]) for record in trained}):
+        found = [r["by_distance"] for r in trained if (r["model"], r["reach"]) == (name, reach)]
+        cells = [[shares[n]["one_step"] for shares in found if n in shares] for n in "123"]
+        lines.append([name, str(reach), *(f"{mean(values):.3f}" if values else "" for values in cells)])
+    return align(lines)
+
+
 def place(row: dict) -> tuple:
     """Where a row stands in table and plot."""
     return KINDS.index(row["clt"]), row["reach"] or 0, row["lambda"] or 0
@@ -233,14 +244,14 @@ def place(row: dict) -> tuple:
 def plot_summary(rows: list[dict], path: Path) -> None:
     """A panel per model: a bar per CLT, of the shares of influence, and a mark at the share of true edges."""
     names = list(dict.fromkeys(row["model"] for row in rows))
-    with draw_figure(path, (10, 2.6 * -(-len(names) // 2) + 0.5)) as figure:
+    with draw_figure(path, (11, 2.7 * -(-len(names) // 2) + 0.5)) as figure:
         panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False).flatten()
         for axes, name in zip(panels, names, strict=False):
             own = sorted((row for row in rows if row["model"] == name), key=place)
             x, last, ticks = -1.0, None, {}
             for row in own:
                 group = row["clt"] if row["clt"] != "trained" else f"reach {row['reach']}"
-                x += 1 if group == last else 1.6
+                x += 1 if group == last else 2.2
                 ticks.setdefault(group, []).append(x)
                 last, bottom = group, 0.0
                 for share, color in SHARES.items():
@@ -251,6 +262,7 @@ def plot_summary(rows: list[dict], path: Path) -> None:
             axes.set_xticks([mean(places) for places in ticks.values()], list(ticks), fontsize=8)
             axes.set(title=name, ylim=(0, 1))
             axes.grid(axis="x", visible=False)
+            axes.set_xlabel(f"in each group λ / D = {', '.join(f'{sparsity:g}' for sparsity in LAMBDAS)}", fontsize=8)
         for axes in panels[len(names) :]:
             axes.set_axis_off()
         handles, labels = panels[0].get_legend_handles_labels()
@@ -269,8 +281,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="of the trained CLTs (0 1 2)")
     options = parser.parse_args(argv)
     check_folders(options.records, options.plot)
-    rows = summarize(make_runs(runs(options.models, options.seeds), options.records))
-    print(format_summary(rows))
+    records = make_runs(runs(options.models, options.seeds), options.records)
+    rows = summarize(records)
+    print(format_summary(rows), format_distances(records), sep="\n\n")
     if options.plot is not None:
         plot_summary(rows, options.plot)
 

@@ -180,8 +180,8 @@ def steps(question: Question, graph: AttributionGraph, places: Places) -> dict[s
 
     What counts is all influence that ends at errors and tokens, but for tokens that truly drive the answer beside
     these neurons. Of this `two_steps` ends at the tokens that truly drive them, on paths through features in their
-    places and then through another feature; `one_step` at the same tokens on all other paths; `elsewhere`
-    what is left: at errors, and at tokens that have nothing to do with it.
+    places and then through another feature; `one_step` at the same tokens on all other paths; `elsewhere` at errors,
+    and at tokens that have nothing to do with it.
     """
     truth, m = question.truth, question.truth.num_features
     first = question.path[:m] & (truth.features[:, 0] == 0)

@@ -57,10 +57,20 @@ def test_what_is_to_be_run():
 
 
 def test_summary_is_by_reach_and_sparsity():
-    columns = dict.fromkeys((*known_answers.COLUMNS, "edges_of_best"), 0.25)
+    columns = dict.fromkeys(known_answers.COLUMNS, 0.25)
     run = {"model": "induction", "clt": "trained", "reach": 1, "lambda": 0.1}
     rows = known_answers.summarize(
         [{**run, "seed": 0, **columns}, {**run, "seed": 1, **columns, "nmse": 0.75}, {**run, "reach": 2, **columns}]
     )
     assert [(row["reach"], row["nmse"], row["seeds"]) for row in rows] == [(1, 0.5, 2), (2, 0.25, 1)]
     assert "0.500" in known_answers.format_summary(rows)
+
+
+def test_distances_are_of_trained_clts():
+    run = {"model": "two hops", "clt": "trained", "reach": 3}
+    records = [
+        {**run, "by_distance": {"1": {"one_step": 0.5}, "3": {"one_step": 0.0}}},
+        {**run, "by_distance": {"1": {"one_step": 0.75}}},
+        {**run, "clt": "shuffled", "by_distance": {"1": {"one_step": 0.0}}},
+    ]
+    assert known_answers.format_distances(records).splitlines()[-1].split() == ["two", "hops", "3", "0.625", "0.000"]
