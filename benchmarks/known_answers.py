@@ -251,7 +251,7 @@ def plot_summary(rows: list[dict], path: Path) -> None:
             x, last, ticks = -1.0, None, {}
             for row in own:
                 group = row["clt"] if row["clt"] != "trained" else f"reach {row['reach']}"
-                x += 1 if group == last else 2.2
+                x += 1 if group == last else 2.6
                 ticks.setdefault(group, []).append(x)
                 last, bottom = group, 0.0
                 for share, color in SHARES.items():
@@ -259,7 +259,7 @@ def plot_summary(rows: list[dict], path: Path) -> None:
                     bottom += row[share]
                 label = NAMES["edges"] if row is own[0] else None
                 axes.plot(x, row["edges"], "o", color=INK, markersize=4, clip_on=False, label=label, linestyle="")
-            axes.set_xticks([mean(places) for places in ticks.values()], list(ticks), fontsize=8)
+            axes.set_xticks([mean(places) for places in ticks.values()], list(ticks), fontsize=7.5)
             axes.set(title=name, ylim=(0, 1))
             axes.grid(axis="x", visible=False)
             axes.set_xlabel(f"in each group λ / D = {', '.join(f'{sparsity:g}' for sparsity in LAMBDAS)}", fontsize=8)
