@@ -262,7 +262,8 @@ def plot_summary(rows: list[dict], path: Path) -> None:
             axes.set_xticks([mean(places) for places in ticks.values()], list(ticks), fontsize=7.5)
             axes.set(title=name, ylim=(0, 1))
             axes.grid(axis="x", visible=False)
-            axes.set_xlabel(f"in each group λ / D = {', '.join(f'{sparsity:g}' for sparsity in LAMBDAS)}", fontsize=8)
+            lambdas = sorted({row["lambda"] for row in own if row["lambda"] is not None})
+            axes.set_xlabel(f"λ / D = {', '.join(f'{sparsity:g}' for sparsity in lambdas)}", fontsize=8)
         for axes in panels[len(names) :]:
             axes.set_axis_off()
         handles, labels = panels[0].get_legend_handles_labels()
