@@ -20,8 +20,6 @@ from torch import Tensor
 
 from hf_clt import CLTConfig, CrossLayerTranscoder
 from hf_clt.audit.controls import random_clt, shuffled_clt
-from hf_clt.audit.known import clt_of, edges_found, match, questions, steps, trace
-from hf_clt.audit.known_models import KNOWN, KnownModel
 from hf_clt.command import OneLineParser, one_line_errors
 from hf_clt.evaluation.metrics import MetricSums
 from hf_clt.harvest.harvester import Harvester
@@ -32,6 +30,8 @@ from hf_clt.training.optimizers import clip_grad_norm, make_optimizer
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
 from hf_clt.training.setup import prepare_cpu
 
+from .known_measure import clt_of, edges_found, match, questions, steps, trace
+from .known_models import KNOWN, KnownModel
 from .output import align, check_folders, draw_figure
 from .sweep import append_record, read_records
 

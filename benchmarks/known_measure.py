@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..attribution.graph import AttributionGraph, TokenTarget, influences
-from ..attribution.tracing import attribute
-from ..configuration_clt import CLTConfig
-from ..folding import at_least_float32
-from ..modeling_clt import CrossLayerTranscoder
-from .graphs import row_sums
+from hf_clt import CLTConfig
+from hf_clt.attribution.graph import AttributionGraph, TokenTarget, influences
+from hf_clt.attribution.tracing import attribute
+from hf_clt.audit.graphs import row_sums
+from hf_clt.folding import at_least_float32
+from hf_clt.modeling_clt import CrossLayerTranscoder
+
 from .known_models import FILLER, KnownModel, Neuron, combined
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.known_measure import clt_of, edges_found, match, questions, steps, trace
+from benchmarks.known_models import KNOWN, Neuron
 from hf_clt.audit.controls import random_clt, shuffled_clt
-from hf_clt.audit.known import clt_of, edges_found, match, questions, steps, trace
-from hf_clt.audit.known_models import KNOWN, Neuron
 from hf_clt.harvest.harvester import Harvester
 
 
