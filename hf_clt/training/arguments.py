@@ -256,6 +256,12 @@ class CLTTrainingArguments:
     k_anneal_steps: int | None = _arg(
         "optimisation", None, "Updates over which k comes down from --initial-k. None: a fifth of --training-steps."
     )
+    reach_growth: float = _arg(
+        "optimisation",
+        0.0,
+        "Share of training over which decoders come to reach further: their own layer alone at first, at the end of it "
+        "as far as --decoder-reach says. With 0.6 far fewer circuits of two steps are written as one. 0: all along.",
+    )
     feature_parallel_size: int = _arg(
         "optimisation",
         1,
@@ -392,7 +398,7 @@ class CLTTrainingArguments:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} is negative; give 0 or more")
-        for name in ("adam_beta1", "adam_beta2", "initial_feature_rate"):
+        for name in ("adam_beta1", "adam_beta2", "initial_feature_rate", "reach_growth"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name}={value} is out of range; give at least 0 and less than 1")

@@ -69,6 +69,15 @@ def annealed_k(step: int, k: int, initial_k: int, anneal_steps: int) -> int:
     return k + math.ceil((initial_k - k) * (1 - step / anneal_steps))
 
 
+def growing_reach(step: int, training_steps: int, share: float, reach: int) -> int:
+    """
+    Over how many target layers a source layer writes after `step` updates: from 1 up to `reach`, linearly over a
+    `share` of training.
+    """
+    growing = share * training_steps
+    return reach if step >= growing else min(reach, 1 + int(reach * step / growing))
+
+
 def restarts_threshold(step: int, training_steps: int) -> bool:
     """
     Whether batchtopk's running threshold starts anew after `step` updates: when the number of updates done, or of

@@ -310,3 +310,14 @@ def check_initial_k(config: CLTConfig, initial_k: int | None) -> None:
         raise ValueError(
             f"initial_k={initial_k} is outside k={config.k} to num_features={config.num_features}; give one between"
         )
+
+
+def check_reach_growth(config: CLTConfig, share: float, is_new: bool) -> None:
+    """Refuses a growing reach that would do nothing, or away with decoders that there are."""
+    given = f"reach_growth={share:g}"
+    if share > 0 and not is_new:
+        raise ValueError(f"{given} begins with decoders that reach one layer, and init_from has more; leave it out")
+    if share > 0 and config.decoder_tying != "none":
+        raise ValueError(f"{given} does not go with decoder_tying={config.decoder_tying!r}; leave it out")
+    if share > 0 and config.reach == 1:
+        raise ValueError(f"{given} has no effect with a reach of one layer; leave it out, or raise decoder_reach")

@@ -39,6 +39,7 @@ from .reporting import last_evaluated_step, progress_figures, warn_if_dense, war
 from .run_state import checkpoint_on_failure, moving_state, restore_run, save_run
 from .schedules import (
     annealed_k,
+    growing_reach,
     initial_steering,
     last_restart,
     learning_rate_scale,
@@ -48,6 +49,7 @@ from .schedules import (
 )
 from .setup import (
     check_initial_k,
+    check_reach_growth,
     check_shard,
     check_target_l0,
     fill_defaults,
@@ -63,6 +65,13 @@ from .writer import CheckpointWriter
 logger = logging.getLogger(__name__)
 
 LOSSES = ("loss", "reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
+
+
+@torch.no_grad()
+def limit_reach(clt: CrossLayerTranscoder, reach: int) -> None:
+    """Sets to 0 what decoders would write to further target layers than the first `reach` of each source layer."""
+    for decoder in clt.decoders:
+        decoder.weight[:, reach:] = 0
 
 
 class CLTTrainer:
@@ -107,6 +116,7 @@ class CLTTrainer:
         check_trackers(args)
         check_initial_k(self.config, args.initial_k)
         check_target_l0(self.config, args.target_l0)
+        check_reach_growth(self.config, args.reach_growth, is_new=model is None)
         self.resume_from = None
         if args.resume_from_checkpoint is not None:
             self.resume_from = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
@@ -354,6 +364,9 @@ class CLTTrainer:
                 dist.all_reduce(fired, group=self.layout.replicas)
             optimizer.step()
             optimizer.zero_grad()
+            reach = growing_reach(self.step + 1, args.training_steps, args.reach_growth, self.config.reach)
+            if reach < self.config.reach:
+                limit_reach(self.model, reach)
             self.steps_since_fired = torch.where(fired > 0, 0, self.steps_since_fired + 1)
         self.step += 1
         self.updates_since_log += 1

@@ -53,6 +53,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(make, tmp_path, monkeypatch,
         arguments |= {"initial_k": 12, "k_anneal_steps": 8}
     if activation_fn == "relu":
         arguments |= {"target_l0": 6}
+    if activation_fn == "jumprelu":
+        arguments |= {"reach_growth": 0.6}
     straight = make(config, **arguments)
     straight.train()
     assert straight.buffer.epoch == 2

@@ -7,6 +7,7 @@ import torch
 
 from hf_clt.training.schedules import (
     annealed_k,
+    growing_reach,
     initial_steering,
     last_restart,
     learning_rate_scale,
@@ -132,3 +133,9 @@ def test_the_last_restart_by_looking_back(steps):
     for step in range(steps):
         last = step if restarts_threshold(step, steps) else last
         assert last_restart(step, steps) == last, step
+
+
+def test_reach_grows_linearly_over_its_share():
+    assert [growing_reach(step, 20, 0.5, 4) for step in range(12)] == [1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    assert growing_reach(0, 20, 0.0, 4) == 4
+    assert growing_reach(1, 10, 0.05, 30) == 30  # a share of less than an update

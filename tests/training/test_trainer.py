@@ -308,6 +308,33 @@ def test_k_is_annealed(make, tmp_path, activation_fn, k_scope):
         assert trainer.evaluate()["l0"] <= 6
 
 
+def test_reach_grows(make):
+    """Of two layers, over 0.8 of ten updates: the second from the fourth update on, and none before, not even once."""
+    trainer = make({"activation_fn": "relu"}, training_steps=10, reach_growth=0.8)
+    second, step = [], trainer._update
+
+    def seen(*args):
+        result = step(*args)
+        second.append(trainer.model.decoders[0].weight[:, 1].abs().max().item())
+        return result
+
+    trainer._update = seen
+    clt = trainer.train()
+    assert second[:3] == [0, 0, 0] and min(second[3:]) > 0
+    assert clt.decoders[0].weight[:, 1].abs().max() > 0
+
+
+def test_a_growing_reach_that_does_not_fit_is_refused(make):
+    for config, message in [
+        ({"decoder_reach": 1}, r"reach_growth=0\.5 has no effect with a reach of one layer"),
+        ({"decoder_tying": "per_source"}, r"reach_growth=0\.5 does not go with decoder_tying='per_source'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make({"activation_fn": "relu", **config}, reach_growth=0.5)
+    with pytest.raises(ValueError, match=r"reach_growth=1\.5 is out of range"):
+        make({"activation_fn": "relu"}, reach_growth=1.5)
+
+
 def test_an_initial_k_that_does_not_fit_is_refused(make):
     for config, initial_k, message in [
         ({"activation_fn": "relu"}, 9, "initial_k=9 .*activation_fn='relu'"),
