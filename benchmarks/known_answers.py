@@ -11,6 +11,7 @@ A run that is recorded is not made again; if all are, the command prints the tab
 import argparse
 import copy
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -27,8 +28,9 @@ from hf_clt.harvest.normalization import set_decoder_directions, set_encoder_dir
 from hf_clt.hub.plots import BLUE, INK, ORANGE
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.optimizers import clip_grad_norm, make_optimizer
-from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
+from hf_clt.training.schedules import growing_reach, learning_rate_scale, sparsity_scale
 from hf_clt.training.setup import prepare_cpu
+from hf_clt.training.trainer import limit_reach
 
 from .known_measure import clt_of, edges_found, match, questions, steps, trace
 from .known_models import KNOWN, KnownModel
@@ -50,7 +52,8 @@ NAMES = {
 }
 COLUMNS = {"nmse": "NMSE", "l0": "L0", "correlation": "correlation", "edges": "edges", "edges_of_best": "of best"}
 COLUMNS |= {"two_steps": "two steps", "one_step": "one step", "elsewhere": "elsewhere"}
-KINDS = ("right", "collapsed", "trained", "shuffled", "random")
+KINDS = ("right", "collapsed", "trained", "grown", "shuffled", "random")
+GROWTH = 0.6  # --reach-growth of "grown", which writes to all layers in the end
 GROUPED = ("model", "clt", "reach", "lambda")
 
 
@@ -87,6 +90,9 @@ def train_clt(
         clip_grad_norm(clt, optimizer, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        reach = growing_reach(step + 1, args.training_steps, args.reach_growth, config.reach)
+        if reach < config.reach:
+            limit_reach(clt, reach)
         silent = torch.where(output.features.active_counts() > 0, 0, silent + 1)
     clt.fold_normalization()
     return clt.eval().requires_grad_(False)
@@ -110,7 +116,7 @@ class Bench:
         batch = {"input_ids": prompts, "attention_mask": torch.ones_like(prompts), "counted": counted}
         return Harvester(self.known.model).harvest(batch, dtype=torch.float64)
 
-    def train(self, reach: int, sparsity: float, seed: int) -> CrossLayerTranscoder:
+    def train(self, reach: int, sparsity: float, seed: int, reach_growth: float = 0.0) -> CrossLayerTranscoder:
         """With λ = `sparsity` · D; in float64, as the model is."""
         shape = self.known.model.config
         config = CLTConfig(
@@ -120,7 +126,8 @@ class Bench:
             decoder_reach=reach,
             sparsity_lambda=sparsity * shape.n_embd,
         )
-        return train_clt(config, self.train_inputs, self.train_labels, replace(TRAINING, seed=seed)).double()
+        args = replace(TRAINING, seed=seed, reach_growth=reach_growth)
+        return train_clt(config, self.train_inputs, self.train_labels, args).double()
 
     def measure(self, clt: CrossLayerTranscoder) -> dict:
         """NMSE and L0 on held-out prompts, and what the graphs of the questions show; by distance too."""
@@ -150,7 +157,7 @@ class Bench:
         return record | {"questions": len(rows)}
 
 
-def runs(names: list[str], seeds: list[int]) -> list[dict]:
+def runs(names: list[str], seeds: Sequence[int], lambdas: Sequence[float] = LAMBDAS) -> list[dict]:
     """What identifies each record, in order."""
     found = [
         {"model": name, "clt": what, "reach": None, "lambda": None, "seed": None}
@@ -159,11 +166,11 @@ def runs(names: list[str], seeds: list[int]) -> list[dict]:
     ]
     reaches = {name: range(1, KNOWN[name]().model.config.n_layer + 1) for name in names}
     return found + [
-        {"model": name, "clt": "trained", "reach": reach, "lambda": sparsity, "seed": seed}
+        {"model": name, "clt": what, "reach": reach, "lambda": sparsity, "seed": seed}
         for seed in seeds
         for name in names
-        for reach in reaches[name]
-        for sparsity in LAMBDAS
+        for what, reach in [*(("trained", reach) for reach in reaches[name]), ("grown", reaches[name][-1])]
+        for sparsity in lambdas
     ]
 
 
@@ -180,8 +187,8 @@ def make_runs(wanted: list[dict], path: Path) -> list[dict]:
             continue
         if bench is None or bench.known.name != run["model"]:
             bench = Bench(KNOWN[run["model"]]())
-        if run["clt"] == "trained":
-            clt = bench.train(run["reach"], run["lambda"], run["seed"])
+        if run["clt"] in ("trained", "grown"):
+            clt = bench.train(run["reach"], run["lambda"], run["seed"], GROWTH if run["clt"] == "grown" else 0.0)
         else:
             clt = clt_of(bench.known, bench.known.neurons if run["clt"] == "right" else bench.known.collapsed)
         made = {run["clt"]: clt}
@@ -280,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="file for the plot")
     parser.add_argument("--models", nargs="+", choices=KNOWN, default=list(KNOWN), metavar="NAME", help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="N", help="of the trained CLTs (0 1 2)")
+    parser.add_argument("--lambdas", type=float, nargs="+", default=LAMBDAS, metavar="X", help="per unit of width")
     options = parser.parse_args(argv)
     check_folders(options.records, options.plot)
     records = make_runs(runs(options.models, options.seeds), options.records)

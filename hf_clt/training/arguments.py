@@ -259,8 +259,8 @@ class CLTTrainingArguments:
     reach_growth: float = _arg(
         "optimisation",
         0.0,
-        "Share of training over which decoders come to reach further: their own layer alone at first, at the end of it "
-        "as far as --decoder-reach says. With 0.6 far fewer circuits of two steps are written as one. 0: all along.",
+        "Share of training over which decoders come to reach further: their own layer alone at first, at its end as "
+        "far as --decoder-reach says. With 0.6 far fewer circuits of two steps are written as one. 0: all along.",
     )
     feature_parallel_size: int = _arg(
         "optimisation",
