@@ -20,6 +20,7 @@ from .checkpoints import (
 )
 from .optimizers import make_optimizer
 from .processes import OtherProcessGone, StopRequested, any_process
+from .schedules import growing_reach
 
 
 if TYPE_CHECKING:
@@ -212,6 +213,15 @@ def check_same_run(trainer: "CLTTrainer", state: dict) -> None:
                 f"{field}={changed[field][1]!r}, but {name} was trained with {field}={changed[field][0]!r}; resume "
                 "with the same"
             )
+    before, now = (
+        growing_reach(state["step"], values["training_steps"], values.get("reach_growth", 0.0), trainer.config.reach)
+        for values in (state["args"], args.to_dict())
+    )
+    if now < before:  # decoders that are trained would be set to 0
+        raise ValueError(
+            f"reach_growth={args.reach_growth:g} of training_steps={args.training_steps} is a reach of {now} at "
+            f"update {state['step']}, and {name} has {before}; resume with the same two"
+        )
     if changed and trainer.accelerator.is_main_process:
         told = ", ".join(f"{field} {old!r} -> {new!r}" for field, (old, new) in changed.items())
         logger.warning("%s was trained with other settings, and goes on with: %s", name, told)

@@ -388,3 +388,18 @@ def test_activations_that_are_not_finite_stop_with_a_checkpoint_to_skip_them_fro
     make(**arguments, resume_from_checkpoint="latest", on_bad_activations="skip").train()
     for name, value in released(tmp_path / "straight").items():
         assert torch.equal(released(tmp_path / "run")[name], value), name
+
+
+@pytest.mark.parametrize("changed", [{"training_steps": 80}, {"training_steps": 40, "reach_growth": 0.5}])
+def test_a_reach_that_has_grown_does_not_shrink(make, tmp_path, changed):
+    """A longer run, or a slower growth, would set trained decoders to 0."""
+    run = {"training_steps": 8, "reach_growth": 0.25, "checkpoint_interval": 4}
+    stopped = make({"activation_fn": "relu"}, **run)
+    recorded(stopped, stop_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert stopped.model.decoders[0].weight[:, 1].abs().max() > 0
+    resumed = make({"activation_fn": "relu"}, **{**run, **changed}, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"a reach of 1 at update 4, and checkpoint-4 has 2"):
+        resumed.train()
+    make({"activation_fn": "relu"}, **{**run, "training_steps": 9}, resume_from_checkpoint="latest").train()
