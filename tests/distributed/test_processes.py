@@ -48,7 +48,10 @@ SHARDED = {
     "initial_weights": "random",
 }
 SHARDED_RUNS = {
-    "jumprelu": ({"gradient_accumulation_steps": 2}, {"jumprelu_threshold": 1.5, "sparsity_lambda": 0.1}),
+    "jumprelu": (
+        {"gradient_accumulation_steps": 2, "reach_growth": 0.6},
+        {"jumprelu_threshold": 1.5, "sparsity_lambda": 0.1},
+    ),
     "steered": (
         {"target_l0": 5, "gradient_accumulation_steps": 2},
         {"activation_fn": "relu", "sparsity_lambda": 0.1},
