@@ -61,6 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("subjects", nargs="+", metavar="NAME=REACH", help="columns of the audit, and their reach")
     options = parser.parse_args(argv)
     check_folders(options.plot)
+    for given in options.subjects:
+        if not given.rpartition("=")[2].isdecimal() or "=" not in given:
+            raise ValueError(f"subjects={given!r} is not a column and its reach; give for example clt=30")
     audit = json.loads(options.audit.read_text(encoding="utf-8"))
     names = {int(reach): name for name, _, reach in (given.rpartition("=") for given in options.subjects)}
     unknown = set(names.values()) - set(audit["subjects"])

@@ -34,3 +34,6 @@ def test_columns_are_by_reach_and_figures_those_of_the_audit(audit, tmp_path, ca
 def test_a_column_that_is_not_there_is_named(audit, tmp_path, capsys):
     assert reach_curve.main([str(audit), str(tmp_path / "reach.png"), "none=1"]) == 2
     assert "subjects=['none'] are not in the audit" in capsys.readouterr().err
+    for given in ("clt", "clt=", "30"):
+        assert reach_curve.main([str(audit), str(tmp_path / "reach.png"), given]) == 2
+        assert f"subjects={given!r} is not a column and its reach" in capsys.readouterr().err
