@@ -144,14 +144,14 @@ def runs_of(plan: dict, path: Path, family: str, candidate: str, overrides: dict
     return [{**run, "settings": {**settings, **run["varied"]}} for run in runs]
 
 
-def check_runs(plan: dict, cache: Path | None = None, source: dict | None = None) -> list[tuple]:
+def check_runs(plan: dict, caches: dict[str | None, Path], source: dict | None = None) -> list[tuple]:
     """
     All runs before the first one starts.
 
     Args:
         plan: What [`read_plan`] gives.
-        cache: The folder of the cache.
-        source: Where there is no cache yet: `model` and `dataset`.
+        caches: The folder of the cache for each `feature_input_hook` of the runs, None being the model's usual one.
+        source: Where there are no caches yet: `model` and `dataset`.
 
     Returns:
         Per run of the plan: what is recorded of it, and the arguments and the configuration for the trainer.
@@ -159,21 +159,22 @@ def check_runs(plan: dict, cache: Path | None = None, source: dict | None = None
     Raises:
         ValueError: For an option that is unknown or wrong; the message names family and candidate.
     """
-    source = source or {"activation_cache": str(cache)}
-    identity = None if cache is None else cache_identity(read_manifest(cache))
+    identities = {hook: cache_identity(read_manifest(cache)) for hook, cache in caches.items()}
     checked = []
     for run in plan["runs"]:
         settings = dict(run["settings"])
+        hook = settings.get("feature_input_hook")
+        read = source or {"activation_cache": str(caches[hook])}
         tokens = settings.pop("tokens")
         try:
             per_update = settings.get("batch_size", CLTTrainingArguments.batch_size)
             per_update *= settings.get("gradient_accumulation_steps", 1)
             steps = max(1, tokens // per_update)
-            args, config = as_run({**QUIET, **settings, **source, "training_steps": steps, "seed": run["seed"]})
+            args, config = as_run({**QUIET, **settings, **read, "training_steps": steps, "seed": run["seed"]})
         except (ValueError, TypeError) as error:
             raise ValueError(f"family {run['family']}, candidate {run['candidate']}: {error}") from None
         resolved = {name: value for name, value in resolve(args, config).items() if name not in NOT_RECORDED}
-        kept = {name: run[name] for name in OF_PLAN} | {"cache": identity, "device": usual_device()}
+        kept = {name: run[name] for name in OF_PLAN} | {"cache": identities.get(hook), "device": usual_device()}
         checked.append(({**kept, "resolved": resolved}, args, config))
     return checked
 
@@ -182,7 +183,12 @@ def check_runs(plan: dict, cache: Path | None = None, source: dict | None = None
 
 
 def make_cache(
-    work: Path, settings: dict, model: Path | None, train_text: Path | None, heldout_text: Path | None
+    work: Path,
+    settings: dict,
+    model: Path | None,
+    train_text: Path | None,
+    heldout_text: Path | None,
+    hook: str | None = None,
 ) -> Path:
     """
     Harvests the activations into `work`, unless they are there.
@@ -192,6 +198,7 @@ def make_cache(
         settings: `cache` of [`read_plan`].
         model: Folder of the language model.
         train_text, heldout_text: What [`open_text`] reads, a file each; documents of one book belong in one of them.
+        hook: `feature_input_hook`; None: the model's usual one.
 
     Returns:
         The folder of the cache.
@@ -199,7 +206,7 @@ def make_cache(
     Raises:
         ValueError: If something is missing, or the cache that is there has other settings.
     """
-    cache = work / ACTIVATIONS
+    cache = work / (ACTIVATIONS if hook is None else f"{ACTIVATIONS}-{hook}")
     if (cache / MANIFEST).is_file():
         found = read_manifest(cache)
         wanted = {"max_tokens": settings["train_tokens"], "eval_tokens": settings["heldout_tokens"]}
@@ -237,10 +244,10 @@ def make_cache(
     }
     heldout = open_text(replace(args, dataset=str(heldout_text)), tokenizer, heldout=True)
     train = open_text(replace(args, eval_tokens=0), tokenizer)
-    hooks = default_hooks(language_model.config.get_text_config().model_type)
+    usual, output_hook = default_hooks(language_model.config.get_text_config().model_type)
     write_cache(
         cache,
-        Harvester(language_model, *hooks),
+        Harvester(language_model, hook or usual, output_hook),
         {"heldout": heldout, "train": train},
         described,
         max_tokens=settings["train_tokens"],
@@ -280,7 +287,11 @@ class InPlaceOfFirstLayers:
 
 
 def mean_cross_entropy(
-    model: PreTrainedModel, replace: Callable[[int, Tensor, Tensor], Tensor], layers: range, batches: list[dict]
+    model: PreTrainedModel,
+    replace: Callable[[int, Tensor, Tensor], Tensor],
+    layers: range,
+    batches: list[dict],
+    hooks: tuple[str, str] | None = None,
 ) -> float:
     """
     Mean next-token cross-entropy, in nats, over the predictions that [`replacement_metrics`] counts.
@@ -290,12 +301,13 @@ def mean_cross_entropy(
         replace: Gives what stands in for the MLP outputs of a layer, see [`ReplacementModel`].
         layers: Those that it stands in for.
         batches: Of a [`TokenStream`].
+        hooks: What `replace` is given and stands in for; see [`ReplacementModel`].
     """
 
     def of_all_layers(layer: int, inputs: Tensor, outputs: Tensor) -> Tensor:
         return replace(layer, inputs, outputs) if layer in layers else outputs
 
-    replaced, total, count = ReplacementModel(model, of_all_layers, layers), 0.0, 0
+    replaced, total, count = ReplacementModel(model, of_all_layers, layers, hooks), 0.0, 0
     for batch in batches:
         logits = replaced(batch["input_ids"], batch["attention_mask"], batch["counted"]).logits[:, :-1]
         predicts = batch["counted"][:, :-1] & batch["attention_mask"][:, 1:].bool()
@@ -330,7 +342,8 @@ class CrossEntropy:
             seen += len(labels)
             if seen >= num_tokens:
                 break
-        kept = cache.parent / "cross_entropy.json"
+        self.hooks = tuple(activations.manifest[f"feature_{side}_hook"] for side in ("input", "output"))
+        kept = cache.parent / f"cross_entropy-{cache.name}.json"
         key = [cache_identity(activations.manifest), len(self.batches), str(Path(model).resolve())]
         found = read_json(kept) if kept.is_file() else {}
         if found.get("of") != key:
@@ -344,7 +357,7 @@ class CrossEntropy:
         self.original, self.ablated = found["ce_original"], found["ce_ablated"]
 
     def mean(self, replace: Callable[[int, Tensor, Tensor], Tensor]) -> float:
-        return mean_cross_entropy(self.model, replace, self.layers, self.batches)
+        return mean_cross_entropy(self.model, replace, self.layers, self.batches, self.hooks)
 
     def of_clt(self, clt: CrossLayerTranscoder) -> dict[str, float | None]:
         """`ce_original`, `ce_replaced`, `ce_ablated` and `ce_recovered` as of [`replacement_metrics`]."""
@@ -363,7 +376,7 @@ class CrossEntropy:
 def run_plan(
     checked: list[tuple],
     records: Path,
-    open_cross_entropy: Callable[[], CrossEntropy] | None = None,
+    open_cross_entropy: Callable[[Path], CrossEntropy] | None = None,
     most: int | None = None,
 ) -> list[dict]:
     """
@@ -372,7 +385,8 @@ def run_plan(
     Args:
         checked: What [`check_runs`] gives.
         records: A JSONL file.
-        open_cross_entropy: Makes what measures CE recovered, when the first run starts; None: it is not measured.
+        open_cross_entropy: Makes what measures CE recovered, of a cache, when its first run starts; None: it is not
+            measured.
         most: Runs to make now, at most; None: all.
 
     Returns:
@@ -388,12 +402,13 @@ def run_plan(
 
     done = {key(record): record for record in read_records(records)}
     missing = {key(run[0]): run for run in checked if key(run[0]) not in done}  # two candidates may share a run
-    entropy = None
+    entropies = {}
     for number, (name, (run, args, config)) in enumerate(missing.items(), start=1):
         if most is not None and number > most:
             break
-        if open_cross_entropy is not None and entropy is None:
-            entropy = open_cross_entropy()
+        if open_cross_entropy is not None and args.activation_cache not in entropies:
+            entropies[args.activation_cache] = open_cross_entropy(Path(args.activation_cache))
+        entropy = entropies.get(args.activation_cache)
 
         def measure(trainer: CLTTrainer, entropy=entropy) -> dict:
             trainer.read_clocks()
@@ -455,14 +470,15 @@ def main(argv: list[str] | None = None) -> None:
     check_folders(options.table, options.plot, options.records)
     plan = read_plan(options.plan)
     plan["runs"] = choose(plan["runs"], options.plan, options.families, options.candidates, options.seeds)
-    is_cached = (options.work / ACTIVATIONS / MANIFEST).is_file()
-    if not is_cached and None not in (options.model, options.train_text):  # before the cache is made
-        check_runs(plan, source={"model": str(options.model), "dataset": str(options.train_text)})
-    cache = make_cache(options.work, plan["cache"], options.model, options.train_text, options.heldout_text)
-    checked = check_runs(plan, cache)
+    if None not in (options.model, options.train_text):  # before the caches are made
+        check_runs(plan, {}, source={"model": str(options.model), "dataset": str(options.train_text)})
+    sources = options.model, options.train_text, options.heldout_text
+    hooks = dict.fromkeys(run["settings"].get("feature_input_hook") for run in plan["runs"])
+    caches = {hook: make_cache(options.work, plan["cache"], *sources, hook) for hook in hooks}
+    checked = check_runs(plan, caches)
     entropy = None
     if options.model is not None:
-        entropy = partial(CrossEntropy, options.model, cache, plan["cache"]["ce_tokens"])
+        entropy = partial(CrossEntropy, options.model, num_tokens=plan["cache"]["ce_tokens"])
     records = run_plan(checked, options.records or options.work / "quality.jsonl", entropy, options.max_runs)
     planned = [{name: run[name] for name in ("family", "candidate", "seed")} for run, _, _ in checked]
     verdicts = compare(records, planned, plan["l0"])

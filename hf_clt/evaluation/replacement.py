@@ -248,10 +248,12 @@ class ReplacementModel:
             A causal language model with its head, in eval mode.
         clt ([`CrossLayerTranscoder`] or `Callable`):
             The CLT; its features are computed as in eval mode. Or a function that stands in for it, called as
-            `clt(layer, inputs, outputs)` for layer 0, 1, ... of each forward pass with what the hooks of
-            [`default_hooks`] read at the N positions that are not excluded, `(N, D)` each; it returns what replaces
+            `clt(layer, inputs, outputs)` for layer 0, 1, ... of each forward pass with what `hooks` read at the N
+            positions that are not excluded, `(N, D)` each; it returns what replaces
             `outputs`, of a shape that broadcasts to theirs.
         layers (`Iterable[int]`, *optional*): The layers to replace; by default all.
+        hooks (`tuple[str, str]`, *optional*): Input and output hook of a function; by default those of
+            [`default_hooks`].
 
     Raises:
         `ValueError`: if the CLT does not fit the model or cannot be read layer by layer, if the model has no head, or
@@ -259,7 +261,11 @@ class ReplacementModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, clt: CrossLayerTranscoder | Callable, layers: Iterable[int] | None = None
+        self,
+        model: PreTrainedModel,
+        clt: CrossLayerTranscoder | Callable,
+        layers: Iterable[int] | None = None,
+        hooks: tuple[str, str] | None = None,
     ):
         config = model.config.get_text_config()
         if model.get_output_embeddings() is None:
@@ -271,7 +277,7 @@ class ReplacementModel:
             check_layer_by_layer(clt)
             hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
         elif callable(clt):
-            hooks = default_hooks(config.model_type)
+            hooks = hooks or default_hooks(config.model_type)
         else:
             raise ValueError(
                 f"clt is a {type(clt).__name__}; give a CrossLayerTranscoder, or a function (layer, inputs, outputs)"

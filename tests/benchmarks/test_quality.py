@@ -110,10 +110,15 @@ def test_a_comparison_goes_on_where_it_stopped(command, tmp_path, monkeypatch, c
         assert str(tmp_path) not in json.dumps(record)
 
 
-def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plots):
+@pytest.mark.parametrize("hook", [None, "mlp.hook_in"])
+def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plots, hook):
+    if hook is not None:
+        plan = PLAN.replace("{num-features: 48", f"{{feature-input-hook: {hook}, num-features: 48")
+        (tmp_path / "plan.yaml").write_text(plan)
     assert quality.main([*command, "--families", "batchtopk", "--seeds", "1", "--max-runs", "1"]) == 0
     (record,) = read_records(tmp_path / "work" / "quality.jsonl")
-    cache = ActivationCache(tmp_path / "work" / "activations")
+    cache = ActivationCache(tmp_path / "work" / ("activations" if hook is None else f"activations-{hook}"))
+    assert cache.input_hook == (hook or "hook_resid_mid")
     assert cache.manifest["splits"]["train"]["tokens"] >= 700
     assert cache.manifest["splits"]["heldout"]["tokens"] >= 200
     options = "--num-features 48 --activation-fn batchtopk --k 2 --training-steps 4 --batch-size 64 --seed 1"
@@ -142,7 +147,7 @@ def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plot
         # Not exact, since the means of the ablation are of outputs in bfloat16.
         assert value == pytest.approx(expected[name], abs=1e-3 if name == "ce_recovered" else 1e-4)
     # Of the first layers alone, the others stay as they are.
-    one = mean_cross_entropy(model, InPlaceOfFirstLayers(clt), range(1), batches)
+    one = mean_cross_entropy(model, InPlaceOfFirstLayers(clt), range(1), batches, entropy.hooks)
     assert one == pytest.approx(replacement_metrics(model, clt, batches, layers=[0])["ce_replaced"], rel=1e-6)
 
 
@@ -188,7 +193,7 @@ def test_wrong_plans_are_refused_in_one_line(command, tmp_path, capsys, old, new
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     with pytest.raises(ValueError, match=message):
-        check_runs(read_plan(plan), source={"model": command[4], "dataset": command[-1]})
+        check_runs(read_plan(plan), {}, source={"model": command[4], "dataset": command[-1]})
     assert not (tmp_path / "work").exists()  # before anything is harvested
 
 
