@@ -79,8 +79,9 @@ def train_clt(
     set_decoder_directions(clt, inputs[sample], labels[sample])
     optimizer = make_optimizer(clt, args)
     silent = torch.zeros(config.num_layers, config.num_features, dtype=torch.int64)
+    falls_over = args.training_steps - args.num_warmup_steps  # the records were made so
     for step in range(args.training_steps):
-        rate = learning_rate_scale(step, args.training_steps, args.num_warmup_steps, args.lr_scheduler)
+        rate = learning_rate_scale(step, args.training_steps, args.num_warmup_steps, "linear", falls_over)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * rate
         rows = torch.randint(len(inputs), (BATCH_SIZE,))

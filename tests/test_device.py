@@ -128,7 +128,8 @@ def test_what_was_said_is_not_left_to_the_device(gpus, memory):
     args = CLTTrainingArguments(**dict(zip(SETTLED, said, strict=True)))
     assert values(fill_defaults(args, config, gpu)) == said
     found = fill_defaults(args, config, torch.device("cpu")).non_default()
-    assert found == {"model_dtype": "float32", "learning_rate": pytest.approx(4e-3 * (10 / 12) ** 0.5)}
+    rate = pytest.approx(4e-3 * (10 / 12) ** 0.5)
+    assert found == {"model_dtype": "float32", "learning_rate": rate, "decay_steps": 5000}
     wide = fill_defaults(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
     assert wide.tokens_in_buffer >= 2 * wide.batch_size
     # A run that goes on has what it had, on another device too, unless something else is said.
@@ -199,6 +200,19 @@ def test_the_learning_rate_that_is_left_to_the_size():
     assert rate(65536, learning_rate=3e-3) == 3e-3
     found = [rate(8, 10), rate(8, 40), rate(8, 40, reach=1), rate(16384, 40)]
     assert found == pytest.approx([4e-3, 2e-3, 4e-3, 1e-3])
+
+
+def test_when_the_learning_rate_falls_by_activation_function():
+    def falls_over(activation_fn, **given):
+        config = CLTConfig(num_layers=2, d_model=8, num_features=8, activation_fn=activation_fn, k=2)
+        return fill_defaults(CLTTrainingArguments(**given), config, torch.device("cpu")).decay_steps
+
+    steps = {"training_steps": 101, "warmup_steps": 5}
+    assert [falls_over(name, **steps) for name in ("relu", "jumprelu", "topk", "batchtopk")] == [51, 51, 96, 96]
+    assert falls_over("jumprelu", training_steps=10, warmup_steps=8) == 2
+    assert falls_over("jumprelu", decay_steps=7, **steps) == 7
+    assert falls_over("topk", training_steps=10, warmup_steps=10) is None
+    assert falls_over("jumprelu", lr_scheduler="cosine") is None
 
 
 def test_a_run_that_goes_on_keeps_its_learning_rate():

@@ -22,7 +22,8 @@ from .tokens import TokenStream
 
 logger = logging.getLogger(__name__)
 
-START_TOKENS = 1024  # at a time, for the start of the decoders
+START_TOKENS = 1024  # at a time, for the initial weights
+CLUSTER_PASSES = 5
 
 
 def estimate_statistics(
@@ -104,24 +105,39 @@ def load_statistics(path: str | Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def cluster_directions(x: Tensor, num_clusters: int) -> Tensor:
+    """
+    Directions of the means of clusters of x (N, D), (C, D) of length 1: spherical k-means (Dhillon & Modha 2001),
+    begun from the first C of x, which some share where N is less. A cluster without a token keeps its direction.
+    """
+    x = normalize(x, dim=1)
+    means = x[torch.arange(num_clusters, device=x.device) % len(x)]
+    for _ in range(CLUSTER_PASSES):
+        nearest = torch.cat([(part @ means.T).argmax(dim=1) for part in x.split(START_TOKENS)])
+        sums = torch.zeros_like(means).index_add_(0, nearest, x)
+        means = torch.where(sums.any(dim=1, keepdim=True), normalize(sums, dim=1), means)
+    return means
+
+
+@torch.no_grad()
 def set_encoder_directions(clt: CrossLayerTranscoder, layer: int, inputs: Tensor) -> None:
     """
-    Gives each row of W_enc, whose length it keeps, the direction of a token's normalised input, less their mean, and a
-    tenth of the random direction that it had, so that no two are the same. Such a feature fires on what is like that
-    token; one that begins anywhere first has to be turned to where inputs are.
+    Gives each row of W_enc, whose length it keeps, the direction of a cluster of normalised inputs, less their mean,
+    and a tenth of the random direction that it had, so that no two are the same. Such a feature fires on what is like
+    these tokens; one that begins anywhere first has to be turned to where inputs are.
 
     Args:
         clt: A new CLT, its statistics set.
         layer: Whose encoder.
         inputs: (N, D) raw inputs of that layer, of tokens in random order, the same on all processes that share the
-            features; with N below F some are taken again.
+            features.
     """
     weight, held = clt.encoders[layer].weight, rows_of(clt.shard, clt.config.num_features)
     x = inputs.to(weight.dtype)
     x = (x - x.mean(dim=0)) / (1 if clt.std_in is None else clt.std_in[layer])
-    x = x[torch.arange(held.start, held.stop, device=x.device) % len(x)]
+    directions = cluster_directions(x, clt.config.num_features)[held]
     lengths = weight.norm(dim=1, keepdim=True)
-    weight.copy_(lengths * normalize(normalize(x, dim=1) * lengths + weight / 10, dim=1))
+    weight.copy_(lengths * normalize(directions * lengths + weight / 10, dim=1))
 
 
 @torch.no_grad()

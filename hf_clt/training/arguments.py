@@ -211,17 +211,19 @@ class CLTTrainingArguments:
     lr_scheduler: Literal["linear", "cosine", "constant", "none"] = _arg(
         "optimisation",
         "linear",
-        "Learning rate after the warm-up: linear or cosine fall to 0, constant stays. none: constant without warm-up.",
+        "Learning rate after the warm-up: linear stays, then falls to 0 over --decay-steps; cosine falls all along; "
+        "constant stays. none: constant without warm-up.",
     )
     warmup_steps: int | None = _arg(
         "optimisation",
         None,
         "Updates over which the learning rate rises from 0. None: 5 % of --training-steps, at most 1000.",
     )
-    decay_steps: int = _arg(
+    decay_steps: int | None = _arg(
         "optimisation",
-        0,
-        "With --lr-scheduler constant: updates at the end over which it falls linearly to 0. 0: none.",
+        None,
+        "With --lr-scheduler linear: updates at the end over which the learning rate falls. None: half of training "
+        "(relu, jumprelu) or all of it (topk, batchtopk).",
     )
     max_grad_norm: float = _arg("optimisation", 1.0, "Largest norm of the gradient of all weights. 0: no clipping.")
     gradient_accumulation_steps: int = _arg(
@@ -429,12 +431,12 @@ class CLTTrainingArguments:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} is more than training_steps={self.training_steps}; lower it"
             )
-        for name in ("decay_steps", "sparsity_delay_steps", "k_anneal_steps"):
+        for name in ("sparsity_delay_steps", "k_anneal_steps"):
             value = getattr(self, name)
             if value is not None and value >= self.training_steps:
                 raise ValueError(f"{name}={value} is not below training_steps={self.training_steps}; lower it")
         for name, in_vain, other, remedy in (  # one that has no effect with the value of another
-            ("decay_steps", self.lr_scheduler not in ("constant", "none"), "lr_scheduler", "constant"),
+            ("decay_steps", self.lr_scheduler != "linear", "lr_scheduler", "linear"),
             ("warmup_steps", self.lr_scheduler == "none", "lr_scheduler", "constant"),
             ("k_anneal_steps", self.initial_k is None, "initial_k", 64),
             ("sparsity_schedule", self.target_l0 and self.sparsity_schedule != "linear", "target_l0", None),
@@ -453,7 +455,7 @@ class CLTTrainingArguments:
             raise ValueError(
                 "on_bad_activations='skip' has no effect with activation_cache, which holds none; leave it out"
             )
-        if self.decay_steps + self.num_warmup_steps > self.training_steps:
+        if (self.decay_steps or 0) + self.num_warmup_steps > self.training_steps:
             raise ValueError(
                 f"decay_steps={self.decay_steps} begin before the warm-up of {self.num_warmup_steps} of "
                 f"training_steps={self.training_steps} ends; lower decay_steps or warmup_steps"
@@ -532,11 +534,11 @@ POSITIVE = (
     "max_samples", "store_batch_size_prompts", "n_batches_in_buffer", "buffer_passes", "batch_size",
     "normalization_estimation_batches", "learning_rate", "training_steps", "adam_epsilon",
     "gradient_accumulation_steps", "log_interval", "save_total_limit", "dead_feature_window", "initial_k",
-    "target_l0", "feature_parallel_size",
+    "target_l0", "feature_parallel_size", "decay_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "eval_tokens", "weight_decay", "warmup_steps", "max_grad_norm", "seed", "eval_interval", "checkpoint_interval",
-    "decay_steps", "sparsity_delay_steps", "k_anneal_steps", "stream_retries", "hub_push_interval",
+    "sparsity_delay_steps", "k_anneal_steps", "stream_retries", "hub_push_interval",
 )  # fmt: skip
 # What an activation cache was written with and a run on it cannot have otherwise.
 CACHED = (

@@ -68,7 +68,9 @@ def finish_end_to_end(
     found = []
     bar = tqdm(islice(batches, steps), desc="Finishing", total=steps, unit="update", disable=not progress)
     for step, batch in enumerate(bar):
-        optimizer.param_groups[0]["lr"] = learning_rate * learning_rate_scale(step, steps, steps // 6, "linear")
+        optimizer.param_groups[0]["lr"] = learning_rate * learning_rate_scale(
+            step, steps, steps // 6, "linear", decay_steps=steps - steps // 6
+        )
         kl = mean_kl(replaced, batch)
         if not kl.isfinite():
             raise FloatingPointError(f"the KL is not finite at update {step}; lower learning_rate={learning_rate:g}")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
+from tqdm.auto import tqdm
 
 from ..configuration_clt import TOPK_FAMILY, CLTConfig
 from ..harvest.cache import ActivationCache, CachedTokens
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .trainer import CLTTrainer
 
 RATE_SAMPLE = 8192  # tokens on which the initial firing rate is set
+CLUSTERED_TOKENS = 2**16  # whose inputs give encoders their directions, or 8 per feature where that is more
 AHEAD_TOKENS = 2**20  # that may be read ahead, with what is known of them: 26 MB
 
 
@@ -103,9 +105,11 @@ def initialize_from_data(trainer: "CLTTrainer") -> None:
 
     shuffled = torch.tensor(list(dict.fromkeys(trainer.buffer.order.tolist())))  # each once, whatever the passes
     if args.initial_weights == "data":
-        count = -(-clt.config.num_features // size)
-        for layer in range(clt.config.num_layers):  # other tokens in each
-            slots = shuffled.roll(-layer * len(shuffled) // clt.config.num_layers)[:count]
+        count = -(-max(CLUSTERED_TOKENS, 8 * clt.config.num_features) // size)
+        for layer in tqdm(
+            range(clt.config.num_layers), "Initial features", unit="layer", disable=not trainer.progress
+        ):
+            slots = shuffled.roll(-layer * len(shuffled) // clt.config.num_layers)[:count]  # begins with other tokens
             set_encoder_directions(clt, layer, sample("inputs", slots, layer))
     first = slice(0, min(RATE_SAMPLE // size, len(shuffled)))  # the slots fill from the first on
     if statistics is None:

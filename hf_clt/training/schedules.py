@@ -7,20 +7,18 @@ from torch import Tensor
 
 
 def learning_rate_scale(
-    step: int, training_steps: int, warmup_steps: int, scheduler: str, decay_steps: int = 0
+    step: int, training_steps: int, warmup_steps: int, scheduler: str, decay_steps: int | None
 ) -> float:
     """
     Factor on the highest learning rate for the update number `step` (from 0): a linear rise over `warmup_steps`, then
-    "linear" or "cosine" fall towards 0 at `training_steps`, or "constant" / "none", which fall linearly over the last
-    `decay_steps` updates alone.
+    "linear" fall to 0 over the last `decay_steps` updates, "cosine" fall over all, or 1 ("constant" and "none").
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    if scheduler in ("constant", "none"):
-        remaining = max(1, training_steps - step)  # a run that is prolonged goes on at the lowest rate
-        return min(1.0, remaining / decay_steps) if decay_steps else 1.0
+    if scheduler == "linear":
+        return min(1.0, (training_steps - step) / decay_steps)
     done = (step - warmup_steps) / max(1, training_steps - warmup_steps)
-    return 1.0 - done if scheduler == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return 0.5 * (1.0 + math.cos(math.pi * done)) if scheduler == "cosine" else 1.0
 
 
 def sparsity_scale(step: int, training_steps: int, schedule: str, delay_steps: int = 0) -> float:

@@ -383,7 +383,7 @@ class TestValidation:
             ("hub_model_id", "a/b/c", "user/clt-gpt2"),
             ("warmup_steps", 10001, "training_steps=10000"),
             ("decay_steps", 10000, "training_steps=10000"),
-            ("decay_steps", 5, "lr_scheduler='constant'"),
+            ("decay_steps", 0, "a value above 0"),
             ("sparsity_delay_steps", 10000, "training_steps=10000"),
             ("k_anneal_steps", 10000, "training_steps=10000"),
             ("k_anneal_steps", 5, "initial_k=64"),
@@ -423,9 +423,11 @@ class TestValidation:
         (tmp_path / "s.safetensors").write_bytes(b"")
         CLTTrainingArguments(normalization_method="mean_std", normalization_file=tmp_path / "s.safetensors")
         CLTTrainingArguments(optimizer="adamw", weight_decay=0.1)
-        CLTTrainingArguments(lr_scheduler="constant", decay_steps=5, initial_k=64, k_anneal_steps=5)
+        CLTTrainingArguments(decay_steps=5, initial_k=64, k_anneal_steps=5)
+        with pytest.raises(ValueError, match=r"decay_steps=5 has no effect with lr_scheduler='constant'.*'linear'"):
+            CLTTrainingArguments(lr_scheduler="constant", decay_steps=5)
         with pytest.raises(ValueError, match=r"decay_steps=7 .* 4 of training_steps=10"):
-            CLTTrainingArguments(lr_scheduler="constant", training_steps=10, warmup_steps=4, decay_steps=7)
+            CLTTrainingArguments(training_steps=10, warmup_steps=4, decay_steps=7)
 
     def test_batch_has_to_fit_the_buffer(self):
         # 2 extraction batches of 3 rows with 4 counted positions each.
