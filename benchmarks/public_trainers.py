@@ -461,6 +461,7 @@ def run_all(planned: list[dict], records: Path, cache: Path, model: Path) -> lis
     done = {key(record): record for record in read_records(records)}
     missing = [run for run in planned if key(run) not in done]
     if missing:
+        torch.set_flush_denormal(True)  # as our trainer does: on a CPU they take many times as long
         activations = ActivationCache(cache)
         entropy = CrossEntropy(model, cache, CE_TOKENS)
         train, heldout = load_split(activations, "train"), load_split(activations, "heldout")
