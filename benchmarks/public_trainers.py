@@ -202,9 +202,9 @@ def clt_forge_loss(coder: Coder, x: Tensor, y: Tensor, l0: float, dead: float) -
 def clt_forge(batches: Batches, num_features: int, l0: float, rate: float) -> Coder:
     """
     LLM-Interp/CLT-Forge: `src/clt_forge/clt.py`, `training/clt_trainer.py`, `training/optim.py` and
-    `training/activations_store.py`; the settings are those of `runners/gpt2/config.py`, in float32: Adam, a warm-up
-    over 10 updates (cosine), a decay over the last 20th, l0 linear over 70 %, gradients clipped to 1. Inputs and
-    targets are scaled to a norm of √D. Features read the normalised residual stream, before the norm's weight.
+    `training/activations_store.py`; the settings are those of `runners/gpt2/config.py`: Adam, a warm-up over 10
+    updates (cosine), a decay over the last 20th, l0 linear over 70 %, gradients clipped to 1; its rate is 4e-4, its l0
+    2. Inputs and targets are scaled to a norm of √D. Features read the normalised stream, before the norm's weight.
 
     Adapted: the biases start where 10,000 features per layer fire, which 1,024 cannot; here it is the share of them,
     10,000 of 24,576. `decay_stable_steps` is 0, its default: in the runner, which stops at a wanted L0, the rate is 0
@@ -248,8 +248,8 @@ def crosslayer_coding(batches: Batches, num_features: int, sparsity: float, rate
     curt-tigges/crosslayer-coding: `scripts/train_clt.py` (settings), `clt/config/clt_config.py`,
     `clt/training/trainer.py`, `clt/models/activations.py`; utahnlp/crosslayer-coding, its copy:
     `clt/training/losses.py`, `clt/models/parallel.py`, `clt/training/data/manifest_activation_store.py`. AdamW, a rate
-    that falls to a tenth, sparsity linear from 0, inputs and targets standardised per dimension; features read the
-    residual stream, as in `tutorials/1A-end-to-end-training-gpt2-relu.py`.
+    (3e-4) that falls to a tenth, sparsity (1e-3; 3e-5 in `tutorials/1A-end-to-end-training-gpt2-relu.py`) linear from
+    0, inputs and targets standardised per dimension; features read the residual stream, as in that tutorial.
     """
     coder, steps = batches.coder(num_features), len(batches)
     standardize(coder, [batches[n] for n in range(min(16, steps))], 1e-6)
@@ -276,9 +276,9 @@ def crosslayer_transcoder_loss(coder: Coder, x: Tensor, y: Tensor, sparsity: flo
 def crosslayer_transcoder(batches: Batches, num_features: int, sparsity: float, rate: float) -> Coder:
     """
     Goreg12345/crosslayer-transcoder: `crosslayer_transcoder/model/clt_lightning.py`, `clt.py`, `jumprelu.py`,
-    `standardize.py` there; the settings are those of `config/jumprelu-clt.yaml`, in float32: Adam, a tenth of the rate
-    after 80 %, sparsity linear from 0, θ without a logarithm, inputs and targets standardised per dimension by the
-    first batch, one bias per target layer; features read the residual stream.
+    `standardize.py` there; the settings are those of `config/jumprelu-clt.yaml`: Adam, a rate of 1e-4 and a tenth of
+    it after 80 %, sparsity (7e-4) linear from 0, θ without a logarithm, inputs and targets standardised per dimension
+    by the first batch, one bias per target layer; features read the residual stream.
     """
     coder, steps = batches.coder(num_features, is_log=False), len(batches)
     coder.b_dec = nn.ParameterList(bias[:1].detach() for bias in coder.b_dec)
@@ -358,15 +358,22 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float | None = 
 
 # Per trainer: its function, what features read, in what products are computed, and the options of the runs to make.
 # The jumprelu trainers' own settings have half precision (autocast; weights and optimizer in float32).
+FORGE = [(2.0, 4e-4), (2.0, 1.6e-3), (0.1, 1.6e-3), (2.0, 4e-3), (0.5, 4e-3), (0.15, 4e-3)]
+TRAINING = [(16, 5e-3), (16, 1e-2), (16, 2e-2), (50, 5e-3), (50, 1e-2)]
 TRAINERS = {
-    "clt-forge": (clt_forge, "normalized", "bfloat16", [{"l0": 2.0, "rate": 4e-4}]),
-    "crosslayer-coding": (crosslayer_coding, "residual", "bfloat16", [{"sparsity": 1e-6, "rate": 3e-4}]),
-    "crosslayer-transcoder": (crosslayer_transcoder, "residual", "bfloat16", [{"sparsity": 7e-4, "rate": 1e-4}]),
-    "clt-training": (
-        clt_training,
-        "mlp input",
-        "float32",
-        [{"k": k, "rate": rate} for k, rates in ((16, (5e-3, 1e-2, 2e-2)), (50, (5e-3, 1e-2))) for rate in rates],
+    "clt-forge": (clt_forge, "normalized", "bfloat16", [{"l0": l0, "rate": rate} for l0, rate in FORGE]),
+    "clt-training": (clt_training, "mlp input", "float32", [{"k": k, "rate": rate} for k, rate in TRAINING]),
+    "crosslayer-coding": (
+        crosslayer_coding,
+        "residual",
+        "bfloat16",
+        [{"sparsity": sparsity, "rate": 1.2e-3} for sparsity in (1e-6, 3e-5)],
+    ),
+    "crosslayer-transcoder": (
+        crosslayer_transcoder,
+        "residual",
+        "bfloat16",
+        [{"sparsity": 7e-4, "rate": rate} for rate in (1e-3, 4e-3)],
     ),
 }
 
@@ -423,9 +430,8 @@ def measure(coder: Coder, read: Callable, heldout: tuple[Tensor, Tensor], entrop
         if coder.k is None and error is None:
             y = y.float() - y.float().mean(dim=0)
             other = to_clt(coder)(read(x.float(), slice(None))).reconstruction
-            error = (
-                ((other - reconstruction).square().sum(dim=(0, 2)) / y.square().sum(dim=(0, 2))).max().sqrt().item()
-            )
+            squares = (other - reconstruction).square().sum(dim=(0, 2))
+            error = (squares / y.square().sum(dim=(0, 2))).max().sqrt().item()
             if not error <= CONVERTED:
                 raise RuntimeError(f"the converted CLT differs by {error:.1e} standard deviations of the targets")
     metrics = sums.compute()
