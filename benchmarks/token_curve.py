@@ -1,6 +1,6 @@
 """
 Draws NMSE against the tokens of text that were trained on, of the records of benchmarks.quality and of the runs on a
-GPU: the first version's defaults, today's, and today's with every token trained on twice.
+GPU: the first version's defaults, the second ones, these with every token trained on twice, and today's.
 
   python -m benchmarks.token_curve docs/tokens.png
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 from hf_clt.command import OneLineParser, one_line_errors
-from hf_clt.hub.plots import BLUE, GREY, ORANGE
+from hf_clt.hub.plots import BLUE, GREEN, GREY, ORANGE
 
 from .output import check_folders, draw_figure
 
@@ -21,12 +21,13 @@ FUNCTIONS = {"topk": "topk, k = 16", "jumprelu": "jumprelu, --target-l0 16"}
 # Of the settings in which a record may differ from the others of its curve.
 CURVES = {
     "first defaults": ((0.9, 0.002, "random", 1), GREY),
-    "today's": ((0.5, 0.004, "data", 1), BLUE),
-    "today's, --buffer-passes 2": ((0.5, 0.004, "data", 2), ORANGE),
+    "second": ((0.5, 0.004, "data", 1), BLUE),
+    "second, --buffer-passes 2": ((0.5, 0.004, "data", 2), ORANGE),
+    "today's": ((0.5, 0.004, "clusters", 1), GREEN),
 }
 UPDATES = 128  # per pass
 OTHERS = {"optimizer": "adam", "num_features": 1024, "decoder_reach": None, "decoder_tying": "none"}
-OTHERS |= {"weight_decay": 0.0, "initial_k": None}
+OTHERS |= {"weight_decay": 0.0, "initial_k": None, "reach_growth": 0.0, "feature_input_hook": "hook_resid_mid"}
 
 
 def read_points(quality: Path, screen: Path) -> dict[tuple, dict[int, float]]:
@@ -49,13 +50,16 @@ def read_points(quality: Path, screen: Path) -> dict[tuple, dict[int, float]]:
         if settings["training_steps"] != UPDATES * passes:
             continue
         tokens = settings["batch_size"] * UPDATES
-        kind = settings["adam_beta1"], settings["learning_rate"], settings.get("initial_weights", "random"), passes
+        start = settings.get("initial_weights", "random")
+        if start == "data" and settings.get("decay_steps"):  # 0 until encoders began as clusters
+            start = "clusters"
+        kind = settings["adam_beta1"], settings["learning_rate"], start, passes
         if any(kind == wanted for wanted, _ in CURVES.values()):
             found.setdefault((function, kind), {}).setdefault(tokens, []).append(record["metrics"]["nmse"])
     for line in screen.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         names = {("jumprelu", "default"): CURVES["first defaults"], ("topk", "adam"): CURVES["first defaults"]}
-        names |= {(function, "new"): CURVES["today's"] for function in FUNCTIONS}
+        names |= {(function, "new"): CURVES["second"] for function in FUNCTIONS}
         curve = names.get((record["fn"], record["name"]))
         if curve is not None and record["tokens"] == 524_288:
             found.setdefault((record["fn"], curve[0]), {}).setdefault(record["tokens"], []).append(record["nmse"])

@@ -217,11 +217,13 @@ def test_the_curve_over_tokens_reads_the_records_that_belong_to_it(tmp_path):
 
     lines = [record(0.4), record(0.6), record(0.3, steps=256, buffer_passes=2), record(0.2, k=50)]
     lines += [record(0.1, optimizer="adam_compact"), record(0.1, steps=64), record(0.1, learning_rate=0.006)]
+    lines += [record(0.1, reach_growth=0.6), record(0.1, feature_input_hook="mlp.hook_in"), record(0.35, decay_steps=9)]
     quality, screen = tmp_path / "quality.jsonl", tmp_path / "screen.jsonl"
     quality.write_text("\n".join(lines), encoding="utf-8")
     runs = [("topk", "new", 0.25, 524_288), ("topk", "new", 0.1, 131_072), ("topk", "muon", 0.1, 524_288)]
     runs = [dict(zip(("fn", "name", "nmse", "tokens"), run, strict=True)) for run in runs]
     screen.write_text("\n".join(map(json.dumps, runs)), encoding="utf-8")
     points = token_curve.read_points(quality, screen)
-    today = 0.5, 0.004, "data"
-    assert points == {("topk", (*today, 1)): {8192: 0.5, 524_288: 0.25}, ("topk", (*today, 2)): {8192: 0.3}}
+    second, today = ((0.5, 0.004, start) for start in ("data", "clusters"))
+    expected = {(*second, 1): {8192: 0.5, 524_288: 0.25}, (*second, 2): {8192: 0.3}, (*today, 1): {8192: 0.35}}
+    assert points == {("topk", kind): curve for kind, curve in expected.items()}
