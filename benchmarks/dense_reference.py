@@ -168,7 +168,8 @@ def dense_losses(
         with_norms = config.sparsity_lambda > 0 or pulls_up
         reconstruction, norms = AddDecoded.apply(reconstruction, acts[s], decoders[s], s, with_norms)
         if config.sparsity_lambda > 0:
-            penalties.append(torch.tanh((config.sparsity_c * norms) * acts[s]).sum())
+            weight = config.sparsity_first_layer if s == 0 else 1
+            penalties.append(weight * torch.tanh((config.sparsity_c * norms) * acts[s]).sum())
         if pulls_up:
             theta = parameters[f"thresholds.{s}.value"].exp() if config.activation_fn == "jumprelu" else 0
             missing.append((norms * (theta - h[s]).relu())[:, dead[s]].sum())

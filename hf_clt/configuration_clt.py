@@ -49,6 +49,8 @@ CLT_CONFIG_HELP = {
     "sparsity_lambda": "Weight lambda of the tanh sparsity loss. By default 0.01 x d_model for relu and jumprelu, 0 "
     "for topk and batchtopk.",
     "sparsity_c": "Scale c inside the tanh of the sparsity loss.",
+    "sparsity_first_layer": "Weight of the first source layer's features in the sparsity loss. Below 1 it has more of "
+    "the active features; errors of the first layer cost the language model most.",
     "preactivation_coef": "Weight of the pre-activation loss on dead features (relu and jumprelu).",
     "aux_coef": "Weight of the auxiliary loss on dead features (topk, batchtopk). Default: by activation function.",
     "aux_k": "Dead features per token and layer that the auxiliary loss uses. Default: by activation function.",
@@ -100,6 +102,7 @@ class CLTConfig(PreTrainedConfig):
     feature_output_hook: Literal["hook_mlp_out", "mlp.hook_out"] = "hook_mlp_out"
     sparsity_lambda: int | float | None = None
     sparsity_c: int | float = 1.0
+    sparsity_first_layer: int | float = 1.0
     preactivation_coef: int | float = 3e-6
     aux_coef: int | float | None = None
     aux_k: int | None = None
@@ -135,7 +138,9 @@ class CLTConfig(PreTrainedConfig):
             raise ValueError(
                 f"k={self.k} is larger than num_features={self.num_features}; lower k or raise num_features"
             )
-        for name in ("jumprelu_threshold", "sparsity_lambda", "preactivation_coef", "aux_coef", "aux_k"):
+        for name in (
+            "jumprelu_threshold", "sparsity_lambda", "sparsity_first_layer", "preactivation_coef", "aux_coef", "aux_k",
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is negative or not finite; give 0 or more")
         for name in ("jumprelu_bandwidth", "sparsity_c"):

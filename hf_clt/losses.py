@@ -23,19 +23,26 @@ def reconstruction_loss(targets: Tensor, reconstruction: Tensor) -> Tensor:
     return mse_loss(reconstruction, targets, reduction="sum") / max(1, targets.shape[0])
 
 
-def sparsity_loss(features: list[LayerFeatures], decoder_norms: list[Tensor], c: float) -> Tensor:
+def sparsity_loss(
+    features: list[LayerFeatures], decoder_norms: list[Tensor], c: float, first_layer: float = 1.0
+) -> Tensor:
     """
-    mean_N Σ_s Σ_f tanh(c · ‖W_dec[s][f]‖ · a_sf); λ and its schedule are applied by the caller.
+    mean_N Σ_s w_s Σ_f tanh(c · ‖W_dec[s][f]‖ · a_sf), w_0 = `first_layer`, else 1; λ and its schedule are applied by
+    the caller.
 
     Args:
         features: The features of all source layers, in blocks of B.
         decoder_norms: One (B · F,) tensor per block, the norm over all targets and dimensions.
         c: Scale inside the tanh.
+        first_layer: Weight of the first source layer.
     """
-    terms = [
-        torch.tanh(c * AtEntries.apply(norms, f) * f.values).sum()
-        for f, norms in zip(features, decoder_norms, strict=True)
+    penalties = [
+        torch.tanh(c * AtEntries.apply(norms, f) * f.values) for f, norms in zip(features, decoder_norms, strict=True)
     ]
+    if first_layer != 1:
+        is_first = features[0].indices < features[0].num_features // features[0].num_layers
+        penalties[0] = torch.where(is_first, first_layer * penalties[0], penalties[0])
+    terms = [penalty.sum() for penalty in penalties]
     return torch.stack(terms).sum() / max(1, features[0].num_tokens)
 
 

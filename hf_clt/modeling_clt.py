@@ -287,7 +287,9 @@ class CrossLayerTranscoder(PreTrainedModel):
         error = reconstruction_loss(targets, normalized)
         penalty = preactivation = auxiliary = 0 * error  # an absent term can be back-propagated as well
         if has_penalty:
-            penalty = sum_over(self.shard, sparsity_loss(features, norms, config.sparsity_c))
+            penalty = sum_over(
+                self.shard, sparsity_loss(features, norms, config.sparsity_c, config.sparsity_first_layer)
+            )
             penalty = config.sparsity_lambda * sparsity_scale * penalty
         if has_preactivation:
             thetas = [block.theta + torch.zeros_like(block.bias).flatten() for block in blocks]

@@ -38,6 +38,7 @@ def test_the_fields_of_the_contract_and_their_defaults():
         "feature_input_hook": "hook_resid_mid",
         "feature_output_hook": "hook_mlp_out",
         "sparsity_c": 1.0,
+        "sparsity_first_layer": 1.0,
         "preactivation_coef": 3e-6,
         "trained_decoder_tying": None,
     }
@@ -144,6 +145,7 @@ def test_defaults_follow_the_activation_function_when_a_file_is_read_with_anothe
         {"sparsity_lambda": -1e-3},
         {"sparsity_c": 0.0},
         {"sparsity_c": -1.0},
+        {"sparsity_first_layer": -0.5},
         {"preactivation_coef": -3e-6},
         {"aux_coef": -1.0},
         {"aux_k": -1},
@@ -157,7 +159,8 @@ def test_a_value_out_of_range_is_refused_by_name(changes):
 
 
 @pytest.mark.parametrize(
-    "name", ["sparsity_lambda", "jumprelu_threshold", "preactivation_coef", "aux_coef", "sparsity_c"]
+    "name",
+    ["sparsity_lambda", "jumprelu_threshold", "preactivation_coef", "aux_coef", "sparsity_c", "sparsity_first_layer"],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_a_number_that_is_not_finite_is_refused(name, value):

@@ -128,7 +128,7 @@ def test_what_was_said_is_not_left_to_the_device(gpus, memory):
     args = CLTTrainingArguments(**dict(zip(SETTLED, said, strict=True)))
     assert values(fill_defaults(args, config, gpu)) == said
     found = fill_defaults(args, config, torch.device("cpu")).non_default()
-    rate = pytest.approx(4e-3 * (10 / 12) ** 0.5)
+    rate = pytest.approx(4e-3 * (10 / 12) ** 0.75)
     assert found == {"model_dtype": "float32", "learning_rate": rate, "decay_steps": 5000}
     wide = fill_defaults(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
     assert wide.tokens_in_buffer >= 2 * wide.batch_size
@@ -199,7 +199,7 @@ def test_the_learning_rate_that_is_left_to_the_size():
     assert [rate(F) for F in (8, 4096, 16384)] == [4e-3, 4e-3, 2e-3]
     assert rate(65536, learning_rate=3e-3) == 3e-3
     found = [rate(8, 10), rate(8, 40), rate(8, 40, reach=1), rate(16384, 40)]
-    assert found == pytest.approx([4e-3, 2e-3, 4e-3, 1e-3])
+    assert found == pytest.approx([4e-3, 4e-3 / 8**0.5, 4e-3, 2e-3 / 8**0.5])
 
 
 def test_when_the_learning_rate_falls_by_activation_function():

@@ -23,7 +23,8 @@ ACTIVATIONS = {
     "batchtopk-token": {"activation_fn": "batchtopk", "k_scope": "token"},
 }
 TYINGS = ("none", "per_source", "per_target")
-LOSSES = {"sparsity_lambda": 0.7, "sparsity_c": 1.3, "preactivation_coef": 0.2, "aux_coef": 0.4, "aux_k": 4}
+LOSSES = {"sparsity_lambda": 0.7, "sparsity_c": 1.3, "sparsity_first_layer": 0.6, "preactivation_coef": 0.2}
+LOSSES |= {"aux_coef": 0.4, "aux_k": 4}
 TERMS = ("reconstruction_loss", "sparsity_loss", "preactivation_loss", "aux_loss")
 
 

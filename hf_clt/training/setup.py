@@ -104,7 +104,7 @@ def usual_learning_rate(config: CLTConfig) -> float:
     What `learning_rate=None` means: 4e-3 up to 10 source layers per target and 4,096 features, and less with more: the
     steps of all that writes to a target layer add up. docs/defaults.md has what was measured.
     """
-    return 4e-3 * (min(1.0, 10 / config.reach) * min(1.0, 4096 / config.num_features)) ** 0.5
+    return 4e-3 * min(1.0, 10 / config.reach) ** 0.75 * min(1.0, 4096 / config.num_features) ** 0.5
 
 
 def usual_decay_steps(args: CLTTrainingArguments, config: CLTConfig) -> int | None:

@@ -217,7 +217,8 @@ def test_the_curve_over_tokens_reads_the_records_that_belong_to_it(tmp_path):
 
     lines = [record(0.4), record(0.6), record(0.3, steps=256, buffer_passes=2), record(0.2, k=50)]
     lines += [record(0.1, optimizer="adam_compact"), record(0.1, steps=64), record(0.1, learning_rate=0.006)]
-    lines += [record(0.1, reach_growth=0.6), record(0.1, feature_input_hook="mlp.hook_in"), record(0.35, decay_steps=9)]
+    lines += [record(0.1, reach_growth=0.6), record(0.1, feature_input_hook="mlp.hook_in")]
+    lines += [record(0.35, decay_steps=9)]
     quality, screen = tmp_path / "quality.jsonl", tmp_path / "screen.jsonl"
     quality.write_text("\n".join(lines), encoding="utf-8")
     runs = [("topk", "new", 0.25, 524_288), ("topk", "new", 0.1, 131_072), ("topk", "muon", 0.1, 524_288)]
