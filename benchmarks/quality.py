@@ -15,7 +15,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_clt.command import OneLineParser, one_line_errors
+from hf_clt.configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from hf_clt.evaluation.metrics import ce_recovered
 from hf_clt.evaluation.replacement import LayerwiseReconstruction, ReplacementModel, cross_entropy
 from hf_clt.files import read_json, write_json, write_text
@@ -394,7 +395,8 @@ def run_plan(
         `train_seconds` (training and evaluation without CE), and `cross_entropy`, which may be null.
     """
     # An option that came later had its default.
-    defaults = CLTTrainingArguments().to_dict()
+    defaults = {field.name: field.default for field in fields(CLTConfig) if field.name in CLT_CONFIG_HELP}
+    defaults |= CLTTrainingArguments().to_dict()
     defaults = {name: value for name, value in defaults.items() if name not in NOT_RECORDED}
 
     def key(record):

@@ -133,7 +133,10 @@ def test_a_run_is_that_of_the_trainer(command, tmp_path, tiny_gpt2, without_plot
     assert record["metrics"]["num_tokens"] == cache.manifest["splits"]["heldout"]["tokens"]
     assert record["resolved"]["learning_rate"] == 4e-3 and record["seed"] == 1
 
-    # Recorded, it is not made again.
+    # Recorded, it is not made again, also where an option came later.
+    for name in ("reach_growth", "sparsity_first_layer"):
+        del record["resolved"][name]
+    (tmp_path / "work" / "quality.jsonl").write_text(json.dumps(record) + "\n")
     assert quality.main([*command, "--families", "batchtopk", "--seeds", "1", "--max-runs", "1"]) == 0
     found = read_records(tmp_path / "work" / "quality.jsonl")
     assert [(other["candidate"], other["varied"]) for other in found] == [("baseline", {"k": 2}), ("slow", {"k": 2})]
