@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from ..configuration_clt import CLT_CONFIG_HELP
+from ..configuration_clt import CLT_CONFIG_HELP, CLTConfig
 from .arguments import FIXED
 from .checkpoints import (
     CheckpointError,
@@ -192,10 +192,10 @@ def check_same_run(trainer: "CLTTrainer", state: dict) -> None:
     saved = state["config"]
     for field in CLT_CONFIG_HELP:
         now = getattr(trainer.config, field)
-        if saved[field] != now and not field.startswith("base_model"):
+        before = saved.get(field, getattr(CLTConfig, field, None))  # a field that came later had its default
+        if before != now and not field.startswith("base_model"):
             raise ValueError(
-                f"{field}={now!r}, but {name} was trained with {field}={saved[field]!r}; resume with the same "
-                "configuration"
+                f"{field}={now!r}, but {name} was trained with {field}={before!r}; resume with the same configuration"
             )
     before = state.get("activations", trainer.fingerprint)  # of a version that did not keep it
     if type(before) is not type(trainer.fingerprint) or not trainer.harvester.has_fingerprint(before):

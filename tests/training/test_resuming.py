@@ -159,6 +159,18 @@ def test_a_resume_with_another_configuration_is_refused(make, tmp_path):
         make(resume_from_checkpoint="latest", n_batches_in_buffer=5).train()
 
 
+def test_a_checkpoint_from_before_a_field_came_had_its_default(make, tmp_path):
+    make(training_steps=4, checkpoint_interval=2).train()
+    path = tmp_path / "run" / "checkpoint-2" / "state.json"
+    state = json.loads(path.read_text())
+    del state["config"]["sparsity_first_layer"], state["args"]["decay_steps"]
+    path.write_text(json.dumps(state))
+    folder = str(path.parent)
+    with pytest.raises(ValueError, match=r"sparsity_first_layer=0.5.*with sparsity_first_layer=1.0"):
+        make({"sparsity_first_layer": 0.5}, resume_from_checkpoint=folder, training_steps=4).train()
+    make(resume_from_checkpoint=folder, training_steps=4).train()
+
+
 def test_a_resume_from_elsewhere_does_not_write_into_another_run(make, tmp_path):
     make(training_steps=4, checkpoint_interval=2).train()
     shutil.copytree(tmp_path / "run", tmp_path / "other")
