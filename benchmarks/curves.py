@@ -29,7 +29,7 @@ from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.optimizers import make_optimizer
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
-from hf_clt.training.setup import fill_defaults, prepare_cpu
+from hf_clt.training.setup import fill_defaults, prepare_cpu, usual_decay_steps
 
 from .dense_reference import dense_losses_of
 from .machine import device_name, versions
@@ -247,6 +247,7 @@ def train(
     optimizer = make_optimizer(clt, replace(args, **variant.optimizer))
     if variant.reverse:
         reverse(clt)
+    decay_steps = args.decay_steps or usual_decay_steps(args, clt.config)
     result = {"loss": [], "nmse": []}
     start = time.perf_counter()
     for step, batch in enumerate(batches):
@@ -254,7 +255,7 @@ def train(
         if variant.reverse:
             inputs, labels = inputs.flip(0, 2), labels.flip(0, 2)
         for group in optimizer.param_groups:
-            scale = learning_rate_scale(step, len(batches), args.num_warmup_steps, args.lr_scheduler, args.decay_steps)
+            scale = learning_rate_scale(step, len(batches), args.num_warmup_steps, args.lr_scheduler, decay_steps)
             group["lr"] = args.learning_rate * scale
         scale = sparsity_scale(step, len(batches), args.sparsity_schedule, args.sparsity_delay_steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=variant.autocast):

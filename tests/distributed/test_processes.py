@@ -386,8 +386,8 @@ def test_resumed_in_another_layout(two):
         found = part(report, "end.")
         for key, tensor in expected.items():
             # At the end of the text the processes have unequal batches, which DDP gives the same weight: an update or
-            # two differ by a part of the learning rate, 1e-3.
-            torch.testing.assert_close(found[key], tensor, atol=2e-3, rtol=2e-3)
+            # two differ by a part of the learning rate, 1e-3, each at most by twice that.
+            torch.testing.assert_close(found[key], tensor, atol=4e-3, rtol=2e-3)
 
 
 def test_goes_on_with_a_released_clt(two, sharded, folder):

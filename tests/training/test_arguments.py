@@ -88,6 +88,7 @@ CONFIG_FLAGS = {
     "--feature-output-hook": ("mlp.hook_out", "mlp.hook_out"),
     "--sparsity-lambda": ("30", 30.0),
     "--sparsity-c": ("0.5", 0.5),
+    "--sparsity-first-layer": ("0.25", 0.25),
     "--preactivation-coef": ("0", 0.0),
     "--aux-coef": (".125", 0.125),
     "--aux-k": ("4", 4),
