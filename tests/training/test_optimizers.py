@@ -443,7 +443,7 @@ def test_adams_second_moment_falls_in_bfloat16(name):
         torch.testing.assert_close(state["exp_avg_sq"], expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("block", [7, 2**20])
+@pytest.mark.parametrize("block", [pytest.param(7, marks=pytest.mark.slow), 2**20])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_in_bfloat16_it_is_a_step_of_float32_rounded(monkeypatch, weight_decay, block):
     monkeypatch.setattr(optimizers, "CPU_BLOCK", block)

@@ -456,6 +456,7 @@ def test_help_and_info_import_nothing_heavy(words):
     assert in_a_process(code) == []
 
 
+@pytest.mark.slow
 def test_a_checkout_on_the_path_trains_to_the_card(tiny_gpt2, small_text_file, tmp_path):
     """Without an installation: no metadata."""
     root = Path(__file__).parents[2]
