@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lambdas", type=float, nargs="+", default=LAMBDAS, metavar="X", help="per unit of width")
     options = parser.parse_args(argv)
     check_folders(options.records, options.plot)
-    records = make_runs(runs(options.models, options.seeds), options.records)
+    records = make_runs(runs(options.models, options.seeds, options.lambdas), options.records)
     rows = summarize(records)
     print(format_summary(rows), format_distances(records), sep="\n\n")
     if options.plot is not None:

@@ -47,6 +47,16 @@ def test_trained_clts_are_told_from_their_controls(tmp_path, monkeypatch, capsys
     assert "[" not in capsys.readouterr().out
 
 
+def test_the_options_say_what_is_run(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(known_answers, "make_runs", lambda wanted, path: asked.extend(wanted) or [])
+    given = ["--records", str(tmp_path / "r.jsonl"), "--models", "induction", "--seeds", "4", "--lambdas", "0.5", "2"]
+    known_answers.main(given)
+    assert {run["model"] for run in asked} == {"induction"}
+    assert {run["seed"] for run in asked} == {None, 4}
+    assert {run["lambda"] for run in asked} == {None, 0.5, 2.0}
+
+
 def test_what_is_to_be_run():
     wanted = known_answers.runs(["induction"], [0, 1])
     assert len(wanted) == 2 + 2 * (3 + 1) * len(known_answers.LAMBDAS)
