@@ -143,6 +143,11 @@ class CLTConfig(PreTrainedConfig):
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is negative or not finite; give 0 or more")
+        if self.sparsity_first_layer != 1 and self.sparsity_lambda == 0:
+            raise ValueError(
+                f"sparsity_first_layer={self.sparsity_first_layer} has no effect with sparsity_lambda=0; give "
+                "sparsity_first_layer=1, or a sparsity_lambda"
+            )
         for name in ("jumprelu_bandwidth", "sparsity_c"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not a positive number; give one above 0")

@@ -158,6 +158,13 @@ def test_a_value_out_of_range_is_refused_by_name(changes):
     assert f"{name}={value}" in message
 
 
+def test_a_weight_of_a_loss_that_is_not_there_is_refused():
+    assert "sparsity_first_layer=0.5 has no effect with sparsity_lambda=0" in refusal(
+        activation_fn="topk", k=2, sparsity_first_layer=0.5
+    )
+    CLTConfig(**SHAPE, activation_fn="topk", k=2, sparsity_first_layer=0.5, sparsity_lambda=0.1)
+
+
 @pytest.mark.parametrize(
     "name",
     ["sparsity_lambda", "jumprelu_threshold", "preactivation_coef", "aux_coef", "sparsity_c", "sparsity_first_layer"],

@@ -249,15 +249,15 @@ class ReplacementModel:
         clt ([`CrossLayerTranscoder`] or `Callable`):
             The CLT; its features are computed as in eval mode. Or a function that stands in for it, called as
             `clt(layer, inputs, outputs)` for layer 0, 1, ... of each forward pass with what `hooks` read at the N
-            positions that are not excluded, `(N, D)` each; it returns what replaces
-            `outputs`, of a shape that broadcasts to theirs.
+            positions that are not excluded, `(N, D)` each; it returns what replaces `outputs`, of a shape that
+            broadcasts to theirs.
         layers (`Iterable[int]`, *optional*): The layers to replace; by default all.
         hooks (`tuple[str, str]`, *optional*): Input and output hook of a function; by default those of
             [`default_hooks`].
 
     Raises:
-        `ValueError`: if the CLT does not fit the model or cannot be read layer by layer, if the model has no head, or
-            if a layer is out of range.
+        `ValueError`: if the CLT does not fit the model or cannot be read layer by layer, if the model has no head, if
+            a layer is out of range, or if `hooks` are given for a CLT, which has its own.
     """
 
     def __init__(
@@ -274,6 +274,8 @@ class ReplacementModel:
                 "AutoModelForCausalLM"
             )
         if isinstance(clt, CrossLayerTranscoder):
+            if hooks is not None:
+                raise ValueError(f"hooks={hooks} are given for a CLT, which has its own; leave them out")
             check_layer_by_layer(clt)
             hooks = clt.config.feature_input_hook, clt.config.feature_output_hook
         elif callable(clt):

@@ -40,6 +40,7 @@ SHARDED = {
     "batch_size": 64,
     "learning_rate": 1e-3,
     "training_steps": 12,  # the text ends before, with fewer tokens in the last batch of one process than of the other
+    "decay_steps": 12,  # so that these last updates are small
     "log_interval": 3,
     "eval_interval": 6,
     "checkpoint_interval": 5,
@@ -386,8 +387,8 @@ def test_resumed_in_another_layout(two):
         found = part(report, "end.")
         for key, tensor in expected.items():
             # At the end of the text the processes have unequal batches, which DDP gives the same weight: an update or
-            # two differ by a part of the learning rate, 1e-3, each at most by twice that.
-            torch.testing.assert_close(found[key], tensor, atol=4e-3, rtol=2e-3)
+            # two differ by a part of the learning rate, 1e-3.
+            torch.testing.assert_close(found[key], tensor, atol=2e-3, rtol=2e-3)
 
 
 def test_goes_on_with_a_released_clt(two, sharded, folder):

@@ -532,6 +532,21 @@ def test_function_has_no_features():
         replaced(tokens(), interventions=[(0, 1, 0, 1.0)])
 
 
+def test_a_function_reads_at_the_hooks_that_are_given():
+    model, seen = build(), {}
+    for hook in ("hook_resid_mid", "mlp.hook_in"):
+        read = []
+        replaced = ReplacementModel(
+            model, lambda layer, x, y, read=read: read.append(x) or y, hooks=(hook, "hook_mlp_out")
+        )
+        replaced(tokens())
+        seen[hook] = read
+    norm = model.transformer.h[0].ln_2
+    torch.testing.assert_close(norm(seen["hook_resid_mid"][0]), seen["mlp.hook_in"][0])
+    with pytest.raises(ValueError, match=r"hooks=.* are given for a CLT"):
+        ReplacementModel(model, clt_for(), hooks=("mlp.hook_in", "hook_mlp_out"))
+
+
 # -- metrics ---
 
 
