@@ -40,7 +40,6 @@ SHARDED = {
     "batch_size": 64,
     "learning_rate": 1e-3,
     "training_steps": 12,  # the text ends before, with fewer tokens in the last batch of one process than of the other
-    "decay_steps": 12,  # so that these last updates are small
     "log_interval": 3,
     "eval_interval": 6,
     "checkpoint_interval": 5,
@@ -50,7 +49,8 @@ SHARDED = {
 }
 SHARDED_RUNS = {
     "jumprelu": (
-        {"gradient_accumulation_steps": 2, "reach_growth": 0.6},
+        # It falls all along, so that the last updates, of unequal batches, are small.
+        {"gradient_accumulation_steps": 2, "reach_growth": 0.6, "decay_steps": 12},
         {"jumprelu_threshold": 1.5, "sparsity_lambda": 0.1},
     ),
     "steered": (
@@ -169,7 +169,7 @@ def four(folder, sharded):
     given, config = SHARDED_RUNS["jumprelu"]
     # No end of the text: groups with unequal batches would have the same weight.
     given = {**given, "training_steps": 3, "log_interval": 1, "checkpoint_interval": 0, "eval_interval": 0}
-    given |= {"dead_feature_window": 1, "batch_size": 16, "target_l0": 5}
+    given |= {"decay_steps": 3, "dead_feature_window": 1, "batch_size": 16, "target_l0": 5}
     reports = launch_runs(
         4, folder, {"two groups": (sharded("two groups", feature_parallel_size=2, **given), {**SHAPE, **config})}
     )
