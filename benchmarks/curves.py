@@ -29,7 +29,7 @@ from hf_clt.modeling_clt import CrossLayerTranscoder
 from hf_clt.training.arguments import CLTTrainingArguments
 from hf_clt.training.optimizers import make_optimizer
 from hf_clt.training.schedules import learning_rate_scale, sparsity_scale
-from hf_clt.training.setup import fill_defaults, prepare_cpu, usual_decay_steps
+from hf_clt.training.setup import fill_defaults, num_decay_steps, prepare_cpu
 
 from .dense_reference import dense_losses_of
 from .machine import device_name, versions
@@ -247,7 +247,7 @@ def train(
     optimizer = make_optimizer(clt, replace(args, **variant.optimizer))
     if variant.reverse:
         reverse(clt)
-    decay_steps = args.decay_steps or usual_decay_steps(args, clt.config)
+    decay_steps = num_decay_steps(args, clt.config)
     result = {"loss": [], "nmse": []}
     start = time.perf_counter()
     for step, batch in enumerate(batches):

@@ -32,7 +32,7 @@ from hf_clt.training.initial_config import build_config
 from hf_clt.training.options import as_text
 from hf_clt.training.parser import SettingsLoader, parse_train_args
 from hf_clt.training.reporting import versions
-from hf_clt.training.setup import usual_decay_steps, usual_learning_rate
+from hf_clt.training.setup import num_decay_steps, usual_learning_rate
 from hf_clt.training.trainer import CLTTrainer
 
 
@@ -146,7 +146,7 @@ def resolve(args: CLTTrainingArguments, config: CLTConfig) -> dict:
     """All settings of a run by name, those with their default values too."""
     found = {**args.to_dict(), "learning_rate": args.learning_rate or usual_learning_rate(config)}
     if args.lr_scheduler == "linear":
-        found["decay_steps"] = args.decay_steps or usual_decay_steps(args, config)
+        found["decay_steps"] = num_decay_steps(args, config)
     return {**found, **{name: getattr(config, name) for name in CLT_CONFIG_HELP}}
 
 

@@ -1,6 +1,7 @@
 """The device that an option names, on a machine with and without GPUs."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from benchmarks.cases import Case
 from hf_clt import CLTConfig, CLTTrainingArguments
 from hf_clt.commands import cache
 from hf_clt.device import Stopwatch, chosen_device, rounded_products
-from hf_clt.training.setup import fill_defaults, keep_device_choices, take_device
+from hf_clt.training.setup import fill_defaults, keep_device_choices, num_decay_steps, take_device
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_what_was_said_is_not_left_to_the_device(gpus, memory):
     assert values(fill_defaults(args, config, gpu)) == said
     found = fill_defaults(args, config, torch.device("cpu")).non_default()
     rate = pytest.approx(4e-3 * (10 / 12) ** 0.75)
-    assert found == {"model_dtype": "float32", "learning_rate": rate, "decay_steps": 5000}
+    assert found == {"model_dtype": "float32", "learning_rate": rate}
     wide = fill_defaults(CLTTrainingArguments(batch_size=200_000, store_batch_size_prompts=16), config, gpu)
     assert wide.tokens_in_buffer >= 2 * wide.batch_size
     # A run that goes on has what it had, on another device too, unless something else is said.
@@ -205,14 +206,20 @@ def test_the_learning_rate_that_is_left_to_the_size():
 def test_when_the_learning_rate_falls_by_activation_function():
     def falls_over(activation_fn, **given):
         config = CLTConfig(num_layers=2, d_model=8, num_features=8, activation_fn=activation_fn, k=2)
-        return fill_defaults(CLTTrainingArguments(**given), config, torch.device("cpu")).decay_steps
+        return num_decay_steps(CLTTrainingArguments(**given), config)
 
     steps = {"training_steps": 101, "warmup_steps": 5}
     assert [falls_over(name, **steps) for name in ("relu", "jumprelu", "topk", "batchtopk")] == [51, 51, 96, 96]
     assert falls_over("jumprelu", training_steps=10, warmup_steps=8) == 2
     assert falls_over("jumprelu", decay_steps=7, **steps) == 7
-    assert falls_over("topk", training_steps=10, warmup_steps=10) is None
-    assert falls_over("jumprelu", lr_scheduler="cosine") is None
+    assert falls_over("topk", training_steps=10, warmup_steps=10) == 0
+
+
+def test_what_a_run_was_filled_with_fits_one_of_another_length():
+    """A checkpoint is released by going on from it, with its arguments, for no update."""
+    config = CLTConfig(num_layers=2, d_model=8, num_features=8)
+    filled = fill_defaults(CLTTrainingArguments(training_steps=100), config, torch.device("cpu"))
+    assert num_decay_steps(replace(filled, training_steps=2), config) == 1
 
 
 def test_a_run_that_goes_on_keeps_its_learning_rate():

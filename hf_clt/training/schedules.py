@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def learning_rate_scale(
-    step: int, training_steps: int, warmup_steps: int, scheduler: str, decay_steps: int | None
-) -> float:
+def learning_rate_scale(step: int, training_steps: int, warmup_steps: int, scheduler: str, decay_steps: int) -> float:
     """
     Factor on the highest learning rate for the update number `step` (from 0): a linear rise over `warmup_steps`, then
     "linear" fall to 0 over the last `decay_steps` updates, "cosine" fall over all, or 1 ("constant" and "none").

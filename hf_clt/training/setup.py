@@ -94,8 +94,6 @@ def fill_defaults(args: CLTTrainingArguments, config: CLTConfig, device: torch.d
         if args.activation_cache is not None:  # no language model runs
             del defaults["model_dtype"]
     defaults["learning_rate"] = usual_learning_rate(config)
-    if args.lr_scheduler == "linear":
-        defaults["decay_steps"] = usual_decay_steps(args, config)
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
@@ -107,15 +105,14 @@ def usual_learning_rate(config: CLTConfig) -> float:
     return 4e-3 * min(1.0, 10 / config.reach) ** 0.75 * min(1.0, 4096 / config.num_features) ** 0.5
 
 
-def usual_decay_steps(args: CLTTrainingArguments, config: CLTConfig) -> int | None:
+def num_decay_steps(args: CLTTrainingArguments, config: CLTConfig) -> int:
     """
-    What `decay_steps=None` means: half of training for relu and jumprelu, all after the warm-up for topk and
-    batchtopk, by what was measured (docs/defaults.md). None where the warm-up is all of training.
+    `decay_steps`, or what None means: half of training for relu and jumprelu, all after the warm-up for topk and
+    batchtopk, by what was measured (docs/defaults.md). Not kept in the arguments: a run that goes on may be longer.
     """
     longest = args.training_steps - args.num_warmup_steps
-    if config.activation_fn in TOPK_FAMILY:
-        return longest or None
-    return min(longest, -(-args.training_steps // 2)) or None
+    usual = longest if config.activation_fn in TOPK_FAMILY else min(longest, -(-args.training_steps // 2))
+    return args.decay_steps or usual
 
 
 def prepare_device(args: CLTTrainingArguments, accelerator: Accelerator, progress: bool) -> None:

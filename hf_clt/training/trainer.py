@@ -56,6 +56,7 @@ from .setup import (
     keep_device_choices,
     make_accelerator,
     make_layout,
+    num_decay_steps,
     prepare_device,
 )
 from .trackers import check_trackers, finish_trackers, start_trackers
@@ -172,6 +173,7 @@ class CLTTrainer:
             skip_bad=self.skip_bad,
             pin_memory=self.accelerator.device.type == "cuda",
         )
+        self.num_decay_steps = num_decay_steps(args, self.config)
         self.signals = StopSignals()
         self.fingerprint = self.harvester.fingerprint()
         self.step = 0
@@ -311,7 +313,7 @@ class CLTTrainer:
         args, accelerator = self.args, self.accelerator
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * learning_rate_scale(
-                self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler, args.decay_steps
+                self.step, args.training_steps, args.num_warmup_steps, args.lr_scheduler, self.num_decay_steps
             )
         if args.initial_k is not None:
             self.model.training_k = annealed_k(self.step, self.config.k, args.initial_k, args.num_k_anneal_steps)

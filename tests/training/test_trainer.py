@@ -244,7 +244,7 @@ def test_the_lines_of_metrics(run):
         terms = sum(row[name] for name in LOSSES[1:])
         assert row["loss"] == pytest.approx(terms, rel=1e-5)
         assert row["l0"] == pytest.approx(sum(row["l0_per_layer"]))
-        warmup, decay = trainer.args.num_warmup_steps, trainer.args.decay_steps
+        warmup, decay = trainer.args.num_warmup_steps, trainer.num_decay_steps
         scale = learning_rate_scale(row["step"] - 1, 40, warmup, "linear", decay)
         assert row["learning_rate"] == pytest.approx(1e-2 * scale)
         assert row["sparsity_scale"] == pytest.approx(row["step"] / 40)
