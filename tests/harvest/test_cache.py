@@ -55,6 +55,7 @@ def train(tmp_path, name, *options):
     return clt, trainer.evaluate(), trainer
 
 
+@pytest.mark.slow
 def test_training_from_it_equals_training_from_the_stream(cached, tiny_gpt2, text_file, tmp_path):
     streamed, expected, _ = train(tmp_path, "stream", "--model", tiny_gpt2, "--dataset", text_file, *TEXT)
     clt, metrics, trainer = train(tmp_path, "cache", "--activation-cache", cached("float32"), "--no-cache-shuffle")

@@ -215,6 +215,7 @@ def test_text_without_single_spaces_is_cut_without_loss(text):
         assert TOKENIZER.decode([token for token, document in run if document == 0]) == text
 
 
+@pytest.mark.slow
 def test_a_huge_document_takes_bounded_time_and_is_whole():
     text = some_text(210_000, seed=3) + "\n"
     text *= 10
